@@ -1,0 +1,147 @@
+# The one index of commands: `make help`. Every target sets up what it needs; a second run is quick.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+# The system's own Python: Debian's python3-bpfcc and the packaged units use the same one.
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# What a bare Debian 12 lacks. Building: python3-venv to llvm. Running and the lab: iproute2 to
+# openssl. Tests and bench: the rest (systemd for systemd-analyze, which needs no running systemd).
+SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf-dev clang llvm \
+	iproute2 nftables procps curl openssl \
+	clang-format systemd tcpdump iperf3 wrk netcat-openbsd
+
+C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
+BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
+
+# Privileged tests need root; --privileged is not assumed. PYTEST_ARGS: more arguments for pytest.
+PYTEST := $(BIN)/pytest
+PYTEST_ARGS ?=
+
+.PHONY: help
+help: ## Show this list
+	@echo 'Usage: make TARGET'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- setting up --------------------------------------------------------------------------------
+
+.PHONY: setup
+setup: $(VENV)/.built ## Install what is missing and build into .venv
+
+.PHONY: system-packages
+system-packages:
+	@missing=$$(for package in $(SYSTEM_PACKAGES); do \
+		[[ "$$(dpkg-query -W -f '$${db:Status-Status}' "$$package" 2>/dev/null)" == installed ]] \
+			|| echo "$$package"; done | xargs); \
+	if [[ -z "$$missing" ]]; then exit 0; fi; \
+	if [[ "$$(id -u)" != 0 ]] || ! command -v apt-get >/dev/null; then \
+		echo "make setup: these packages are missing, and installing them needs root on Debian:" >&2; \
+		echo "  apt-get install --no-install-recommends $$missing" >&2; exit 1; fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -q; \
+	apt-get install -q -y --no-install-recommends $$missing
+
+$(VENV)/.installed: requirements-dev.lock | system-packages
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed")'
+	[[ -x $(BIN)/python ]] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(C_SOURCES) $(BPF_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+.PHONY: build
+build: setup ## Rebuild the C and BPF parts that changed
+	$(BIN)/python setup.py --quiet build_bpf build_ext --inplace
+
+.PHONY: lock
+lock: | system-packages ## Choose dependency versions anew and write the lock files
+	[[ -x $(BIN)/pip-compile ]] || { $(PYTHON) -m venv $(VENV); $(BIN)/pip install --quiet pip-tools; }
+	$(call pip_compile,requirements.lock,)
+	$(call pip_compile,requirements-dev.lock,--extra dev --constraint requirements.lock)
+
+define pip_compile
+CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --upgrade --generate-hashes \
+	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --strip-extras --allow-unsafe \
+	$(2) --output-file $(1) pyproject.toml
+endef
+
+# --- checking ----------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: setup ## Check style, types, import layers and C formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files -z '*.c' '*.h' | xargs -0 -r clang-format --dry-run -Werror
+
+.PHONY: format
+format: setup ## Rewrite Python and C in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files -z '*.c' '*.h' | xargs -0 -r clang-format -i
+
+.PHONY: test
+test: setup lint ## Run everything: lint, unit, namespace and interop tests (root)
+	$(PYTEST) $(PYTEST_ARGS)
+
+.PHONY: test-unit
+test-unit: setup ## Run the tests that need no privileges
+	$(PYTEST) -m 'not netns and not interop' $(PYTEST_ARGS)
+
+.PHONY: test-netns
+test-netns: setup ## Run the tests in network namespaces (root)
+	$(PYTEST) -m netns $(PYTEST_ARGS)
+
+# An instrumented copy of both packages stands before the installed ones on the path, for the tests
+# and for every daemon that they start. The C runtime of the sanitizer must come first in each
+# process. Leaks are not reported: CPython itself keeps memory until exit.
+SANITIZER_ENV = PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
+	LD_PRELOAD="$(foreach lib,$(2),$(shell gcc -print-file-name=$(lib)))"
+
+define sanitized_build
+rm -rf build/$(1)
+NODEAGENT_SANITIZE=$(2) $(BIN)/python setup.py --quiet build --build-lib build/$(1) \
+	--build-temp build/$(1)-objects
+endef
+
+.PHONY: sanitize
+sanitize: setup ## Run the namespace tests with AddressSanitizer and UBSan (root)
+	$(call sanitized_build,asan,$(strip address)$(comma)undefined)
+	$(call SANITIZER_ENV,asan,libasan.so libubsan.so) \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+		$(PYTEST) -m netns $(PYTEST_ARGS)
+
+.PHONY: sanitize-threads
+sanitize-threads: setup ## Run the namespace tests with ThreadSanitizer (root)
+	$(call sanitized_build,tsan,thread)
+	$(call SANITIZER_ENV,tsan,libtsan.so) TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
+		setarch -R $(PYTEST) -m netns $(PYTEST_ARGS)
+
+comma := ,
+
+# --- showing -----------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: setup ## Two nodes, real traffic, and proof that the wire is encrypted (root)
+	$(BIN)/nodeagent lab demo
+
+.PHONY: bench
+bench: setup ## Measure against no mesh and against Envoy (root)
+	$(BIN)/python bench/run.py
+
+.PHONY: clean
+clean: ## Remove everything that was built or installed here
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf nodeagent/capture/bpf
+	find nodeagent ztunnel tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find nodeagent ztunnel -name '*.so' -delete

@@ -1,0 +1,166 @@
+"""The compiled parts: the C core, the libbpf binding and the BPF objects.
+
+Everything else about the distribution is in pyproject.toml. Set NODEAGENT_SANITIZE to a value of
+the compiler's -fsanitize (`address,undefined`, `thread`) to build the extensions instrumented.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wshadow",
+    "-Wstrict-prototypes",
+    "-Wvla",
+    "-Wformat=2",
+    "-Wimplicit-fallthrough",
+    # Callbacks of CPython, nghttp2 and libbpf have fixed signatures.
+    "-Wno-unused-parameter",
+]
+
+HARDENING = [
+    "-U_FORTIFY_SOURCE",
+    "-D_FORTIFY_SOURCE=2",
+    "-fstack-protector-strong",
+    "-fstack-clash-protection",
+    # Only the module's init function is visible: no symbol of ours can shadow, or be shadowed by,
+    # one of the libraries that share the process.
+    "-fvisibility=hidden",
+]
+
+LINK = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,--no-undefined-version"]
+
+BPF_ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
+"""Machine as uname prints it to the name that libbpf's headers expect in __TARGET_ARCH_*."""
+
+
+def output(*command: str) -> str:
+    """Return what `command` prints. Raises SystemExit that says what to install when it fails."""
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or error
+        raise SystemExit(
+            f"setup.py: `{' '.join(command)}` failed: {detail}\n"
+            "setup.py: `make setup` installs the compilers and libraries that the build needs"
+        ) from None
+    return done.stdout
+
+
+def pkg_config(library: str) -> tuple[list[str], list[str]]:
+    """Return compiler and linker arguments for `library`."""
+    return (
+        output("pkg-config", "--cflags", library).split(),
+        output("pkg-config", "--libs", library).split(),
+    )
+
+
+def control_flow_protection() -> list[str]:
+    """Return the flags that protect indirect branches on this architecture."""
+    machine = os.uname().machine
+    if machine == "x86_64":
+        return ["-fcf-protection"]
+    if machine == "aarch64":
+        return ["-mbranch-protection=standard"]
+    return []
+
+
+def extension(name: str, sources: list[Path], library: str, headers: list[Path]) -> Extension:
+    """Describe one C extension, hardened, or instrumented when NODEAGENT_SANITIZE asks for it."""
+    cflags, libs = pkg_config(library)
+    sanitize = os.environ.get("NODEAGENT_SANITIZE", "")
+    if sanitize:
+        # Assertions stay in, and _FORTIFY_SOURCE goes: the sanitizers check more than it does, and
+        # cannot see through the functions that it substitutes.
+        mode = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+        mode += ["-O1", "-g", "-UNDEBUG", "-U_FORTIFY_SOURCE", "-fvisibility=hidden"]
+        link = [f"-fsanitize={sanitize}"]
+    else:
+        mode = ["-O2", *HARDENING, *control_flow_protection()]
+        link = []
+    return Extension(
+        name,
+        sources=[str(source.relative_to(ROOT)) for source in sources],
+        depends=[str(header.relative_to(ROOT)) for header in headers],
+        extra_compile_args=["-std=gnu17", *WARNINGS, *mode, *cflags],
+        extra_link_args=[*LINK, *link, *libs],
+    )
+
+
+def extensions() -> list[Extension]:
+    """Return the extensions whose sources are there."""
+    found = []
+    core = sorted((ROOT / "ztunnel" / "_core").glob("*.c"))
+    if core:
+        headers = sorted((ROOT / "ztunnel" / "_core").glob("*.h"))
+        found.append(extension("ztunnel._core", core, "libnghttp2", headers))
+    binding = ROOT / "nodeagent" / "capture" / "_libbpf.c"
+    if binding.exists():
+        found.append(extension("nodeagent.capture._libbpf", [binding], "libbpf", []))
+    return found
+
+
+class build_bpf(Command):  # noqa: N801 - setuptools names commands by their class
+    """Compile bpf/*.bpf.c ahead of time into nodeagent/capture/bpf/, as data of that package.
+
+    Nodes need no compiler: the objects carry BTF and are loaded by libbpf.
+    """
+
+    description = "compile the BPF programs"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        # setuptools sets this for editable installs; the objects go to the source tree either way.
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        target = ROOT / "nodeagent" / "capture" / "bpf"
+        target.mkdir(parents=True, exist_ok=True)
+        headers = sorted((ROOT / "bpf").rglob("*.h"))
+        for source in sorted((ROOT / "bpf").glob("*.bpf.c")):
+            wanted = target / f"{source.stem}.o"
+            newest = max(path.stat().st_mtime for path in [source, *headers])
+            if not wanted.exists() or wanted.stat().st_mtime < newest:
+                self.compile(source, wanted)
+
+    def compile(self, source: Path, wanted: Path) -> None:
+        machine = os.uname().machine
+        multiarch = sysconfig.get_config_var("MULTIARCH") or f"{machine}-linux-gnu"
+        # Written whole or not at all: a half-written object would look up to date next time.
+        partial = wanted.with_suffix(".partial")
+        output(
+            "clang",
+            *("-std=gnu11", "-O2", "-g", "-target", "bpf", "-mcpu=v3", "-Wall", "-Werror"),
+            f"-D__TARGET_ARCH_{BPF_ARCHITECTURES.get(machine, machine)}",
+            *("-I", str(ROOT / "bpf" / "include"), "-idirafter", f"/usr/include/{multiarch}"),
+            # Paths in the debug information are relative: the object is the same on any machine.
+            f"-fdebug-prefix-map={ROOT}=.",
+            *("-c", str(source), "-o", str(partial)),
+        )
+        # Drops DWARF and keeps BTF, which libbpf needs for maps and CO-RE.
+        output("llvm-strip", "-g", str(partial))
+        partial.replace(wanted)
+
+
+class build_all(build):  # noqa: N801 - setuptools names commands by their class
+    """The whole build, BPF first: its objects are package data, which build_py collects."""
+
+    sub_commands: ClassVar = [("build_bpf", None), *build.sub_commands]
+
+
+setup(ext_modules=extensions(), cmdclass={"build": build_all, "build_bpf": build_bpf})

@@ -54,7 +54,8 @@ $(VENV)/.installed: requirements-dev.lock | system-packages
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(C_SOURCES) $(BPF_SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	PYTHONWARNINGS='ignore:Editable installation.' \
+		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 .PHONY: build

@@ -1,0 +1,378 @@
+"""The server side of the seam against a ztunnel that is written out here, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from nodeagent import control
+from nodeagent.channel import Channel, Closed, Received
+from nodeagent.rundir import CONTROL_SOCKET, RunDirectory
+from ztunnel import protocol
+
+SETTINGS = protocol.Settings("node-1", "c", "cluster.local")
+DEADLINE = 20
+
+
+class Harness:
+    """A server on a socket of its own, and what it called back with."""
+
+    def __init__(self, server: control.ControlServer, path: Path, seconds: list[float]) -> None:
+        self.server = server
+        self.path = path
+        self.held: list[tuple[protocol.HeldPod, tuple[int, int, int]]] = []
+        self.seconds = seconds
+        self.changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def connect(self) -> Channel:
+        raw = socket.socket(socket.AF_UNIX)
+        raw.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(raw, str(self.path))
+        return Channel(raw)
+
+    async def greeted(self, pid: int = 42) -> Channel:
+        channel = await self.connect()
+        await channel.send(protocol.Hello(protocol.PROTOCOL_VERSION, pid, 0))
+        welcome = await channel.receive()
+        assert welcome.message == protocol.Welcome(protocol.PROTOCOL_VERSION, SETTINGS)
+        return channel
+
+
+@contextlib.asynccontextmanager
+async def serving(tmp_path: Path) -> AsyncIterator[Harness]:
+    directory = RunDirectory(tmp_path / "run")
+    listener = directory.listen(CONTROL_SOCKET)
+    harness: Harness
+    seconds: list[float] = []
+
+    def on_held(pod: protocol.HeldPod, fds: tuple[int, int, int]) -> None:
+        harness.held.append((pod, fds))
+
+    def on_change() -> None:
+        harness.changed.set()
+
+    server = control.ControlServer(
+        SETTINGS,
+        on_held=on_held,
+        on_change=on_change,
+        observe_seconds=seconds.append,
+        clock=time.monotonic,
+        first_version=100,
+    )
+    harness = Harness(server, listener.path, seconds)
+    task = asyncio.ensure_future(server.run(listener.socket))
+    try:
+        yield harness
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        listener.close()
+        directory.close()
+        for _, fds in harness.held:
+            for fd in fds:
+                os.close(fd)
+
+
+def run(test: Callable[[Harness], Awaitable[None]], tmp_path: Path) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(DEADLINE), serving(tmp_path) as harness:
+            await test(harness)
+
+    asyncio.run(main())
+
+
+async def change(channel: Channel) -> list[Received]:
+    """Receive one whole change, without acknowledging it."""
+    parts = []
+    while True:
+        received = await channel.receive()
+        assert isinstance(received.message, protocol.Update)
+        parts.append(received)
+        if received.message.commit:
+            return parts
+
+
+def version_of(parts: list[Received]) -> int:
+    message = parts[-1].message
+    assert isinstance(message, protocol.Update)
+    return message.version
+
+
+def uids(parts: list[Received]) -> list[str]:
+    return [
+        r.uid
+        for part in parts
+        if isinstance(part.message, protocol.Update)
+        for r in part.message.upserts
+    ]
+
+
+def bundle(uid: str) -> protocol.TrustBundle:
+    return protocol.TrustBundle(uid, (b"root",))
+
+
+def test_snapshot_waits_for_the_gate_and_deltas_follow(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        first = h.server.apply((bundle("a"),))
+        channel = await h.greeted()
+        await channel.send(protocol.Query(1, "anything"))
+        assert isinstance((await channel.receive()).message, protocol.Answer)  # and no Update
+        h.server.open_gate()
+        parts = await change(channel)
+        assert version_of(parts) == first
+        assert uids(parts) == ["a"]
+        await channel.send(protocol.Ack(first))
+        assert await h.server.acknowledged(first, 10)
+        second = h.server.apply((bundle("b"),), (protocol.Removal("trust_bundle", "a"),))
+        parts = await change(channel)
+        assert uids(parts) == ["b"]
+        update = parts[0].message
+        assert isinstance(update, protocol.Update)
+        assert not update.reset
+        assert update.removals == (protocol.Removal("trust_bundle", "a"),)
+        await channel.send(protocol.Ack(second))
+        assert await h.server.acknowledged(second, 10)
+        assert len(h.seconds) == 2
+        channel.close()
+
+    run(test, tmp_path)
+
+
+def test_pod_arrives_with_its_descriptors(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        pipes = [os.pipe() for _ in range(4)]
+        fds = [read for read, _ in pipes]
+        h.server.open_gate()
+        channel = await h.greeted()
+        await change(channel)
+        await channel.send(protocol.Ack(100))
+        pod = protocol.Pod("u", "ns/a", ("10.0.0.1",), 9)
+        version = h.server.put_pod(pod, control.PodDescriptors(*fds))
+        parts = await change(channel)
+        assert parts[0].message == protocol.Update(version, upserts=(pod,), commit=False)
+        assert [os.fstat(fd).st_ino for fd in parts[0].fds] == [os.fstat(fd).st_ino for fd in fds]
+        await channel.send(protocol.Ack(version))
+        version = h.server.drop_pod("u")
+        parts = await change(channel)
+        update = parts[0].message
+        assert isinstance(update, protocol.Update)
+        assert update.removals == (protocol.Removal("pod", "u"),)
+        for received in parts:
+            for fd in received.fds:
+                os.close(fd)
+        channel.close()
+        for pair in pipes:
+            for fd in pair:
+                os.close(fd)
+
+    run(test, tmp_path)
+
+
+def test_changes_while_one_is_in_flight_are_coalesced(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        h.server.open_gate()
+        channel = await h.greeted()
+        await change(channel)  # the reset, not acknowledged yet
+        for index in range(500):
+            newest = h.server.apply((bundle("hot"), bundle(f"d{index % 3}")))
+            h.server.apply((), (protocol.Removal("trust_bundle", "d0"),))
+        newest = h.server.apply((bundle("last"),))
+        await channel.send(protocol.Ack(100))
+        parts = await change(channel)
+        assert version_of(parts) == newest
+        assert sorted(uids(parts)) == ["d1", "d2", "hot", "last"]
+        channel.close()
+
+    run(test, tmp_path)
+
+
+def test_rejected_change_keeps_the_base_of_the_next(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        h.server.open_gate()
+        channel = await h.greeted()
+        await change(channel)
+        await channel.send(protocol.Ack(100))
+        version = h.server.apply((bundle("a"),))
+        await change(channel)
+        await channel.send(protocol.Ack(version, "no room"))
+        refused = control.Rejected(version, "no room")
+        await h.until(lambda: h.server.status.rejected == refused)
+        assert h.server.status.acknowledged_version == 100
+        version = h.server.apply((bundle("b"),))
+        parts = await change(channel)
+        assert sorted(uids(parts)) == ["a", "b"]
+        await channel.send(protocol.Ack(version))
+        assert await h.server.acknowledged(version, 10)
+        assert h.server.status.rejected is None
+        channel.close()
+
+    run(test, tmp_path)
+
+
+def test_held_pods_are_handed_over_before_the_welcome(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        pipes = [os.pipe() for _ in range(2)]
+        fds = [fd for pair in pipes for fd in pair][:3]
+        channel = await h.connect()
+        await channel.send(protocol.Hello(protocol.PROTOCOL_VERSION, 1, 2))
+        await channel.send(protocol.HeldPod("p", 5), fds)
+        await channel.send(protocol.HeldPod("q", 6), fds)
+        await channel.receive()
+        assert [pod.uid for pod, _ in h.held] == ["p", "q"]
+        assert [os.fstat(fd).st_ino for fd in h.held[0][1]] == [os.fstat(fd).st_ino for fd in fds]
+        channel.close()
+        for pair in pipes:
+            for fd in pair:
+                os.close(fd)
+
+    run(test, tmp_path)
+
+
+def test_other_version_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        channel = await h.connect()
+        await channel.send(protocol.Hello(protocol.PROTOCOL_VERSION + 1, 1, 0))
+        refusal = (await channel.receive()).message
+        assert isinstance(refusal, protocol.Refusal)
+        assert "same release" in refusal.reason
+        with pytest.raises(Closed):
+            await channel.receive()
+        channel.close()
+
+    run(test, tmp_path)
+
+
+def test_newer_ztunnel_replaces_the_older(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        older = await h.greeted(1)
+        newer = await h.greeted(2)
+        refusal = (await older.receive()).message
+        assert isinstance(refusal, protocol.Refusal)
+        assert "pid 2" in refusal.reason
+        assert h.server.status.pid == 2
+        h.server.open_gate()
+        await change(newer)
+        older.close()
+        newer.close()
+
+    run(test, tmp_path)
+
+
+def test_query_and_answer(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        channel = await h.greeted()
+        asked = asyncio.ensure_future(h.server.query("status", {"a": "b"}))
+        query = (await channel.receive()).message
+        assert isinstance(query, protocol.Query)
+        assert (query.what, query.args) == ("status", {"a": "b"})
+        await channel.send(protocol.Answer(query.id, b"{}"))
+        assert await asked == b"{}"
+        asked = asyncio.ensure_future(h.server.query("status"))
+        query = (await channel.receive()).message
+        assert isinstance(query, protocol.Query)
+        await channel.send(protocol.Answer(query.id, error="not now"))
+        with pytest.raises(control.QueryError, match="not now"):
+            await asked
+        with pytest.raises(control.QueryError, match="within"):
+            await h.server.query("status", seconds=0.01)
+        asked = asyncio.ensure_future(h.server.query("status"))
+        await channel.receive()
+        await channel.receive()
+        channel.close()
+        with pytest.raises(control.QueryError):
+            await asked
+
+    run(test, tmp_path)
+
+
+def test_our_side_answers_unknown_questions(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        channel = await h.greeted()
+        await channel.send(protocol.Query(7, "weather"))
+        answer = (await channel.receive()).message
+        assert isinstance(answer, protocol.Answer)
+        assert answer.id == 7
+        assert "weather" in answer.error
+        channel.close()
+
+    run(test, tmp_path)
+
+
+BAD_STARTS = [
+    pytest.param(b"\xff" * 64, id="garbage"),
+    pytest.param(b"\x00\x00\x00\x01\x00\xc1", id="not messagepack"),
+    pytest.param(protocol.encode(protocol.Ack(1)), id="no hello"),
+    pytest.param(protocol.encode(protocol.Hello(1, 1, 10**6)), id="too many pods"),
+    pytest.param(protocol.encode(protocol.Hello(1, 1, 1), 3), id="descriptors that did not come"),
+    pytest.param(
+        protocol.encode(protocol.Hello(1, 1, 1)) + protocol.encode(protocol.HeldPod("p", 1)),
+        id="held pod without descriptors",
+    ),
+    pytest.param(
+        protocol.encode(protocol.Hello(1, 1, 0)) + protocol.encode(protocol.Ack(100)),
+        id="ack of nothing",
+    ),
+]
+
+
+@pytest.mark.parametrize("data", BAD_STARTS)
+def test_broken_peers_are_cut_and_harm_nobody(tmp_path: Path, data: bytes) -> None:
+    async def test(h: Harness) -> None:
+        raw = socket.socket(socket.AF_UNIX)
+        raw.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(raw, str(h.path))
+        await loop.sock_sendall(raw, data)
+        with contextlib.suppress(ConnectionResetError):
+            while await loop.sock_recv(raw, 4096):
+                pass
+        raw.close()
+        channel = await h.greeted()
+        h.server.open_gate()
+        await change(channel)
+        channel.close()
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("limit,size", [("SEND_SECONDS", 400_000), ("ACK_SECONDS", 10)])
+def test_hung_ztunnel_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, size: int
+) -> None:
+    monkeypatch.setattr(control, limit, 0.2)
+
+    async def test(h: Harness) -> None:
+        h.server.apply(protocol.TrustBundle(f"d{i}", (b"x" * size,)) for i in range(20))
+        h.server.open_gate()
+        channel = await h.greeted()  # and never reads or answers again
+        await h.until(lambda: h.server.status.connected)
+        await h.until(lambda: not h.server.status.connected)
+        channel.close()
+
+    run(test, tmp_path)
+
+
+def test_acknowledged_is_false_without_ztunnel_and_when_it_goes(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        h.server.open_gate()
+        assert not await h.server.acknowledged(100, 10)
+        channel = await h.greeted()
+        waiting = asyncio.ensure_future(h.server.acknowledged(100, 10))
+        await change(channel)
+        channel.close()
+        assert not await waiting
+
+    run(test, tmp_path)

@@ -19,7 +19,10 @@ SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf
 C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
 BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
 
-# Privileged tests need root; --privileged is not assumed. PYTEST_ARGS: more arguments for pytest.
+# Where `make install` puts the daemons; the units in systemd/ name the same place.
+PREFIX ?= /opt/nodeagent
+
+# PYTEST_ARGS: more arguments for pytest, such as `-k NAME` or `-x`.
 PYTEST := $(BIN)/pytest
 PYTEST_ARGS ?=
 
@@ -61,6 +64,24 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(C_SOURCES) $(BPF_SO
 .PHONY: build
 build: setup ## Rebuild the C and BPF parts that changed
 	$(BIN)/python setup.py --quiet build_bpf build_ext --inplace
+
+.PHONY: dist
+dist: setup ## Make the wheel for nodes: compiled parts included, no compiler needed there
+	rm -rf build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+.PHONY: install
+install: dist ## Install both daemons and their units on this machine (root; starts nothing)
+	$(PYTHON) -m venv $(PREFIX)
+	$(PREFIX)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(PREFIX)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	install -D -m 0644 -t /etc/systemd/system systemd/nodeagent.service systemd/ztunnel.service
+	install -D -m 0644 systemd/nodeagent.tmpfiles.conf /usr/lib/tmpfiles.d/nodeagent.conf
+	install -D -m 0644 -t /usr/share/doc/nodeagent docs/operations.md
+	[[ -e /etc/nodeagent/nodeagent.yaml ]] \
+		|| install -D -m 0644 systemd/nodeagent.yaml /etc/nodeagent/nodeagent.yaml
+	systemd-tmpfiles --create nodeagent.conf
+	[[ ! -d /run/systemd/system ]] || systemctl daemon-reload
 
 .PHONY: lock
 lock: | system-packages ## Choose dependency versions anew and write the lock files

@@ -1,0 +1,142 @@
+"""The published shape of `/status`: values only.
+
+This module owns the types that `/status` encodes and `nodeagent status` decodes. It promises that
+within one `SCHEMA` fields are only added, never renamed, retyped or removed. Times are RFC 3339 in
+UTC. Nothing in here is a secret. Pure: no sockets, no clocks.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from datetime import datetime
+from typing import Any, Final
+
+import msgspec
+
+__all__ = [
+    "SCHEMA",
+    "CertificateReport",
+    "ConfigReport",
+    "PodReport",
+    "PodState",
+    "PortMode",
+    "Problem",
+    "Status",
+    "ZtunnelReport",
+    "pods_by_state",
+]
+
+SCHEMA: Final = 1
+"""Raised when a field changes its meaning; readers refuse what they do not know."""
+
+
+class PodState(enum.StrEnum):
+    """Where a pod stands. Closed: metrics have one series for each."""
+
+    WAITING = "Waiting"
+    """Its network namespace does not exist yet."""
+    ENROLLING = "Enrolling"
+    ENROLLED = "Enrolled"
+    """Captured, and the last audit found it as it must be."""
+    DEGRADED = "Degraded"
+    """Captured, but the last audit found something that could not be put right: closed there."""
+    FAILED = "Failed"
+    """Not captured; tried again with backoff."""
+    REMOVING = "Removing"
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """A document that was refused; its file's last good version stays in force."""
+
+    file: str
+    line: int
+    column: int
+    field: str
+    reason: str
+
+
+class PortMode(msgspec.Struct, frozen=True, kw_only=True):
+    port: int
+    mode: str
+    origin: str
+
+
+class CertificateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One identity of this node. `error` is the last renewal's, empty after a success."""
+
+    identity: str
+    not_before: datetime | None = None
+    not_after: datetime | None = None
+    renewals: int = 0
+    failures: int = 0
+    error: str = ""
+
+
+class PodReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One bound workload. `repaired` counts deviations that audits have put right since start."""
+
+    workload: str
+    identity: str
+    netns: str
+    state: PodState
+    since: datetime
+    uid: str = ""
+    netns_cookie: int = 0
+    addresses: tuple[str, ...] = ()
+    mode: str = ""
+    mode_origin: str = ""
+    port_modes: tuple[PortMode, ...] = ()
+    certificate: CertificateReport | None = None
+    error: str = ""
+    deviations: tuple[str, ...] = ()
+    repaired: int = 0
+    drops: dict[str, int] = {}
+
+
+class ZtunnelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The seam, and what ztunnel says of itself: `own`, by ztunnel's schema, or `error`."""
+
+    connected: bool
+    pid: int = 0
+    since: datetime | None = None
+    wanted_version: int = 0
+    acknowledged_version: int = 0
+    rejected: str = ""
+    oversized: tuple[str, ...] = ()
+    own: dict[str, Any] | None = None
+    error: str = ""
+
+
+class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
+    source: str
+    loaded: bool
+    version: int = 0
+    documents: int = 0
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """`missing` names what keeps the node from being ready; `ready` is its emptiness."""
+
+    schema: int
+    time: datetime
+    version: str
+    node: str
+    cluster: str
+    trust_domain: str
+    pid: int
+    started: datetime
+    ready: bool
+    missing: tuple[str, ...]
+    ztunnel: ZtunnelReport
+    config: ConfigReport
+    pods: tuple[PodReport, ...] = ()
+    certificates: tuple[CertificateReport, ...] = ()
+
+
+def pods_by_state(pods: tuple[PodReport, ...]) -> dict[PodState, int]:
+    """Return a number for every state, zero included."""
+    counts = Counter(pod.state for pod in pods)
+    return {state: counts[state] for state in PodState}

@@ -1,0 +1,284 @@
+"""The admin listeners: HTTP on loopback and on a unix socket, reading only.
+
+This module owns the HTTP surface. It promises that no request changes anything, that a page in a
+browser cannot reach it by DNS rebinding (Host check), that other users of the node get metrics and
+health but no configuration, that a slow or greedy client is cut off by deadlines and limits, and
+that what is dumped holds no key. It may not know where the answers come from (`Backend`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol
+
+import msgspec
+import structlog
+from aiohttp import hdrs, web
+
+from nodeagent.admin.metrics import CONTENT_TYPE
+from nodeagent.admin.model import Status
+from ztunnel import protocol
+
+__all__ = ["AdminServer", "Backend", "dump_resource", "socket_owner"]
+
+log = structlog.get_logger()
+
+CONNECTION_SECONDS: Final = 30.0
+"""Life of one connection, whatever it does: every answer is one small document."""
+
+MAX_CONNECTIONS: Final = 32
+"""Open at a time and listener: Prometheus, probes and a few people."""
+
+MAX_LINE: Final = 4096
+"""Bytes of the request line and of one header."""
+
+_PRIVATE: Final = frozenset({"/status", "/config_dump"})
+"""Paths that tell who runs here: on loopback for root (and this daemon's user) alone."""
+
+
+class Backend(Protocol):
+    """Where the answers come from."""
+
+    async def status(self) -> Status:
+        """The whole picture, ztunnel's own part included; bounded in time."""
+
+    async def missing(self) -> tuple[str, ...]:
+        """What keeps the node from being ready; empty when it is."""
+
+    def stuck(self) -> str:
+        """Why this process should be restarted; empty while it is alive."""
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        """The state that ztunnel is to hold."""
+
+
+class AdminServer:
+    """Serves a Backend on any number of listening sockets."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._servers: list[asyncio.Server] = []
+        app = web.Application(middlewares=[_errors, self._guard], client_max_size=1)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz/ready", self._ready)
+        app.router.add_get("/healthz/live", self._live)
+        app.router.add_get("/status", self._status)
+        app.router.add_get("/config_dump", self._config_dump)
+        app.router.add_get("/", _index)
+        app.on_response_prepare.append(_close_after)
+        self._runner = web.AppRunner(
+            app,
+            handle_signals=False,
+            access_log=None,
+            logger=_silent(),
+            max_line_size=MAX_LINE,
+            max_field_size=MAX_LINE,
+        )
+
+    async def serve(self, listening: socket.socket) -> None:
+        """Begin to serve on `listening` (unix or TCP), which becomes this server's."""
+        if self._runner.server is None:
+            await self._runner.setup()
+        factory = _Limited(self._runner)
+        server = await asyncio.get_running_loop().create_server(factory, sock=listening)
+        self._servers.append(server)
+
+    async def close(self) -> None:
+        """Stop listening and end what is open."""
+        for server in self._servers:
+            server.close()
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        connected = request.transport and request.transport.get_extra_info("socket")
+        if not connected or connected.family == socket.AF_UNIX:
+            return await handler(request)
+        if not _own_host(request.headers.get(hdrs.HOST, "")):
+            raise web.HTTPMisdirectedRequest(
+                text="the Host header must name the loopback address: use http://127.0.0.1\n"
+            )
+        if request.path in _PRIVATE:
+            owner = await asyncio.to_thread(
+                socket_owner, connected.getpeername(), connected.getsockname()
+            )
+            if owner not in {0, os.geteuid()}:
+                raise web.HTTPForbidden(
+                    text="for root only: this names every workload of the node\n"
+                )
+        return await handler(request)
+
+    async def _metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(body=self._backend.metrics(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        missing = await self._backend.missing()
+        if missing:
+            return web.Response(
+                status=503, text="".join(f"not ready: {line}\n" for line in missing)
+            )
+        return web.Response(text="ready\n")
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        reason = self._backend.stuck()
+        if reason:
+            return web.Response(status=503, text=f"stuck: {reason}\n")
+        return web.Response(text="alive\n")
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        status = await self._backend.status()
+        return web.Response(body=msgspec.json.encode(status), content_type="application/json")
+
+    async def _config_dump(self, _request: web.Request) -> web.Response:
+        dump: dict[str, list[dict[str, Any]]] = {}
+        for resource in self._backend.resources():
+            document = dump_resource(resource)
+            dump.setdefault(str(document.pop("t")), []).append(document)
+        body = json.dumps({"schema": 1, "resources": dump}, indent=1, sort_keys=True)
+        return web.Response(text=body + "\n", content_type="application/json")
+
+
+def dump_resource(resource: protocol.Resource) -> dict[str, Any]:
+    """Return the resource as JSON values: no private key, DER as SHA-256 fingerprints."""
+    if isinstance(resource, protocol.Credential):
+        return {
+            "t": "credential",
+            "uid": resource.uid,
+            "chain_sha256": [hashlib.sha256(der).hexdigest() for der in resource.chain],
+            "not_before": resource.not_before,
+            "not_after": resource.not_after,
+        }
+    if isinstance(resource, protocol.TrustBundle):
+        roots = [hashlib.sha256(der).hexdigest() for der in resource.roots]
+        return {"t": "trust_bundle", "uid": resource.uid, "roots_sha256": roots}
+    document = msgspec.to_builtins(resource, str_keys=True)
+    assert isinstance(document, dict)  # noqa: S101 - a struct becomes a dict
+    return document
+
+
+def socket_owner(client: Any, server: Any, root: str = "/proc/self/net") -> int | None:  # noqa: ANN401
+    """Return the user id of the process that holds the client's end of a TCP connection.
+
+    `client` and `server` are socket addresses as `getpeername` gives them. None if the kernel's
+    table (proc(5), /proc/net/tcp) does not list the connection.
+    """
+    wanted = f"{_table_form(*client[:2])} {_table_form(*server[:2])}"
+    name = "tcp6" if ":" in client[0] else "tcp"
+    with open(f"{root}/{name}", encoding="ascii") as table:  # noqa: PTH123 - procfs
+        for line in table:
+            fields = line.split()
+            if len(fields) > 7 and f"{fields[1]} {fields[2]}" == wanted:  # noqa: PLR2004
+                return int(fields[7])
+    return None
+
+
+def _table_form(host: str, port: int) -> str:
+    packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    words = struct.unpack(f"={len(packed) // 4}I", packed)
+    return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
+
+
+def _own_host(host: str) -> bool:
+    name = host.rsplit("]", 1)[0] + "]" if host.startswith("[") else host.rsplit(":", 1)[0]
+    return name in {"127.0.0.1", "localhost", "[::1]"}
+
+
+def _silent() -> logging.Logger:
+    # The library writes a traceback with the client's bytes for every malformed request. What our
+    # own handlers do wrong is logged by `_errors`.
+    logger = logging.getLogger("nodeagent.admin.http")
+    logger.setLevel(logging.CRITICAL)
+    return logger
+
+
+class _Limited:
+    """Makes protocols whose connections are bounded in number and life."""
+
+    def __init__(self, runner: web.AppRunner) -> None:
+        self._runner = runner
+        self.open = 0
+
+    def __call__(self) -> asyncio.Protocol:
+        server = self._runner.server
+        assert server is not None  # noqa: S101 - set up before the first listener
+        return _Bounded(self, server())
+
+
+class _Bounded(asyncio.Protocol):
+    """Passes everything on to the HTTP protocol, and ends the connection when its time is up."""
+
+    def __init__(self, limits: _Limited, http: asyncio.Protocol) -> None:
+        self._limits = limits
+        self._http = http
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
+        self._limits.open += 1
+        self._http.connection_made(transport)
+        if self._limits.open > MAX_CONNECTIONS:
+            transport.abort()
+            return
+        loop = asyncio.get_running_loop()
+        self._expiry = loop.call_later(CONNECTION_SECONDS, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._limits.open -= 1
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._http.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._http.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._http.resume_writing()
+
+
+async def _close_after(_request: web.Request, response: web.StreamResponse) -> None:
+    response.force_close()
+    response.headers[hdrs.SERVER] = "nodeagent"
+    response.headers[hdrs.CACHE_CONTROL] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+
+
+@web.middleware
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException:
+        raise
+    except Exception as error:
+        log.exception("admin request failed", path=request.path)
+        raise web.HTTPInternalServerError(text=f"{type(error).__name__}; see the log\n") from error
+
+
+async def _index(_request: web.Request) -> web.Response:
+    paths: Mapping[str, str] = {
+        "/metrics": "Prometheus metrics",
+        "/healthz/ready": "200 when traffic would pass, else 503 and what is missing",
+        "/healthz/live": "200 while the process works",
+        "/status": "the whole picture as JSON",
+        "/config_dump": "the state that ztunnel is to hold, without keys",
+    }
+    return web.Response(text="".join(f"{path:16} {text}\n" for path, text in paths.items()))

@@ -1,0 +1,293 @@
+"""The admin surface over real sockets: what it answers, to whom, and what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from nodeagent.admin import Metrics, Status, server
+from nodeagent.admin.model import (
+    SCHEMA,
+    CertificateReport,
+    ConfigReport,
+    PodReport,
+    PodState,
+    Problem,
+    ZtunnelReport,
+)
+from ztunnel import protocol
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ID = "spiffe://cluster.local/ns/default/sa/a"
+SECRET = b"the private key"
+
+
+def picture(missing: tuple[str, ...] = ()) -> Status:
+    certificate = CertificateReport(identity=ID, not_before=NOW, not_after=NOW, renewals=2)
+    return Status(
+        schema=SCHEMA,
+        time=NOW,
+        version="1",
+        node="n",
+        cluster="c",
+        trust_domain="cluster.local",
+        pid=1,
+        started=NOW,
+        ready=not missing,
+        missing=missing,
+        ztunnel=ZtunnelReport(connected=True, wanted_version=3, acknowledged_version=3),
+        config=ConfigReport(
+            source="files /etc/x",
+            loaded=True,
+            documents=4,
+            problems=(Problem(file="a.yaml", line=3, column=1, field="spec", reason="bad"),),
+        ),
+        pods=(
+            PodReport(
+                workload="default/a",
+                identity=ID,
+                netns="a",
+                state=PodState.ENROLLED,
+                since=NOW,
+                drops={"unmarked": 7},
+                certificate=certificate,
+            ),
+        ),
+        certificates=(certificate,),
+    )
+
+
+class FakeBackend:
+    def __init__(self) -> None:
+        self.lacking: tuple[str, ...] = ()
+        self.reason = ""
+        self._metrics = Metrics("1", lambda: picture(self.lacking))
+
+    async def status(self) -> Status:
+        return picture(self.lacking)
+
+    async def missing(self) -> tuple[str, ...]:
+        return self.lacking
+
+    def stuck(self) -> str:
+        return self.reason
+
+    def metrics(self) -> bytes:
+        return self._metrics.render()
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        return (
+            protocol.Credential(ID, (b"leaf",), SECRET, 1, 2),
+            protocol.TrustBundle("cluster.local", (b"root",)),
+            protocol.WorkloadPolicy(
+                "default/a", protocol.Mode.STRICT, "x", {80: protocol.Mode.DISABLE}
+            ),
+        )
+
+
+class Site:
+    def __init__(self, port: int, path: Path, backend: FakeBackend) -> None:
+        self.base = f"http://127.0.0.1:{port}"
+        self.port = port
+        self.path = path
+        self.backend = backend
+
+    async def get(
+        self, path: str, *, unix: bool = False, method: str = "GET", host: str | None = None
+    ) -> tuple[int, str]:
+        connector = aiohttp.UnixConnector(str(self.path)) if unix else aiohttp.TCPConnector()
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            session.request(
+                method, self.base + path, headers={"Host": host} if host is not None else None
+            ) as response,
+        ):
+            return response.status, await response.text()
+
+
+def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
+    async def main() -> None:
+        backend = FakeBackend()
+        admin = server.AdminServer(backend)
+        tcp = socket.create_server(("127.0.0.1", 0))
+        local = socket.socket(socket.AF_UNIX)
+        local.bind(str(tmp_path / "a.sock"))
+        await admin.serve(tcp)
+        await admin.serve(local)
+        try:
+            async with asyncio.timeout(20):
+                await test(Site(tcp.getsockname()[1], tmp_path / "a.sock", backend))
+        finally:
+            await admin.close()
+
+    asyncio.run(main())
+
+
+def test_status_round_trips(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        for unix in (False, True):
+            code, body = await site.get("/status", unix=unix)
+            assert code == 200
+            assert msgspec.json.decode(body, type=Status) == picture()
+
+    run(test, tmp_path)
+
+
+def test_health(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        assert await site.get("/healthz/ready") == (200, "ready\n")
+        assert await site.get("/healthz/live") == (200, "alive\n")
+        site.backend.lacking = ("ztunnel is not connected", "pod default/a: Failed")
+        site.backend.reason = "worker threads do not answer"
+        code, body = await site.get("/healthz/ready")
+        assert code == 503
+        assert "not ready: pod default/a: Failed\n" in body
+        assert await site.get("/healthz/live") == (503, "stuck: worker threads do not answer\n")
+
+    run(test, tmp_path)
+
+
+def test_metrics(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get("/metrics")
+        assert code == 200
+        series = {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(body)
+            for sample in family.samples
+        }
+        workload = ("workload", "default/a")
+        assert series["nodeagent_ready", ()] == 1
+        assert series["nodeagent_pods", (("state", "Enrolled"),)] == 1
+        assert series["nodeagent_pods", (("state", "Failed"),)] == 0
+        assert series["nodeagent_config_problems", ()] == 1
+        assert series["nodeagent_ztunnel_in_sync", ()] == 1
+        dropped = "nodeagent_capture_dropped_packets_total"
+        assert series[dropped, (("reason", "unmarked"), workload)] == 7
+        identity = (("spiffe_id", ID),)
+        assert series["nodeagent_svid_not_after_seconds", identity] == NOW.timestamp()
+        assert series["nodeagent_svid_renewals_total", identity] == 2
+
+    run(test, tmp_path)
+
+
+def test_config_dump_holds_no_key(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get("/config_dump", unix=True)
+        assert code == 200
+        assert SECRET.decode() not in body
+        dump = json.loads(body)["resources"]
+        assert set(dump) == {"credential", "trust_bundle", "workload_policy"}
+        assert dump["workload_policy"][0]["port_modes"] == {"80": "DISABLE"}
+        assert len(dump["credential"][0]["chain_sha256"][0]) == 64
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example:15000", "", "localhost@x"]
+)
+def test_foreign_host_header_is_refused_on_loopback_only(tmp_path: Path, host: str) -> None:
+    async def test(site: Site) -> None:
+        code, _ = await site.get("/metrics", host=host)
+        assert code in {400, 421}
+        code, _ = await site.get("/metrics", host=host or "x", unix=True)
+        assert code == 200
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost:15000", "[::1]", "[::1]:15000"])
+def test_own_host_headers_are_taken(tmp_path: Path, host: str) -> None:
+    async def test(site: Site) -> None:
+        assert (await site.get("/metrics", host=host))[0] == 200
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_nothing_can_be_changed(tmp_path: Path, method: str) -> None:
+    async def test(site: Site) -> None:
+        assert (await site.get("/status", method=method))[0] == 405
+
+    run(test, tmp_path)
+
+
+def test_other_users_get_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "socket_owner", lambda *_: 65534)
+
+    async def test(site: Site) -> None:
+        assert (await site.get("/status"))[0] == 403
+        assert (await site.get("/config_dump"))[0] == 403
+        assert (await site.get("/metrics"))[0] == 200
+        assert (await site.get("/status", unix=True))[0] == 200
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_owner_of_a_connection_is_found(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with (
+        socket.create_server((address, 0), family=family) as listening,
+        socket.create_connection(listening.getsockname()[:2]) as client,
+        listening.accept()[0] as accepted,
+    ):
+        owner = server.socket_owner(accepted.getpeername(), accepted.getsockname())
+        assert owner == os.geteuid()
+        assert client.fileno() >= 0
+    assert server.socket_owner((address, 1), (address, 1)) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"GET / HTTP/1.1\r\nX: " + b"a" * 9000, id="long header"),
+        pytest.param(b"\0" * 100, id="zeros"),
+        pytest.param(b"nonsense\r\n\r\n", id="words"),
+    ],
+)
+def test_malformed_requests_end_the_connection(tmp_path: Path, data: bytes) -> None:
+    async def test(site: Site) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(data)
+        answer = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        assert answer == b"" or b" 400 " in answer.splitlines()[0]
+
+    run(test, tmp_path)
+
+
+def test_silent_connections_are_ended_and_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CONNECTION_SECONDS", 0.2)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
+
+    async def ended(site: Site) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        try:
+            assert await reader.read() == b""
+        except ConnectionResetError:
+            pass
+        finally:
+            writer.close()
+
+    async def test(site: Site) -> None:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(5):
+                group.create_task(ended(site))
+        assert (await site.get("/healthz/live"))[0] == 200
+
+    run(test, tmp_path)

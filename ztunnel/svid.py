@@ -43,6 +43,7 @@ __all__ = [
     "SvidError",
     "SvidReason",
     "VerifiedPeer",
+    "anchors",
     "unusable_roots",
     "validate",
 ]
@@ -343,16 +344,16 @@ def _check_anchor(root: bytes) -> x509.Certificate:
 
 
 @functools.lru_cache(maxsize=_ANCHOR_CACHE)
-def _anchors(roots: tuple[bytes, ...]) -> tuple[crypto.X509, ...]:
+def anchors(roots: tuple[bytes, ...]) -> tuple[crypto.X509, ...]:
     """Return those of `roots` that may be anchors. What cannot be used is left out: fail closed."""
-    anchors: list[crypto.X509] = []
+    usable: list[crypto.X509] = []
     for root in roots:
         try:
             _check_anchor(root)
-            anchors.append(_load_openssl(root))
+            usable.append(_load_openssl(root))
         except SvidError:
             continue
-    return tuple(anchors)
+    return tuple(usable)
 
 
 def _load_openssl(der: bytes) -> crypto.X509:
@@ -367,7 +368,7 @@ def _path(
 ) -> list[x509.Certificate]:
     """Return the certification path, leaf first, anchor last (RFC 5280 6.1)."""
     store = crypto.X509Store()
-    for anchor in _anchors(tuple(roots)):
+    for anchor in anchors(tuple(roots)):
         store.add_cert(anchor)
     # An operator who puts an intermediate into the bundle means to trust exactly that; SPIRE and
     # Go's verifier read bundles so. Anchors are CA certificates and the leaf is none, so a leaf

@@ -103,13 +103,13 @@ lint: setup ## Check style, types, import layers and C formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	git ls-files -z '*.c' '*.h' | xargs -0 -r clang-format --dry-run -Werror
+	clang-format --dry-run -Werror $(C_SOURCES) $(BPF_SOURCES)
 
 .PHONY: format
 format: setup ## Rewrite Python and C in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files -z '*.c' '*.h' | xargs -0 -r clang-format -i
+	clang-format -i $(C_SOURCES) $(BPF_SOURCES)
 
 .PHONY: test
 test: setup lint ## Run everything: lint, unit, namespace and interop tests (root)

@@ -30,7 +30,7 @@ PYTEST_ARGS ?=
 help: ## Show this list
 	@echo 'Usage: make TARGET'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- setting up --------------------------------------------------------------------------------
 
@@ -56,14 +56,18 @@ $(VENV)/.installed: requirements-dev.lock | system-packages
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-dev.lock
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(C_SOURCES) $(BPF_SOURCES)
+# pip builds everything once; afterwards only what changed is compiled.
+$(VENV)/.editable: $(VENV)/.installed pyproject.toml
 	PYTHONWARNINGS='ignore:Editable installation.' \
 		$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-.PHONY: build
-build: setup ## Rebuild the C and BPF parts that changed
+$(VENV)/.built: $(VENV)/.editable setup.py $(C_SOURCES) $(BPF_SOURCES)
 	$(BIN)/python setup.py --quiet build_bpf build_ext --inplace
+	touch $@
+
+.PHONY: build
+build: setup ## Compile the C and BPF parts that changed (as every other target does)
 
 .PHONY: dist
 dist: setup ## Make the wheel for nodes: compiled parts included, no compiler needed there
@@ -125,29 +129,34 @@ test-netns: setup ## Run the tests in network namespaces (root)
 
 # An instrumented copy of both packages stands before the installed ones on the path, for the tests
 # and for every daemon that they start. The C runtime of the sanitizer must come first in each
-# process. Leaks are not reported: CPython itself keeps memory until exit.
-SANITIZER_ENV = PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
-	LD_PRELOAD="$(foreach lib,$(2),$(shell gcc -print-file-name=$(lib)))"
+# process. Reports go to files, as most of these processes are daemons, and any file is a failure.
+# Leaks are not reported: CPython itself keeps memory until exit.
+SANITIZER_OPTIONS = log_path=$(CURDIR)/build/$(1)/report:abort_on_error=1
 
-define sanitized_build
+define sanitized_test
 rm -rf build/$(1)
 NODEAGENT_SANITIZE=$(2) $(BIN)/python setup.py --quiet build --build-lib build/$(1) \
 	--build-temp build/$(1)-objects
+failed=0; \
+PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
+LD_PRELOAD="$(foreach library,$(3),$(shell gcc -print-file-name=$(library)))" \
+ASAN_OPTIONS=$(SANITIZER_OPTIONS):detect_leaks=0:detect_stack_use_after_return=1 \
+UBSAN_OPTIONS=$(SANITIZER_OPTIONS):print_stacktrace=1 \
+TSAN_OPTIONS=$(SANITIZER_OPTIONS):second_deadlock_stack=1 \
+	$(4) $(PYTEST) -m netns $(PYTEST_ARGS) || failed=$$?; \
+shopt -s nullglob; reports=(build/$(1)/report.*); \
+if (( $${#reports[@]} )); then cat "$${reports[@]}"; exit 1; fi; \
+exit $$failed
 endef
 
 .PHONY: sanitize
 sanitize: setup ## Run the namespace tests with AddressSanitizer and UBSan (root)
-	$(call sanitized_build,asan,$(strip address)$(comma)undefined)
-	$(call SANITIZER_ENV,asan,libasan.so libubsan.so) \
-	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1 \
-	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-		$(PYTEST) -m netns $(PYTEST_ARGS)
+	$(call sanitized_test,asan,address$(comma)undefined,libasan.so libubsan.so)
 
+# ThreadSanitizer's shadow memory and a wide address space randomisation exclude each other.
 .PHONY: sanitize-threads
 sanitize-threads: setup ## Run the namespace tests with ThreadSanitizer (root)
-	$(call sanitized_build,tsan,thread)
-	$(call SANITIZER_ENV,tsan,libtsan.so) TSAN_OPTIONS=halt_on_error=1:second_deadlock_stack=1 \
-		setarch -R $(PYTEST) -m netns $(PYTEST_ARGS)
+	$(call sanitized_test,tsan,thread,libtsan.so,setarch -R)
 
 comma := ,
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,7 @@ PROMISES = {
     "RestrictNamespaces": ["net"],
     "RestrictSUIDSGID": ["yes"],
     "LockPersonality": ["yes"],
+    "MemoryDenyWriteExecute": ["yes"],
     "SystemCallArchitectures": ["native"],
     "WantedBy": ["multi-user.target"],
 }
@@ -129,7 +131,6 @@ NODEAGENT_PROMISES = {
     "CapabilityBoundingSet": ["CAP_BPF CAP_NET_ADMIN CAP_SYS_ADMIN CAP_SYS_PTRACE"],
     # The capture writes sysctls in the pods' namespaces.
     "ProtectKernelTunables": ["no"],
-    "MemoryDenyWriteExecute": ["yes"],
     "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6 AF_NETLINK"],
     "SystemCallFilter": ["@system-service", "~@privileged @resources", "bpf"],
 }
@@ -180,6 +181,52 @@ def test_programs_are_the_installed_ones(unit: str) -> None:
     assert program.parent == Path(prefix[1]) / "bin"
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f"\n{program.name} = " in scripts
+
+
+NO_WRITABLE_CODE = """
+import ctypes, errno, mmap, sys
+PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1
+if ctypes.CDLL(None).prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0) != 0:
+    print("unsupported")
+    sys.exit()
+try:
+    mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_WRITE | mmap.PROT_EXEC)
+except OSError:
+    print("refused")
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def test_tls_contexts_need_no_writable_code(tmp_path: Path) -> None:
+    """MemoryDenyWriteExecute= of the units, by the kernel's own switch for the same (Linux 6.3)."""
+    script = tmp_path / "confined.py"
+    script.write_text(NO_WRITABLE_CODE, encoding="ascii")
+    inner = tmp_path / "test_inner.py"
+    inner.write_text(
+        "import time\n"
+        "from support.certificates import authority, workload\n"
+        "from ztunnel import tls\n"
+        "def test_build():\n"
+        "    times = {'not_before': time.time() - 60, 'not_after': time.time() + 600}\n"
+        "    root = authority(**times)\n"
+        "    leaf = workload(root, 'spiffe://cluster.local/ns/a/sa/b', **times)\n"
+        "    made = tls.build([leaf.der], leaf.key_der, [root.der])\n"
+        "    assert tls.context_pointer(made.server) != tls.context_pointer(made.client)\n",
+        encoding="ascii",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), "-c", str(ROOT / "pyproject.toml"), str(inner)],
+        check=False,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.stdout == "unsupported\n":
+        pytest.skip("this kernel has no PR_SET_MDWE")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("refused\n")
+    assert "1 passed" in done.stdout
 
 
 def test_tmpfiles_are_accepted(tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""What `nodeagent status` says: findings, lines and tables from a status, as values.
+
+This module owns the words and columns that an operator reads. It promises that every finding has
+a stable code, a cause and a remedy, that meaning never hangs on colour, and that columns are only
+added at the end. Pure: the time and the time zone come in as values.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, tzinfo
+from typing import Final
+
+import msgspec
+
+from nodeagent.admin.model import CertificateReport, PodReport, PodState, Status
+
+__all__ = ["Finding", "Row", "certificate_left", "duration", "findings", "pod_rows", "verdict"]
+
+_MINUTE: Final = 60
+_HOUR: Final = 60 * _MINUTE
+_DAY: Final = 24 * _HOUR
+
+_TWO_UNITS_BELOW: Final = 10
+"""Below ten of a unit the next smaller one still matters: "3m20s", but "15m"."""
+
+_HEADINGS: Final = ("WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE")
+_WIDE_HEADINGS: Final = ("NETNS", "ADDRESSES", "POLICY", "CERT-UNTIL", "REPAIRED")
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something an operator should act on. `code` is stable; `remedy` says how."""
+
+    code: str
+    text: str
+    remedy: str
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One line of the table; `good` says how the state may be coloured."""
+
+    cells: tuple[str, ...]
+    good: bool
+
+
+def duration(seconds: float) -> str:
+    """Return a short duration for people: 45s, 3m20s, 15m, 4h10m, 2d3h, 40d."""
+    whole = max(0, int(seconds))
+    for size, unit, smaller, small_unit in (
+        (_DAY, "d", _HOUR, "h"),
+        (_HOUR, "h", _MINUTE, "m"),
+        (_MINUTE, "m", 1, "s"),
+    ):
+        if whole >= size:
+            rest = whole % size // smaller
+            if whole // size < _TWO_UNITS_BELOW and rest:
+                return f"{whole // size}{unit}{rest}{small_unit}"
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
+def certificate_left(certificate: CertificateReport | None, now: datetime) -> str:
+    """Return what is left of a certificate: a duration, "expired" or "<none>"."""
+    if certificate is None or certificate.not_after is None:
+        return "<none>"
+    left = (certificate.not_after - now).total_seconds()
+    text = duration(left) if left > 0 else "expired"
+    return f"{text} (failing)" if certificate.error else text
+
+
+def verdict(status: Status, found: tuple[Finding, ...]) -> str:
+    """Return the one line that answers "is it all right?"."""
+    enrolled = sum(pod.state is PodState.ENROLLED for pod in status.pods)
+    pods = f"{enrolled} of {len(status.pods)} pods enrolled"
+    if status.ready and not found:
+        return f"{status.node}: healthy, {pods}"
+    count = f"{len(found)} finding{'s' if len(found) != 1 else ''}"
+    return f"{status.node}: {'ready' if status.ready else 'NOT READY'}, {pods}, {count}"
+
+
+def findings(status: Status, now: datetime) -> tuple[Finding, ...]:
+    """Return everything that needs somebody, the causes before their consequences."""
+    found = [*_config(status), *_ztunnel(status)]
+    for certificate in status.certificates:
+        found += _certificate(certificate, now)
+    for pod in status.pods:
+        found += _pod(pod)
+    if not found:
+        # Readiness knows something that has no finding of its own yet: never hide it.
+        for missing in status.missing:
+            found.append(Finding("not-ready", missing, "look at the daemon's log"))
+    return tuple(found)
+
+
+def _config(status: Status) -> list[Finding]:
+    found = [
+        Finding(
+            "config-refused",
+            f"{problem.file}:{problem.line}:{problem.column}: "
+            + (f"{problem.field}: " if problem.field else "")
+            + problem.reason,
+            "correct the file; its last good version stays in force until then",
+        )
+        for problem in status.config.problems
+    ]
+    if not status.config.loaded:
+        found.insert(
+            0,
+            Finding(
+                "config-not-loaded",
+                f"no configuration has been loaded from {status.config.source}",
+                "nothing is enrolled or removed until it can be read",
+            ),
+        )
+    return found
+
+
+def _ztunnel(status: Status) -> list[Finding]:
+    ztunnel = status.ztunnel
+    if not ztunnel.connected:
+        return [
+            Finding(
+                "ztunnel-not-connected",
+                "ztunnel is not connected; it goes on with the last state that it had, if it runs",
+                "systemctl status ztunnel; journalctl -u ztunnel",
+            )
+        ]
+    found: list[Finding] = []
+    if ztunnel.rejected:
+        found.append(
+            Finding(
+                "ztunnel-rejected",
+                f"ztunnel refused the newest state: {ztunnel.rejected}",
+                "the state before it is in force; journalctl -u ztunnel",
+            )
+        )
+    for resource in ztunnel.oversized:
+        found.append(
+            Finding(
+                "resource-too-large",
+                f"{resource} is too large to be handed to ztunnel and is left out",
+                "split it into several documents",
+            )
+        )
+    if ztunnel.error:
+        found.append(Finding("ztunnel-silent", ztunnel.error, "journalctl -u ztunnel"))
+    return found
+
+
+def _certificate(certificate: CertificateReport, now: datetime) -> list[Finding]:
+    until = certificate.not_after
+    if until is None:
+        text = f"{certificate.identity} has no certificate"
+    elif until <= now:
+        text = f"the certificate of {certificate.identity} has expired"
+    elif certificate.error:
+        left = duration((until - now).total_seconds())
+        text = f"the certificate of {certificate.identity} cannot be renewed, {left} left"
+    else:
+        return []
+    cause = f": {certificate.error}" if certificate.error else ""
+    return [Finding("certificate", text + cause, "look at the identity provider")]
+
+
+def _pod(pod: PodReport) -> list[Finding]:
+    detail = f": {pod.error}" if pod.error else ""
+    if pod.state is PodState.ENROLLED:
+        return []
+    if pod.state is PodState.WAITING:
+        return [
+            Finding(
+                "pod-namespace-missing",
+                f"{pod.workload}: network namespace {pod.netns!r} does not exist{detail}",
+                "start the workload, or correct its nodeagent.io/netns annotation",
+            )
+        ]
+    if pod.state is PodState.DEGRADED:
+        wrong = ", ".join(pod.deviations) or "an audit failed"
+        return [
+            Finding(
+                "pod-degraded",
+                f"{pod.workload}: {wrong}{detail}",
+                "the pod is kept closed there; look for what changes its namespace",
+            )
+        ]
+    return [
+        Finding(
+            f"pod-{pod.state.value.lower()}",
+            f"{pod.workload} is {pod.state.value.lower()}{detail}",
+            "it is tried again; the daemon's log has every attempt",
+        )
+    ]
+
+
+def pod_rows(
+    status: Status, now: datetime, zone: tzinfo | None, *, wide: bool
+) -> tuple[tuple[str, ...], tuple[Row, ...]]:
+    """Return the headings and the rows of the pods' table. `zone` None is the local time zone."""
+    headings = _HEADINGS + (_WIDE_HEADINGS if wide else ())
+    rows: list[Row] = []
+    for pod in sorted(status.pods, key=lambda pod: pod.workload):
+        cells: tuple[str, ...] = (
+            pod.workload,
+            pod.identity if wide else _short_identity(pod.identity, status.trust_domain),
+            _mode(pod),
+            certificate_left(pod.certificate, now),
+            pod.state.value,
+            duration((now - pod.since).total_seconds()),
+        )
+        if wide:
+            cells += (
+                pod.netns,
+                ",".join(pod.addresses) or "<none>",
+                pod.mode_origin or "<none>",
+                _moment(pod.certificate.not_after if pod.certificate else None, zone),
+                str(pod.repaired),
+            )
+        rows.append(Row(cells, pod.state is PodState.ENROLLED))
+    return headings, tuple(rows)
+
+
+def _short_identity(identity: str, trust_domain: str) -> str:
+    return identity.removeprefix(f"spiffe://{trust_domain}/").removeprefix("spiffe://") or "<none>"
+
+
+def _mode(pod: PodReport) -> str:
+    # A port that differs must not hide behind the workload's mode.
+    return (pod.mode or "<unknown>") + ("*" if pod.port_modes else "")
+
+
+def _moment(moment: datetime | None, zone: tzinfo | None) -> str:
+    if moment is None:
+        return "<none>"
+    return moment.astimezone(zone).replace(microsecond=0).isoformat(sep="T")

@@ -1,0 +1,247 @@
+"""What `nodeagent status` says: verdict, rows, findings, exit codes and output forms."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from nodeagent.admin import AdminServer
+from nodeagent.admin.model import (
+    SCHEMA,
+    CertificateReport,
+    ConfigReport,
+    PodReport,
+    PodState,
+    PortMode,
+    Problem,
+    Status,
+    ZtunnelReport,
+)
+from nodeagent.cli import status_view
+from nodeagent.cli.status import ExitCode, status
+from ztunnel import protocol
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ID = "spiffe://cluster.local/ns/default/sa/a"
+
+
+def certificate(left: float | None = 3000, error: str = "") -> CertificateReport:
+    until = None if left is None else NOW + timedelta(seconds=left)
+    return CertificateReport(identity=ID, not_after=until, error=error)
+
+
+def pod(**changes: Any) -> PodReport:  # noqa: ANN401
+    base = PodReport(
+        workload="default/a",
+        identity=ID,
+        netns="a",
+        state=PodState.ENROLLED,
+        since=NOW - timedelta(minutes=3),
+        mode="STRICT",
+        mode_origin="default/strict (a.yaml:1)",
+        addresses=("10.0.0.1",),
+        certificate=certificate(),
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def picture(**changes: Any) -> Status:  # noqa: ANN401
+    base = Status(
+        schema=SCHEMA,
+        time=NOW,
+        version="1",
+        node="node-1",
+        cluster="c",
+        trust_domain="cluster.local",
+        pid=1,
+        started=NOW,
+        ready=True,
+        missing=(),
+        ztunnel=ZtunnelReport(connected=True),
+        config=ConfigReport(source="/etc/x", loaded=True),
+        pods=(pod(),),
+        certificates=(certificate(),),
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [
+        (-5, "0s"),
+        (59, "59s"),
+        (60, "1m"),
+        (200, "3m20s"),
+        (659, "10m"),
+        (15_000, "4h10m"),
+        (86_400 * 2 + 3600 * 3, "2d3h"),
+        (86_400 * 40, "40d"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert status_view.duration(seconds) == text
+
+
+def test_healthy_node_has_no_finding() -> None:
+    assert status_view.findings(picture(), NOW) == ()
+    assert status_view.verdict(picture(), ()) == "node-1: healthy, 1 of 1 pods enrolled"
+
+
+PROBLEM = Problem(file="a.yaml", line=3, column=7, field="spec.mtls", reason="unknown mode")
+
+
+@pytest.mark.parametrize(
+    "changes,code,word",
+    [
+        ({"config": ConfigReport(source="/etc/x", loaded=False)}, "config-not-loaded", "/etc/x"),
+        (
+            {"config": ConfigReport(source="x", loaded=True, problems=(PROBLEM,))},
+            "config-refused",
+            "a.yaml:3:7: spec.mtls",
+        ),
+        ({"ztunnel": ZtunnelReport(connected=False)}, "ztunnel-not-connected", "not connected"),
+        (
+            {"ztunnel": ZtunnelReport(connected=True, rejected="full")},
+            "ztunnel-rejected",
+            "full",
+        ),
+        ({"certificates": (certificate(None),)}, "certificate", "no certificate"),
+        ({"certificates": (certificate(-1),)}, "certificate", "expired"),
+        ({"certificates": (certificate(600, "CA down"),)}, "certificate", "10m left: CA down"),
+        (
+            {"pods": (pod(state=PodState.WAITING),)},
+            "pod-namespace-missing",
+            "'a' does not exist",
+        ),
+        (
+            {"pods": (pod(state=PodState.DEGRADED, deviations=("rule 101 missing",)),)},
+            "pod-degraded",
+            "rule 101",
+        ),
+        ({"pods": (pod(state=PodState.FAILED, error="EPERM"),)}, "pod-failed", "EPERM"),
+        ({"ready": False, "missing": ("something new",)}, "not-ready", "something new"),
+    ],
+)
+def test_every_trouble_is_a_finding_with_a_remedy(
+    changes: dict[str, Any], code: str, word: str
+) -> None:
+    (finding,) = status_view.findings(picture(**changes), NOW)
+    assert finding.code == code
+    assert word in finding.text
+    assert finding.remedy
+
+
+def test_rows_are_short_or_wide() -> None:
+    found = picture(pods=(pod(port_modes=(PortMode(port=80, mode="DISABLE", origin="x"),)),))
+    headings, (row,) = status_view.pod_rows(found, NOW, UTC, wide=False)
+    assert headings == ("WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE")
+    assert row.cells == ("default/a", "ns/default/sa/a", "STRICT*", "50m", "Enrolled", "3m")
+    zone = timezone(timedelta(hours=1))
+    headings, (row,) = status_view.pod_rows(found, NOW, zone, wide=True)
+    assert row.cells[1] == ID
+    assert row.cells[headings.index("CERT-UNTIL")] == "2026-01-02T04:54:05+01:00"
+
+
+# --- the command against a real socket -----------------------------------------------------------
+
+
+class Backend:
+    def __init__(self, answer: Status) -> None:
+        self.answer = answer
+
+    async def status(self) -> Status:
+        return self.answer
+
+    async def missing(self) -> tuple[str, ...]:
+        return self.answer.missing
+
+    def stuck(self) -> str:
+        return ""
+
+    def metrics(self) -> bytes:
+        return b""
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        return ()
+
+
+def invoke(tmp_path: Path, answer: Status, *arguments: str) -> Result:
+    async def main() -> Result:
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(tmp_path / "admin.sock"))
+        admin = AdminServer(Backend(answer))
+        await admin.serve(listening)
+        try:
+            command = ["--run-dir", str(tmp_path), *arguments]
+            return await asyncio.to_thread(CliRunner().invoke, status, command)
+        finally:
+            await admin.close()
+
+    return asyncio.run(main())
+
+
+def living(**changes: Any) -> Status:  # noqa: ANN401
+    until = datetime.now(UTC) + timedelta(hours=1)
+    fresh = CertificateReport(identity=ID, not_after=until)
+    return picture(certificates=(fresh,), pods=(pod(certificate=fresh),), **changes)
+
+
+@pytest.mark.parametrize("form", ["table", "wide", "json", "yaml"])
+def test_exit_codes_do_not_depend_on_the_form(tmp_path: Path, form: str) -> None:
+    result = invoke(tmp_path, living(), "-o", form)
+    assert result.exit_code == ExitCode.HEALTHY, result.output
+    (tmp_path / "admin.sock").unlink(missing_ok=True)
+    sick = living(ready=False, missing=("x",), ztunnel=ZtunnelReport(connected=False))
+    result = invoke(tmp_path, sick, "-o", form)
+    assert result.exit_code == ExitCode.FINDING, result.output
+    assert "ztunnel-not-connected" in result.stdout
+
+
+def test_table_fits_eighty_columns(tmp_path: Path) -> None:
+    result = invoke(tmp_path, living())
+    assert "node-1: healthy" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_documents_are_one_and_carry_the_schema(tmp_path: Path, form: str) -> None:
+    result = invoke(tmp_path, living(), "-o", form)
+    document = (json.loads if form == "json" else yaml.safe_load)(result.stdout)
+    assert document["schema"] == SCHEMA
+    assert document["findings"] == []
+    assert document["pods"][0]["workload"] == "default/a"
+
+
+def test_unreachable_daemon_has_cause_and_remedy(tmp_path: Path) -> None:
+    result = CliRunner().invoke(status, ["--run-dir", str(tmp_path)])
+    assert result.exit_code == ExitCode.UNREACHABLE
+    assert "does not run here" in result.stderr
+    assert "systemctl start" in result.stderr
+    assert result.stdout == ""
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(tmp_path / "admin.sock"))
+    stale.close()
+    result = CliRunner().invoke(status, ["--run-dir", str(tmp_path)])
+    assert result.exit_code == ExitCode.UNREACHABLE
+    assert "stopped without cleaning up" in result.stderr
+
+
+def test_other_schema_is_not_misread(tmp_path: Path) -> None:
+    result = invoke(tmp_path, living(schema=SCHEMA + 1))
+    assert result.exit_code == ExitCode.UNREACHABLE
+    assert "own release" in result.stderr
+
+
+def test_wrong_usage() -> None:
+    result = CliRunner().invoke(status, ["--run-dir", "/x", "--settings", "/y"])
+    assert result.exit_code == ExitCode.USAGE

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent import api
+from nodeagent.settings import Settings, load_settings
+
 ROOT = Path(__file__).parents[2]
 
 MAX_LINES = {".bpf.c": 400, ".c": 800, ".h": 800, ".py": 500}
@@ -127,5 +130,28 @@ def test_documents_name_only_what_exists(document: str) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     assert set(re.findall(r"`make ([a-z-]+)`", text)) <= targets
+    for target in re.findall(r"^make ([a-z-]+)", text, re.MULTILINE):
+        assert target in targets
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert ((ROOT / document).parent / link).exists(), f"{document}: {link}"
+
+
+def test_examples_of_the_readme_are_valid() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert examples
+    for example in examples:
+        loaded = api.load(example.encode(), "README.md")
+        assert not loaded.errors, loaded.errors
+        assert not loaded.warnings, loaded.warnings
+        assert loaded.documents
+
+
+def test_installed_settings_are_the_defaults() -> None:
+    """The commented file that `make install` leaves changes nothing, and shows true defaults."""
+    path = ROOT / "systemd" / "nodeagent.yaml"
+    assert load_settings(path) == Settings()
+    shown = dict(re.findall(r"^# (\w+): (\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    del shown["node"]
+    for name, value in shown.items():
+        assert str(getattr(Settings(), name)) == value

@@ -100,16 +100,15 @@ def extension(name: str, sources: list[Path], library: str, headers: list[Path])
 
 
 def extensions() -> list[Extension]:
-    """Return the extensions whose sources are there."""
-    found = []
-    core = sorted((ROOT / "ztunnel" / "_core").glob("*.c"))
-    if core:
-        headers = sorted((ROOT / "ztunnel" / "_core").glob("*.h"))
-        found.append(extension("ztunnel._core", core, "libnghttp2", headers))
+    """Return the data path's core and the binding to libbpf."""
+    core = ROOT / "ztunnel" / "_core"
     binding = ROOT / "nodeagent" / "capture" / "_libbpf.c"
-    if binding.exists():
-        found.append(extension("nodeagent.capture._libbpf", [binding], "libbpf", []))
-    return found
+    return [
+        extension(
+            "ztunnel._core", sorted(core.glob("*.c")), "libnghttp2", sorted(core.glob("*.h"))
+        ),
+        extension("nodeagent.capture._libbpf", [binding], "libbpf", []),
+    ]
 
 
 class build_bpf(Command):  # noqa: N801 - setuptools names commands by their class

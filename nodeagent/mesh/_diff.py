@@ -1,0 +1,35 @@
+"""What changed from one state to the next, as the seam's resources and removals.
+
+This module owns the comparison. It promises that applying the result of `diff(old, new)` to what
+`old` was made of gives `new`, and that equal states give nothing. It may not order resources in
+any way that a receiver could depend on: an update is applied as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nodeagent.mesh._state import MeshState
+from ztunnel.protocol import Removal, Service, Workload, WorkloadPolicy
+
+__all__ = ["diff"]
+
+_Resource = Workload | Service | WorkloadPolicy
+
+
+def diff(
+    old: MeshState | None, new: MeshState
+) -> tuple[tuple[_Resource, ...], tuple[Removal, ...]]:
+    """Return the upserts and removals that lead from `old` (None: from nothing) to `new`."""
+    before = old or MeshState()
+    upserts: list[_Resource] = []
+    removals: list[Removal] = []
+    pairs: tuple[tuple[str, Mapping[str, _Resource], Mapping[str, _Resource]], ...] = (
+        ("workload", before.workloads, new.workloads),
+        ("service", before.services, new.services),
+        ("workload_policy", before.policies, new.policies),
+    )
+    for kind, had, has in pairs:
+        upserts += [has[uid] for uid in sorted(has) if had.get(uid) != has[uid]]
+        removals += [Removal(kind, uid) for uid in sorted(had.keys() - has.keys())]
+    return tuple(upserts), tuple(removals)

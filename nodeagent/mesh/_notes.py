@@ -1,0 +1,33 @@
+"""Warnings of the mesh: one line each, with the place of the document that is concerned.
+
+This module owns their form. It promises a stable order. It may not decide what deserves one.
+"""
+
+from __future__ import annotations
+
+from nodeagent.api import ConfigWarning, Document
+
+__all__ = ["Notes", "name"]
+
+
+def name(document: Document) -> str:
+    """Return how a warning names `document`: kind, uid and place."""
+    return f"{type(document).__name__} {document.uid} ({document.origin})"
+
+
+class Notes:
+    """Collects warnings."""
+
+    def __init__(self) -> None:
+        self._found: set[ConfigWarning] = set()
+
+    def add(self, document: Document, field: str, reason: str) -> None:
+        origin = document.origin
+        text = f"{type(document).__name__} {document.uid}: {reason}"
+        self._found.add(ConfigWarning(origin.file, origin.line, origin.column, field, text))
+
+    def extend(self, warnings: tuple[ConfigWarning, ...]) -> None:
+        self._found.update(warnings)
+
+    def texts(self) -> tuple[str, ...]:
+        return tuple(str(warning) for warning in sorted(self._found))

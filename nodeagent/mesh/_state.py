@@ -1,0 +1,37 @@
+"""The state of the mesh, as one immutable value.
+
+This module owns the types that `build` returns. It promises values that compare equal when they
+mean the same. It may not hold anything that is not derived from documents and settings.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ztunnel.protocol import Service, Workload, WorkloadPolicy
+
+__all__ = ["Binding", "MeshState"]
+
+
+class Binding(msgspec.Struct, frozen=True, order=True):
+    """A workload of this node, and the network namespace that it runs in.
+
+    `workload` is the workload's uid. `netns` is the name of a named namespace, or an absolute path.
+    """
+
+    workload: str
+    netns: str
+
+
+class MeshState(msgspec.Struct, frozen=True):
+    """Everything that this node knows of the mesh; all keys are uids.
+
+    `policies` and `bindings` are of this node's bound workloads only, and have the same keys.
+    `warnings` name what has no effect or was decided in a conflict, with file and line.
+    """
+
+    workloads: dict[str, Workload] = {}
+    services: dict[str, Service] = {}
+    policies: dict[str, WorkloadPolicy] = {}
+    bindings: dict[str, Binding] = {}
+    warnings: tuple[str, ...] = ()

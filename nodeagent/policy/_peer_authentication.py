@@ -1,0 +1,180 @@
+"""PeerAuthentication: narrowest wins, the oldest wins on one level, UNSET inherits.
+
+This module owns the precedence. It promises that the order of documents never matters, that every
+document which loses or has no effect is named in a warning, and that a port without a mode of its
+own takes its workload's. It may not look at anything but labels, namespaces and ages.
+
+Precedence, from Istio's reference of PeerAuthentication: a policy with a selector (not in the root
+namespace) is for the workloads of its namespace that it selects; one without is for its namespace,
+in the root namespace for the mesh. On each of the three levels the oldest policy is the level's
+only one, even if its mode is UNSET; policies of one level are not merged. The narrowest level whose
+mode is not UNSET decides; if none does, PERMISSIVE. Port modes come from the workload level only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from nodeagent.api import ConfigWarning, MtlsMode, PeerAuthentication
+from ztunnel.protocol import Mode, WorkloadPolicy
+
+__all__ = ["DEFAULT_MODE", "DEFAULT_ORIGIN", "Resolution", "Subject", "resolve"]
+
+DEFAULT_MODE: Final = Mode.PERMISSIVE
+"""Istio's: what is enrolled first accepts both, so that enrolling breaks nobody."""
+
+DEFAULT_ORIGIN: Final = "default"
+
+_NAMED: Final = 5
+"""Workloads named in one warning; a mesh-wide policy may concern thousands."""
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """A workload as policy sees it. `in_mesh` is false for one that is reached without HBONE."""
+
+    uid: str
+    namespace: str
+    labels: dict[str, str]
+    in_mesh: bool = True
+
+
+class Resolution(msgspec.Struct, frozen=True):
+    """`policies` by workload uid, one for each subject in the mesh."""
+
+    policies: dict[str, WorkloadPolicy]
+    warnings: tuple[ConfigWarning, ...]
+
+
+class _Levels:
+    """The policies sorted into the three levels, oldest first."""
+
+    def __init__(self, policies: Iterable[PeerAuthentication], root_namespace: str) -> None:
+        self.mesh: list[PeerAuthentication] = []
+        self.namespaces: dict[str, list[PeerAuthentication]] = {}
+        self.workloads: dict[str, list[PeerAuthentication]] = {}
+        self.warnings: list[ConfigWarning] = []
+        for policy in sorted(policies, key=lambda item: (item.age, item.origin)):
+            namespace = policy.metadata.namespace
+            in_root = namespace == root_namespace
+            if policy.spec.selector is None:
+                level = self.mesh if in_root else self.namespaces.setdefault(namespace, [])
+                level.append(policy)
+            elif in_root:
+                reason = (
+                    "has no effect: in the root namespace a policy is for the whole mesh, and one "
+                    "with a selector is ignored; put it into the workloads' namespace"
+                )
+                self.warnings.append(_warning(policy, "spec.selector", reason))
+            else:
+                self.workloads.setdefault(namespace, []).append(policy)
+        for level in (self.mesh, *self.namespaces.values()):
+            for loser in level[1:]:
+                self.warnings.append(_overruled(loser, level[0], ""))
+
+    def selecting(self, subject: Subject) -> list[PeerAuthentication]:
+        """Return the policies with a selector that selects `subject`, oldest first."""
+        return [
+            policy
+            for policy in self.workloads.get(subject.namespace, ())
+            if policy.spec.selector is not None
+            and _matches(policy.spec.selector.match_labels, subject.labels)
+        ]
+
+
+def resolve(
+    policies: Iterable[PeerAuthentication], subjects: Iterable[Subject], root_namespace: str
+) -> Resolution:
+    """Return what is in force for each subject. The order of both arguments does not matter."""
+    levels = _Levels(policies, root_namespace)
+    resolved: dict[str, WorkloadPolicy] = {}
+    overruled: dict[tuple[str, str], tuple[PeerAuthentication, PeerAuthentication, str]] = {}
+    outside: dict[str, tuple[PeerAuthentication, list[str]]] = {}
+    for subject in sorted(subjects, key=lambda item: item.uid):
+        selecting = levels.selecting(subject)
+        for loser in selecting[1:]:
+            overruled.setdefault((loser.uid, selecting[0].uid), (loser, selecting[0], subject.uid))
+        chain = [*selecting[:1], *levels.namespaces.get(subject.namespace, [])[:1]]
+        chain += levels.mesh[:1]
+        policy = _in_force(subject, chain, selecting[:1])
+        if subject.in_mesh:
+            resolved[subject.uid] = policy
+            continue
+        for strict in _strict_sources(chain, selecting[:1]):
+            outside.setdefault(strict.uid, (strict, []))[1].append(subject.uid)
+    warnings = [*levels.warnings]
+    warnings += [_overruled(*entry) for _, entry in sorted(overruled.items())]
+    warnings += [_outside(*entry) for _, entry in sorted(outside.items())]
+    return Resolution(resolved, tuple(sorted(warnings)))
+
+
+def _in_force(
+    subject: Subject, chain: Sequence[PeerAuthentication], selecting: Sequence[PeerAuthentication]
+) -> WorkloadPolicy:
+    """Return the policy of a subject; `chain` holds one policy a level, narrowest first."""
+    mode, origin = DEFAULT_MODE, DEFAULT_ORIGIN
+    for policy in chain:
+        if policy.spec.mtls.mode is not MtlsMode.UNSET:
+            mode, origin = Mode(policy.spec.mtls.mode.value), _origin(policy)
+            break
+    port_modes: dict[int, Mode] = {}
+    port_origins: dict[int, str] = {}
+    for policy in selecting:
+        for port, mtls in sorted(policy.spec.port_level_mtls.items()):
+            if mtls.mode is not MtlsMode.UNSET:
+                port_modes[port] = Mode(mtls.mode.value)
+                port_origins[port] = _origin(policy)
+    return WorkloadPolicy(subject.uid, mode, origin, port_modes, port_origins)
+
+
+def _strict_sources(
+    chain: Sequence[PeerAuthentication], selecting: Sequence[PeerAuthentication]
+) -> list[PeerAuthentication]:
+    """Return the policies whose STRICT would be in force, if the workload were in the mesh."""
+    deciding = next((p for p in chain if p.spec.mtls.mode is not MtlsMode.UNSET), None)
+    found = [deciding] if deciding and deciding.spec.mtls.mode is MtlsMode.STRICT else []
+    for policy in selecting:
+        ports = policy.spec.port_level_mtls.values()
+        if policy not in found and any(mtls.mode is MtlsMode.STRICT for mtls in ports):
+            found.append(policy)
+    return found
+
+
+def _matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    # The loader refuses an empty selector; one that was made in another way selects nothing, for
+    # selecting all is what must never happen by accident.
+    return bool(selector) and all(labels.get(key) == value for key, value in selector.items())
+
+
+def _origin(policy: PeerAuthentication) -> str:
+    return f"{policy.uid} ({policy.origin})"
+
+
+def _warning(policy: PeerAuthentication, field: str, reason: str) -> ConfigWarning:
+    origin = policy.origin
+    return ConfigWarning(
+        origin.file, origin.line, origin.column, field, f"PeerAuthentication {policy.uid} {reason}"
+    )
+
+
+def _overruled(
+    loser: PeerAuthentication, winner: PeerAuthentication, subject: str
+) -> ConfigWarning:
+    where = f" for workload {subject}" if subject else ""
+    reason = (
+        f"has no effect{where}: the older {_origin(winner)} is in force on the same level, and "
+        "policies of one level are not merged; remove one"
+    )
+    return _warning(loser, "metadata.name", reason)
+
+
+def _outside(policy: PeerAuthentication, subjects: Sequence[str]) -> ConfigWarning:
+    named = ", ".join(subjects[:_NAMED])
+    more = f" and {len(subjects) - _NAMED} more" if len(subjects) > _NAMED else ""
+    reason = (
+        f"asks for STRICT, and has no effect on workloads outside the mesh: {named}{more}; "
+        "enrol them, or do not count on it"
+    )
+    return _warning(policy, "spec", reason)

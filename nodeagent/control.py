@@ -4,7 +4,8 @@ This module owns the control socket's connections and the state that ztunnel is 
 that a slow, hung or hostile ztunnel never blocks the agent and never makes it hold more than three
 versions of the state (wanted, in flight, acknowledged); that at most one change is in flight and
 the newest state wins; and that a ztunnel which already serves pods is told nothing before the
-agent says that its own picture is complete (`open_gate`). It may not decide what the state is.
+agent says that its own picture of them is complete (`before_snapshot`), since what a snapshot does
+not name is dropped. It may not decide what the state is.
 
 Two ztunnels
 ------------
@@ -30,7 +31,7 @@ from ztunnel import protocol
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 __all__ = ["ControlServer", "PodDescriptors", "QueryError", "Rejected", "ZtunnelStatus"]
 
@@ -103,6 +104,7 @@ class ControlServer:
         settings: protocol.Settings,
         *,
         on_held: Callable[[protocol.HeldPod, tuple[int, int, int]], None],
+        before_snapshot: Callable[[frozenset[str]], Awaitable[None]],
         on_change: Callable[[], None],
         observe_seconds: Callable[[float], None],
         clock: Callable[[], float],
@@ -110,6 +112,8 @@ class ControlServer:
     ) -> None:
         """`on_held` takes over the three listeners. `on_change` follows every change of `status`.
 
+        `before_snapshot` is awaited once for each ztunnel, with the uids of the pods that it holds;
+        it bounds its own time.
         `first_version` must exceed every version that an earlier run can have used.
         `observe_seconds` is told how long each change took from its first part to its Ack.
         """
@@ -121,7 +125,7 @@ class ControlServer:
         self.version = first_version
         self.state: published.State = {}
         self.pods: dict[str, PodDescriptors] = {}
-        self.gate = asyncio.Event()
+        self.before_snapshot = before_snapshot
         self._session: _Session | None = None
         self._strangers = 0
 
@@ -142,6 +146,7 @@ class ControlServer:
         return self.version
 
     def put_pod(self, pod: protocol.Pod, descriptors: PodDescriptors) -> int:
+        """Publish the pod, or publish it again because its descriptors are others now."""
         self.pods[pod.uid] = descriptors
         return self.apply((pod,))
 
@@ -150,14 +155,12 @@ class ControlServer:
         self.pods.pop(uid, None)
         return self.apply((), (protocol.Removal("pod", uid),))
 
-    def open_gate(self) -> None:
-        """From now on the wanted state is complete enough to replace what a ztunnel holds."""
-        self.gate.set()
-
     async def acknowledged(self, version: int, seconds: float) -> bool:
-        """Wait until ztunnel has `version` in force. False after `seconds` or without a ztunnel."""
+        """Wait until ztunnel has `version` in force. False after `seconds`, or at once if no
+        ztunnel has been told anything yet.
+        """
         session = self._session
-        if session is None or not self.gate.is_set():
+        if session is None or not session.begun:
             return False
         try:
             async with asyncio.timeout(seconds):
@@ -217,10 +220,10 @@ class ControlServer:
             if peer.uid != os.geteuid():
                 log.warning("control socket: foreign user refused", uid=peer.uid, pid=peer.pid)
                 return
-            hello = await self._greet(channel)
-            if hello is None:
+            session = await self._greet(channel)
+            if session is None:
                 return
-            await self._converse(channel, hello)
+            await self._converse(session)
         except Closed:
             pass
         except protocol.ProtocolError as error:
@@ -233,17 +236,18 @@ class ControlServer:
             channel.close()
             log.info("ztunnel connection ended", pid=peer.pid, reason=reason)
 
-    async def _greet(self, channel: Channel) -> protocol.Hello | None:
+    async def _greet(self, channel: Channel) -> _Session | None:
         self._strangers += 1
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = await self._hello(channel)
                 if hello is None:
                     return None
-                for pod, fds in await _held_pods(channel, hello.pods):
+                held = await _held_pods(channel, hello.pods)
+                for pod, fds in held:
                     self.on_held(pod, fds)
                 await channel.send(protocol.Welcome(protocol.PROTOCOL_VERSION, self.settings))
-                return hello
+                return _Session(self, channel, hello, frozenset(pod.uid for pod, _ in held))
         finally:
             self._strangers -= 1
 
@@ -267,12 +271,11 @@ class ControlServer:
         await channel.send(protocol.Refusal(reason))
         return None
 
-    async def _converse(self, channel: Channel, hello: protocol.Hello) -> None:
-        session = _Session(self, channel, hello)
+    async def _converse(self, session: _Session) -> None:
         older, self._session = self._session, session
         if older is not None:
-            older.replace(hello.pid)
-        log.info("ztunnel connected", pid=hello.pid, held_pods=hello.pods)
+            older.replace(session.pid)
+        log.info("ztunnel connected", pid=session.pid, held_pods=len(session.held))
         self.on_change()
         try:
             await session.run()
@@ -309,8 +312,12 @@ async def _held_pods(
 class _Session:
     """One greeted ztunnel: a reader, and a writer that always sends the newest state."""
 
-    def __init__(self, server: ControlServer, channel: Channel, hello: protocol.Hello) -> None:
+    def __init__(
+        self, server: ControlServer, channel: Channel, hello: protocol.Hello, held: frozenset[str]
+    ) -> None:
         self.pid = hello.pid
+        self.held = held
+        self.begun = False
         self.since = server.clock()
         self.acknowledged_version = 0
         self.rejected: Rejected | None = None
@@ -418,7 +425,8 @@ class _Session:
                 raise protocol.ProtocolError(f"unexpected {type(message).__name__}")
 
     async def _write(self) -> None:
-        await self._server.gate.wait()
+        await self._server.before_snapshot(self.held)
+        self.begun = True
         while True:
             self.wake.clear()
             server = self._server

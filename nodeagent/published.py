@@ -70,7 +70,7 @@ def changed(
         different |= fresh.pop((removal.kind, removal.uid), None) is not None
     for resource in upserts:
         key = key_of(resource)
-        if fresh.get(key) != resource:
+        if _differs(fresh.get(key), resource):
             fresh[key] = resource
             different = True
     return fresh if different else None
@@ -92,7 +92,7 @@ def plan(old: State | None, new: State, version: int) -> Change:
         parts.append(Part(protocol.Update(version, reset=True, commit=False)))
     for chunk in _split(removals):
         parts.append(Part(protocol.Update(version, removals=chunk, commit=False)))
-    wanted = [(key, resource) for key, resource in new.items() if base.get(key) != resource]
+    wanted = [(key, value) for key, value in new.items() if _differs(base.get(key), value)]
     for key, resource in sorted(wanted, key=lambda item: (_RANK[type(item[1])], item[0])):
         length = len(_encoder.encode(resource))
         if length > MAX_RESOURCE:
@@ -120,6 +120,11 @@ def plan(old: State | None, new: State, version: int) -> Change:
     else:
         parts[-1] = Part(msgspec.structs.replace(last.update, commit=True))
     return Change(tuple(parts), tuple(oversized))
+
+
+def _differs(old: protocol.Resource | None, new: protocol.Resource) -> bool:
+    # A pod that is put again equals itself, but its descriptors have changed.
+    return old is not new if isinstance(new, protocol.Pod) else old != new
 
 
 def _split(removals: tuple[protocol.Removal, ...]) -> Iterable[tuple[protocol.Removal, ...]]:

@@ -30,6 +30,8 @@ class Harness:
         self.held: list[tuple[protocol.HeldPod, tuple[int, int, int]]] = []
         self.seconds = seconds
         self.changed = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.asked: list[frozenset[str]] = []
 
     async def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -63,9 +65,14 @@ async def serving(tmp_path: Path) -> AsyncIterator[Harness]:
     def on_change() -> None:
         harness.changed.set()
 
+    async def before_snapshot(held: frozenset[str]) -> None:
+        harness.asked.append(held)
+        await harness.gate.wait()
+
     server = control.ControlServer(
         SETTINGS,
         on_held=on_held,
+        before_snapshot=before_snapshot,
         on_change=on_change,
         observe_seconds=seconds.append,
         clock=time.monotonic,
@@ -130,7 +137,7 @@ def test_snapshot_waits_for_the_gate_and_deltas_follow(tmp_path: Path) -> None:
         channel = await h.greeted()
         await channel.send(protocol.Query(1, "anything"))
         assert isinstance((await channel.receive()).message, protocol.Answer)  # and no Update
-        h.server.open_gate()
+        h.gate.set()
         parts = await change(channel)
         assert version_of(parts) == first
         assert uids(parts) == ["a"]
@@ -155,7 +162,7 @@ def test_pod_arrives_with_its_descriptors(tmp_path: Path) -> None:
     async def test(h: Harness) -> None:
         pipes = [os.pipe() for _ in range(4)]
         fds = [read for read, _ in pipes]
-        h.server.open_gate()
+        h.gate.set()
         channel = await h.greeted()
         await change(channel)
         await channel.send(protocol.Ack(100))
@@ -181,9 +188,33 @@ def test_pod_arrives_with_its_descriptors(tmp_path: Path) -> None:
     run(test, tmp_path)
 
 
+def test_a_pod_put_again_is_sent_again(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        pipes = [os.pipe() for _ in range(2)]
+        fds = [fd for pair in pipes for fd in pair]
+        h.gate.set()
+        channel = await h.greeted()
+        await change(channel)
+        await channel.send(protocol.Ack(100))
+        for _ in range(2):
+            pod = protocol.Pod("u", "ns/a", ("10.0.0.1",), 9)
+            version = h.server.put_pod(pod, control.PodDescriptors(*fds))
+            parts = await change(channel)
+            assert uids(parts) == ["u"]
+            for fd in parts[0].fds:
+                os.close(fd)
+            await channel.send(protocol.Ack(version))
+            assert await h.server.acknowledged(version, 10)
+        channel.close()
+        for fd in fds:
+            os.close(fd)
+
+    run(test, tmp_path)
+
+
 def test_changes_while_one_is_in_flight_are_coalesced(tmp_path: Path) -> None:
     async def test(h: Harness) -> None:
-        h.server.open_gate()
+        h.gate.set()
         channel = await h.greeted()
         await change(channel)  # the reset, not acknowledged yet
         for index in range(500):
@@ -201,7 +232,7 @@ def test_changes_while_one_is_in_flight_are_coalesced(tmp_path: Path) -> None:
 
 def test_rejected_change_keeps_the_base_of_the_next(tmp_path: Path) -> None:
     async def test(h: Harness) -> None:
-        h.server.open_gate()
+        h.gate.set()
         channel = await h.greeted()
         await change(channel)
         await channel.send(protocol.Ack(100))
@@ -232,6 +263,9 @@ def test_held_pods_are_handed_over_before_the_welcome(tmp_path: Path) -> None:
         await channel.send(protocol.HeldPod("q", 6), fds)
         await channel.receive()
         assert [pod.uid for pod, _ in h.held] == ["p", "q"]
+        await channel.send(protocol.Query(1, "anything"))
+        await channel.receive()
+        assert h.asked == [frozenset({"p", "q"})]
         assert [os.fstat(fd).st_ino for fd in h.held[0][1]] == [os.fstat(fd).st_ino for fd in fds]
         channel.close()
         for pair in pipes:
@@ -263,7 +297,7 @@ def test_newer_ztunnel_replaces_the_older(tmp_path: Path) -> None:
         assert isinstance(refusal, protocol.Refusal)
         assert "pid 2" in refusal.reason
         assert h.server.status.pid == 2
-        h.server.open_gate()
+        h.gate.set()
         await change(newer)
         older.close()
         newer.close()
@@ -341,7 +375,7 @@ def test_broken_peers_are_cut_and_harm_nobody(tmp_path: Path, data: bytes) -> No
                 pass
         raw.close()
         channel = await h.greeted()
-        h.server.open_gate()
+        h.gate.set()
         await change(channel)
         channel.close()
 
@@ -356,7 +390,7 @@ def test_hung_ztunnel_is_cut(
 
     async def test(h: Harness) -> None:
         h.server.apply(protocol.TrustBundle(f"d{i}", (b"x" * size,)) for i in range(20))
-        h.server.open_gate()
+        h.gate.set()
         channel = await h.greeted()  # and never reads or answers again
         await h.until(lambda: h.server.status.connected)
         await h.until(lambda: not h.server.status.connected)
@@ -367,7 +401,7 @@ def test_hung_ztunnel_is_cut(
 
 def test_acknowledged_is_false_without_ztunnel_and_when_it_goes(tmp_path: Path) -> None:
     async def test(h: Harness) -> None:
-        h.server.open_gate()
+        h.gate.set()
         assert not await h.server.acknowledged(100, 10)
         channel = await h.greeted()
         waiting = asyncio.ensure_future(h.server.acknowledged(100, 10))

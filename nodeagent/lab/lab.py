@@ -129,9 +129,9 @@ class Lab:
 
     # --- programs in pods ------------------------------------------------------------------------
 
-    def place(self, pod: str, *, capabilities: bool = True) -> Place:
+    def place(self, pod: str, *, namespace: str = "", capabilities: bool = True) -> Place:
         """Return where a pod's programs run."""
-        found = self.pod(pod)
+        found = self.pod(pod, namespace)
         return Place(
             net=str(self.layout.pod_space(found)),
             hosts=str(self.layout.hosts(found)),

@@ -1,0 +1,96 @@
+"""The command `nodeagent`.
+
+This package owns the command line. It promises that data goes to standard output and everything
+else to standard error, that exit codes mean the same everywhere, and that a command loads nothing
+but what it needs. It may not decide anything about the mesh.
+
+Exit codes: 0 it worked, or the answer is yes; 1 it failed, or the answer is no; 2 the command was
+used wrongly; 3 the agent cannot be reached. `lab exec` passes on its program's code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+import click
+
+__all__ = ["LazyGroup", "RefusedInputError", "cli"]
+
+EXIT_USAGE: Final = 2
+
+CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class RefusedInputError(click.ClickException):
+    """A file that the command was given is wrong; the message says where and why."""
+
+    exit_code = EXIT_USAGE
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are loaded when they are used: name to "module:attribute".
+
+    Each module stands for one command. The help of the group loads them all.
+    """
+
+    def __init__(self, *args: object, lazy: dict[str, str] | None = None, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self._lazy = dict(lazy or {})
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self._lazy})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        home = self._lazy.get(cmd_name)
+        if home is None:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = home.partition(":")
+        command: object = getattr(importlib.import_module(module), attribute)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{home} is no click command")
+        return command
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001
+    if value:
+        # Loaded only here: it reads the metadata of the installed package.
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
+
+        try:
+            found = version("nodeagent")
+        except PackageNotFoundError:
+            found = "not installed: run from source"
+        click.echo(f"nodeagent {found}")
+        ctx.exit()
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings=CONTEXT,
+    lazy={
+        "lab": "nodeagent.cli.lab:lab",
+        "run": "nodeagent.cli.run:run",
+        "status": "nodeagent.cli.status:status",
+    },
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Mutual TLS for every workload of this node.
+
+    \b
+    nodeagent run --settings /etc/nodeagent/settings.yaml    the daemon
+    nodeagent status                                         what it does
+    nodeagent lab demo                                       see it work, on this machine alone
+
+    \b
+    Exit codes: 0 it worked; 1 it failed, or the answer is no; 2 wrong usage;
+    3 the agent cannot be reached.
+    """

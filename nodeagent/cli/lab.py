@@ -1,0 +1,299 @@
+"""The commands `nodeagent lab …`.
+
+This module owns how labs are asked for and shown on the command line. It promises the exit codes of
+the group, tables for people and JSON for programs, and that an interrupted `up` or `demo` removes
+what it made. It may not build, remove or judge anything itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import click
+
+from nodeagent.api import ConfigError
+from nodeagent.cli import RefusedInputError
+from nodeagent.lab import Lab, LabError, UnknownPodError, exercises, load, load_exercise
+from nodeagent.lab.model import DEFAULT_BASE, LabSpec
+from nodeagent.lab.store import Store
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from nodeagent.lab.report import LabReport
+
+__all__ = ["lab"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Show the lab's errors as messages."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError as error:
+            raise RefusedInputError(str(error)) from None
+        except UnknownPodError as error:
+            raise click.UsageError(str(error)) from None
+        except LabError as error:
+            raise click.ClickException(str(error)) from None
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn the first signal that asks for the end into KeyboardInterrupt, and ignore the next ones:
+    removing is under way by then.
+    """
+
+    def once(_number: int, _frame: FrameType | None) -> None:
+        for number in ends:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, once) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _describe(what: str) -> LabSpec:
+    """Return the exercise of this name, or what the file says."""
+    if what in exercises():
+        return load_exercise(what)
+    path = Path(what)
+    try:
+        return load(path)
+    except OSError as error:
+        known = ", ".join(exercises())
+        raise click.UsageError(
+            f"{what} cannot be read ({error.strerror}), and no exercise has this name: {known}"
+        ) from None
+
+
+def _chosen(base: Path, name: str) -> Lab:
+    """Return the lab of this name; without a name the only one."""
+    if name:
+        return Lab(name, base)
+    names = Store.names(base)
+    if len(names) == 1:
+        return Lab(names[0], base)
+    if names:
+        raise click.UsageError(f"several labs are up: say which with --lab: {', '.join(names)}")
+    raise LabError(f"no lab is up; start one: nodeagent lab up {exercises()[0]}")
+
+
+@click.group()
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_BASE,
+    show_default=True,
+    envvar="NODEAGENT_LAB_BASE",
+    help="Directory that holds the labs.",
+)
+@click.pass_context
+def lab(ctx: click.Context, base: Path) -> None:
+    """Nodes, pods and a network on this machine alone, to try the mesh.
+
+    \b
+    nodeagent lab demo                                   two nodes, real traffic, and the wire
+    nodeagent lab up sentences                           an exercise that comes with the agent
+    nodeagent lab exec client -- curl -s sentences:5000
+    nodeagent lab down
+
+    Every node is a network namespace with its own two daemons, every pod one with its own names and
+    addresses. Nothing is made in the machine's own network. Needs root.
+    """
+    ctx.obj = base
+
+
+@lab.command(short_help="Build a lab from a file, or an exercise.")
+@click.argument("what", metavar="FILE|NAME")
+@click.option("--name", default="", help="Call the lab so, instead of as its file says.")
+@click.option("--no-daemons", is_flag=True, help="Only the network and the programs: no mesh.")
+@click.pass_obj
+@_errors
+def up(base: Path, what: str, name: str, no_daemons: bool) -> None:  # noqa: FBT001
+    """Build the lab that a file describes, or an exercise: sentences, istioinaction.
+
+    Returns when both daemons of every node are ready and every program listens. When that fails,
+    the ends of the logs are shown and everything is removed.
+    """
+    spec = _describe(what)
+    if name:
+        import msgspec  # noqa: PLC0415 - rarely needed
+
+        spec = msgspec.structs.replace(spec, name=name)
+    with _interruptible():
+        Lab.up(spec, base=base, daemons=not no_daemons, progress=_say)
+    _say(f"lab {spec.name} is up; its pods: {', '.join(pod.uid for pod in spec.pods)}")
+
+
+@lab.command(short_help="Remove labs, whatever is left of them.")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--all", "every", is_flag=True, help="Remove every lab of this machine.")
+@click.pass_obj
+@_errors
+def down(base: Path, names: tuple[str, ...], every: bool) -> None:  # noqa: FBT001
+    """Remove labs, whatever is left of them; without a name the only one.
+
+    Removes processes, namespaces, links, pins and files. What is gone already is no error.
+    """
+    from nodeagent.lab.builder import remove  # noqa: PLC0415 - not for `exec`, which must be light
+
+    if every and names:
+        raise click.UsageError("give names or --all, not both")
+    known = Store.names(base)
+    if not names and not every and len(known) > 1:
+        raise click.UsageError(f"several labs are up: name one, or --all: {', '.join(known)}")
+    for name in names or known:
+        _say(f"lab {name} removed" if remove(Store(base, name)) else f"there is no lab {name}")
+
+
+@lab.command(name="exec", short_help="Run a program in a pod.")
+@click.argument("pod")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("-n", "--namespace", default="", help="The pod's namespace.")
+@click.option("--lab", "name", default="", help="The lab, when several are up.")
+@click.option("--no-capabilities", is_flag=True, help="As the pods' own programs run.")
+@click.pass_obj
+@_errors
+def run_in_pod(
+    base: Path,
+    pod: str,
+    command: tuple[str, ...],
+    namespace: str,
+    name: str,
+    no_capabilities: bool,  # noqa: FBT001
+) -> None:
+    """Run a program in a pod: nodeagent lab exec POD -- COMMAND ...
+
+    POD is a name, namespace/name, deploy/name or the beginning of a name. The program has this
+    terminal, gets its signals, and its exit code is passed on.
+    """
+    from nodeagent.lab.launch import become  # noqa: PLC0415 - of `exec` alone
+
+    found = _chosen(base, name)
+    place = found.place(pod, namespace=namespace, capabilities=not no_capabilities)
+    become(place, list(command))
+
+
+@lab.command()
+@click.argument("name", default="")
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text")
+@click.pass_obj
+@_errors
+def status(base: Path, name: str, output: str) -> None:
+    """Show the labs, their nodes, pods and processes.
+
+    Exit code 0: everything that was started is running and ready; 1: something is not.
+    """
+    from nodeagent.lab.report import report  # noqa: PLC0415 - not for `exec`
+
+    reports = [report(Lab(each, base)) for each in ([name] if name else Store.names(base))]
+    if output == "json":
+        import msgspec  # noqa: PLC0415
+
+        click.echo(json.dumps(msgspec.to_builtins(reports), indent=2))
+    else:
+        for each in reports:
+            _show(each)
+        if not reports:
+            _say("no lab is up")
+    if not all(each.good for each in reports):
+        raise click.exceptions.Exit(1)
+
+
+def _show(shown: LabReport) -> None:
+    from rich.console import Console  # noqa: PLC0415 - slow to load
+    from rich.table import Table  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    since = datetime.fromtimestamp(shown.created, UTC).isoformat(" ", "seconds")
+    state = "" if shown.complete else " (not complete: remove it)"
+    console.print(f"lab [bold]{shown.name}[/] since {since}{state}   {shown.directory}")
+    nodes = Table("NODE", "ADDRESS", "NODEAGENT", "ZTUNNEL", box=None, header_style="dim")
+    for node in shown.nodes:
+        states = [node.daemons.get(daemon, "-") for daemon in ("nodeagent", "ztunnel")]
+        nodes.add_row(node.name, node.addresses[0], *states)
+    console.print(nodes)
+    pods = Table("POD", "NODE", "ADDRESSES", "MESH", "PROGRAMS", box=None, header_style="dim")
+    for pod in shown.pods:
+        programs = ", ".join(f"{app} {state}" for app, state in pod.apps.items()) or "-"
+        pods.add_row(pod.name, pod.node, " ".join(pod.addresses), pod.mesh, programs)
+    console.print(pods)
+
+
+@lab.command(short_help="Show a daemon's output, or a node's access log.")
+@click.argument("node")
+@click.argument("source", type=click.Choice(["nodeagent", "ztunnel", "access"]), default="access")
+@click.option("--lab", "name", default="", help="The lab, when several are up.")
+@click.pass_obj
+@_errors
+def logs(base: Path, node: str, source: str, name: str) -> None:
+    """Show what a node's daemon has printed, or its access log (the default)."""
+    found = _chosen(base, name).node(node)
+    if source == "access":
+        for entry in found.access_log():
+            click.echo(json.dumps(entry))
+    else:
+        click.echo(found.logs(source), nl=False)
+
+
+@lab.command(short_help="Take a pod into the capture, or out of it.")
+@click.argument("pod")
+@click.option("--undo", is_flag=True, help="Take it out of the capture again.")
+@click.option("-n", "--namespace", default="", help="The pod's namespace.")
+@click.option("--lab", "name", default="", help="The lab, when several are up.")
+@click.pass_obj
+@_errors
+def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None:  # noqa: FBT001
+    """Take a pod of the mesh into the capture while everything runs."""
+    found = _chosen(base, name)
+    uid = found.pod(pod, namespace).uid
+    found.enrol(uid, enrolled=not undo)
+    _say(f"{uid} is {'released' if undo else 'enrolled'}; it is in force within a second")
+
+
+@lab.command(short_help="See the mesh at work, and what the wire carries.")
+@click.option("--json", "as_json", is_flag=True, help="Only the claims and their checks, as JSON.")
+@click.pass_obj
+@_errors
+def demo(base: Path, as_json: bool) -> None:  # noqa: FBT001
+    """Show the mesh at work: two nodes, real traffic, and what the wire carries.
+
+    Removes everything at the end, also when it is interrupted. Exit code 0 only when every claim
+    that it prints has been checked and holds.
+    """
+    from nodeagent.lab.demo import Demo  # noqa: PLC0415 - of `demo` alone
+
+    def show(text: str) -> None:
+        click.echo(text, err=as_json)
+
+    with _interruptible():
+        claims = Demo(base, show).run()
+    if as_json:
+        click.echo(json.dumps([claim._asdict() for claim in claims], indent=2))
+    if not all(claim.holds for claim in claims):
+        sys.exit(1)

@@ -1,0 +1,176 @@
+/*
+ * What every file of the core shares: addresses, lists, clocks, single-writer counters and the
+ * named limits. Nothing here knows of connections.
+ */
+#ifndef ZT_BASE_H
+#define ZT_BASE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+
+#include "reasons.h"
+
+/* --- limits, each with its reason ------------------------------------------------------------ */
+
+/* Worker threads: one for each core of the largest node that we have a use for. */
+#define ZT_MAX_WORKERS 64
+/* Addresses of one pod: dual stack and a few extra networks. */
+#define ZT_MAX_POD_ADDRS 8
+/* Cached decisions of one worker. Full means that something scans addresses: start afresh. */
+#define ZT_TABLE_MAX 65536
+/* Questions that one pod may have open; a scan by one must not keep the others waiting. */
+#define ZT_POD_UPCALLS 512
+/* Ended connections that wait for the access log; beyond it they are counted, not kept. */
+#define ZT_EVENTS_MAX 65536
+/* Failed handshakes that wait for the log: fewer, for an outsider makes them. */
+#define ZT_FAILURES_MAX 4096
+/* Bytes read or encrypted in one system call: 16 full TLS records (measured: the size of each
+ * call, not the cipher, decides the throughput). */
+#define ZT_CHUNK (256 * 1024)
+/* Ciphertext waiting for a socket; beyond it the streams behind it are not read. */
+#define ZT_OUT_HIGH (256 * 1024)
+/* Bytes that one event may move before the others get their turn. */
+#define ZT_BUDGET (1024 * 1024)
+/* HTTP/2 windows and limits: what the field's node proxy announces, so that the two are equals on
+ * one wire. A connection's window is four streams', against cross-stream deadlock. */
+#define ZT_STREAM_WINDOW (4 * 1024 * 1024)
+#define ZT_CONN_WINDOW (16 * 1024 * 1024)
+#define ZT_MAX_FRAME (1024 * 1024)
+#define ZT_SERVER_STREAMS 200
+#define ZT_CLIENT_STREAMS 100
+/* Header bytes of one CONNECT: authority, baggage and forwarded fit many times. */
+#define ZT_MAX_HEADER_BYTES (16 * 1024)
+/* Connections of one pool that may be dialled at once by one worker for one peer. */
+#define ZT_POOL_DIALS 4
+/* Connections accepted for one readiness event before other events are served. */
+#define ZT_ACCEPT_BATCH 16
+/* Certificates of a peer's chain that are handed on: leaf, intermediates and some slack. */
+#define ZT_MAX_CHAIN 8
+/* Pipes kept for reuse by one worker (two descriptors each). */
+#define ZT_PIPE_POOL 64
+
+/* Deadlines. All waits of one class are equally long, so each class is a queue. */
+enum zt_deadline {
+    ZT_D_DECISION,  /* Python answers in microseconds; a pod's first SVID may take seconds */
+    ZT_D_CONNECT,   /* three SYNs: 1 + 2 + 4 s, and some slack */
+    ZT_D_HANDSHAKE, /* TCP, TLS and the judgement of one HBONE connection */
+    ZT_D_ANSWER,    /* the peer dials its application before it answers CONNECT */
+    ZT_D_PING,      /* how often an HBONE connection is looked after */
+    ZT_D_PONG,      /* how long the answer to a PING may take */
+    ZT_DEADLINES
+};
+#define ZT_SECONDS(n) ((uint64_t)(n)*1000000u) /* microseconds */
+#define ZT_DEADLINE_US                                                     \
+    {                                                                      \
+        [ZT_D_DECISION] = ZT_SECONDS(15), [ZT_D_CONNECT] = ZT_SECONDS(10), \
+        [ZT_D_HANDSHAKE] = ZT_SECONDS(10), [ZT_D_ANSWER] = ZT_SECONDS(20), \
+        [ZT_D_PING] = ZT_SECONDS(10), [ZT_D_PONG] = ZT_SECONDS(20),        \
+    }
+/* Silence after which a PING asks whether the peer is there. */
+#define ZT_QUIET_US ZT_SECONDS(9)
+/* How long an HBONE connection without streams is kept. */
+#define ZT_IDLE_US ZT_SECONDS(300)
+
+/* Marks of our own sockets (docs/architecture.md, table of marks). */
+#define ZT_MARK_TUNNEL 0x539
+#define ZT_MARK_DELIVER 0x111
+#define ZT_HBONE_PORT 15008
+
+/* --- addresses ------------------------------------------------------------------------------- */
+
+/* IPv4 is kept IPv4-mapped (RFC 4291, 2.5.5.2); port in host order. */
+struct zt_addr {
+    uint8_t ip[16];
+    uint16_t port;
+};
+
+/* "[xxxx:…]:65535" and the terminating zero. */
+#define ZT_ADDR_TEXT 60
+
+bool zt_addr_is_v4(const struct zt_addr *a);
+bool zt_addr_ip_equal(const struct zt_addr *a, const struct zt_addr *b);
+void zt_addr_from_sockaddr(struct zt_addr *a, const struct sockaddr_storage *ss);
+/* Returns the length of the socket address written. */
+socklen_t zt_addr_to_sockaddr(const struct zt_addr *a, struct sockaddr_storage *ss);
+/* Writes "a.b.c.d:port" or "[v6]:port"; returns its length. */
+int zt_addr_text(const struct zt_addr *a, char out[ZT_ADDR_TEXT]);
+/*
+ * Parses an HTTP/2 :authority that must be an IP address and a port, in exactly the forms that
+ * zt_addr_text writes plus any RFC 4291 spelling of the IPv6 address; no name, no userinfo, no
+ * scope, no leading zeros, port 1 to 65535. Returns 0 or -EINVAL.
+ */
+int zt_authority_parse(const char *text, size_t len, struct zt_addr *out);
+
+/* --- clock ----------------------------------------------------------------------------------- */
+
+static inline uint64_t zt_now_us(void) {
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (uint64_t)ts.tv_sec * 1000000u + (uint64_t)ts.tv_nsec / 1000u;
+}
+
+/* --- counters: one thread writes, others read ------------------------------------------------- */
+
+typedef _Atomic uint64_t zt_count;
+
+static inline void zt_add(zt_count *c, uint64_t n) {
+    atomic_store_explicit(c, atomic_load_explicit(c, memory_order_relaxed) + n,
+                          memory_order_relaxed);
+}
+
+static inline uint64_t zt_get(const zt_count *c) {
+    return atomic_load_explicit(c, memory_order_relaxed);
+}
+
+/* Latency histograms: upper bounds of the buckets, microseconds. */
+#define ZT_HISTOGRAM(X)                                                                            \
+    X(100)                                                                                         \
+    X(250) X(500) X(1000) X(2500) X(5000) X(10000) X(25000) X(50000) X(100000) X(250000) X(500000) \
+        X(1000000) X(2500000) X(10000000)
+#define X(us) +1
+enum { ZT_BUCKETS = 0 ZT_HISTOGRAM(X) };
+#undef X
+
+struct zt_histogram {
+    zt_count bucket[ZT_BUCKETS + 1];
+    zt_count sum_us;
+};
+
+void zt_observe(struct zt_histogram *h, uint64_t us);
+
+/* --- intrusive doubly linked lists; an unlinked node points at itself -------------------------- */
+
+struct zt_list {
+    struct zt_list *next, *prev;
+};
+
+static inline void zt_list_init(struct zt_list *l) {
+    l->next = l->prev = l;
+}
+
+static inline bool zt_list_empty(const struct zt_list *l) {
+    return l->next == l;
+}
+
+static inline void zt_list_append(struct zt_list *head, struct zt_list *n) {
+    n->prev = head->prev;
+    n->next = head;
+    head->prev->next = n;
+    head->prev = n;
+}
+
+static inline void zt_list_remove(struct zt_list *n) {
+    n->prev->next = n->next;
+    n->next->prev = n->prev;
+    zt_list_init(n);
+}
+
+#define ZT_CONTAINER(ptr, type, member) ((type *)(void *)((char *)(ptr)-offsetof(type, member)))
+
+#endif

@@ -1,0 +1,389 @@
+#include "conn.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include "h2.h"
+
+/* Registered once, for the socket's whole life. */
+#define LEG_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+
+static void on_client(struct zt_worker *w, struct zt_io *io, uint32_t events);
+static void on_server(struct zt_worker *w, struct zt_io *io, uint32_t events);
+static void on_deadline(struct zt_worker *w, struct zt_timer *t);
+static void on_task(struct zt_worker *w, struct zt_task *t);
+
+/* --- birth and burial --------------------------------------------------------------------------------- */
+
+static void bury(struct zt_worker *w, struct zt_grave *g) {
+    struct zt_conn *c = ZT_CONTAINER(g, struct zt_conn, grave);
+
+    (void)w;
+    zt_stream_free_pending(c);
+    zt_decision_put(c->decision);
+    zt_pod_put(c->pod);
+    free(c);
+}
+
+static struct zt_conn *conn_new(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind) {
+    struct zt_conn *c = calloc(1, sizeof(*c));
+
+    if (!c) return NULL;
+    c->worker = w;
+    c->pod = pod;
+    c->kind = kind;
+    c->started = w->now;
+    c->client.io = (struct zt_io){.on_event = on_client, .fd = -1};
+    c->server.io = (struct zt_io){.on_event = on_server, .fd = -1};
+    c->timer.fire = on_deadline;
+    c->task.run = on_task;
+    c->grave.bury = bury;
+    c->up.pipe = c->down.pipe = (struct zt_pipe){-1, -1};
+    zt_list_init(&c->wait);
+    zt_list_init(&c->timer.link);
+    zt_list_init(&c->task.link);
+    zt_list_init(&c->stream.link);
+    c->stream.pending_tail = &c->stream.pending;
+    zt_list_append(&w->conns, &c->link);
+    zt_add(&w->stats.connections, 1);
+    return c;
+}
+
+static bool pod_has(const struct zt_pod *pod, const struct zt_addr *a) {
+    for (int i = 0; i < pod->naddrs; i++) {
+        if (zt_addr_ip_equal(&pod->addrs[i], a)) return true;
+    }
+    return false;
+}
+
+/* Asks the table; the reason of a failure is the connection's end. */
+static void decide(struct zt_conn *c) {
+    struct zt_key key;
+    int rv;
+
+    memset(&key, 0, sizeof(key));
+    key.pod = c->pod->node.number;
+    key.kind = (uint8_t)c->kind;
+    key.identity = c->identity;
+    if (c->kind != ZT_OUTBOUND) memcpy(key.source, c->source.ip, sizeof(key.source));
+    memcpy(key.destination, c->destination.ip, sizeof(key.destination));
+    key.port = c->destination.port;
+    rv = zt_table_decide(c->worker, c, &key);
+    if (rv) zt_conn_end(c, rv == -EBUSY ? ZT_R_POD_LIMIT : ZT_R_NO_MEMORY);
+}
+
+void zt_conn_accepted(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind, int fd,
+                      const struct zt_addr *source, const struct zt_addr *destination) {
+    struct zt_conn *c = conn_new(w, pod, kind);
+
+    if (!c) {
+        zt_sock_abort(fd);
+        zt_pod_put(pod);
+        atomic_fetch_sub(&w->load_connections, 1);
+        return;
+    }
+    c->client.io.fd = fd;
+    c->source = *source;
+    c->destination = *destination;
+    if (atomic_load(&pod->removed)) {
+        zt_conn_end(c, ZT_R_POD_REMOVED);
+    } else if (zt_io_watch(w, &c->client.io, LEG_EVENTS) < 0) {
+        zt_conn_end(c, ZT_R_NO_MEMORY);
+    } else if (pod_has(pod, destination) != (kind != ZT_OUTBOUND)) {
+        /* Captured traffic has a foreign destination on its way out and the pod's own on its way
+         * in; anything else called our listener by its own address or by loopback. */
+        zt_conn_end(c, ZT_R_SELF_CALL);
+    } else if (kind == ZT_OUTBOUND && !pod_has(pod, source)) {
+        zt_conn_end(c, ZT_R_FOREIGN_SOURCE);
+    } else {
+        decide(c);
+    }
+}
+
+struct zt_conn *zt_conn_requested(struct zt_worker *w, struct zt_h2 *h, int32_t stream_id) {
+    struct zt_conn *c = conn_new(w, zt_pod_get(h->pod), ZT_INBOUND_HBONE);
+
+    if (!c) {
+        zt_pod_put(h->pod);
+        return NULL;
+    }
+    atomic_fetch_add(&w->load_connections, 1);
+    c->identity = h->identity;
+    c->source = h->address;
+    c->destination = h->local;
+    c->stream.h2 = h;
+    c->stream.id = stream_id;
+    zt_list_append(&h->streams, &c->stream.link);
+    h->nstreams++;
+    return c;
+}
+
+void zt_conn_judge(struct zt_conn *c) {
+    const struct zt_h2 *h = c->stream.h2;
+
+    if (!c->stream.is_connect || !c->stream.has_authority)
+        zt_conn_end(c, ZT_R_BAD_REQUEST);
+    else if (!zt_addr_ip_equal(&c->destination, &h->local))
+        zt_conn_end(c, ZT_R_AUTHORITY_MISMATCH);
+    else
+        decide(c);
+}
+
+/* --- carrying out a decision ------------------------------------------------------------------------------ */
+
+static struct zt_decision *choose(struct zt_decision *d) {
+    uint64_t at;
+
+    if (d->action != ZT_BALANCE) return d;
+    if (getrandom(&at, sizeof(at), 0) != (ssize_t)sizeof(at)) at = zt_now_us();
+    at %= d->total_weight;
+    for (size_t i = 0; i < d->nchoices; i++) {
+        if (at < d->choices[i].weight) return d->choices[i].decision;
+        at -= d->choices[i].weight;
+    }
+    return d->choices[0].decision;
+}
+
+enum zt_reason zt_reason_of_connect(int error) {
+    switch (error) {
+    case ECONNREFUSED:
+    case ECONNRESET:
+        return ZT_R_CONNECT_REFUSED;
+    case ETIMEDOUT:
+        return ZT_R_CONNECT_TIMEOUT;
+    case EADDRNOTAVAIL:
+    case EADDRINUSE:
+        return ZT_R_NO_PORTS;
+    case EMFILE:
+    case ENFILE:
+        return ZT_R_NO_DESCRIPTORS;
+    case ENOMEM:
+    case ENOBUFS:
+        return ZT_R_NO_MEMORY;
+    default:
+        return ZT_R_CONNECT_UNREACHABLE;
+    }
+}
+
+static void dial(struct zt_conn *c) {
+    const struct zt_decision *d = c->decision;
+    struct zt_worker *w = c->worker;
+    int fd;
+
+    c->upstream = d->action == ZT_FORWARD && d->addr.port ? d->addr : c->destination;
+    if (d->action == ZT_FORWARD)
+        fd = zt_sock_forward(w, c->pod, &c->source, &c->upstream);
+    else
+        fd = zt_sock_deliver(w, c->pod, &c->source, &c->upstream);
+    if (fd < 0) {
+        zt_conn_end(c, zt_reason_of_connect(-fd));
+        return;
+    }
+    c->server.io.fd = fd;
+    c->state = ZT_C_CONNECTING;
+    zt_timer_set(w, &c->timer, ZT_D_CONNECT);
+    if (zt_io_watch(w, &c->server.io, LEG_EVENTS) < 0) zt_conn_end(c, ZT_R_NO_MEMORY);
+}
+
+void zt_conn_decided(struct zt_conn *c, struct zt_decision *d) {
+    int killed;
+
+    if (c->state != ZT_C_DECIDING) return;
+    d = choose(d);
+    c->decision = zt_decision_get(d);
+    killed = atomic_load(&d->killed);
+    if (killed) {
+        zt_conn_end(c, (enum zt_reason)(killed - 1));
+        return;
+    }
+    switch (d->action) {
+    case ZT_REFUSE:
+        zt_conn_end(c, d->reason);
+        break;
+    case ZT_FORWARD:
+    case ZT_DELIVER:
+        dial(c);
+        break;
+    case ZT_TUNNEL:
+        zt_h2_want_stream(c, d->peer);
+        break;
+    case ZT_BALANCE:
+        zt_conn_end(c, ZT_R_INTERNAL);
+        break;
+    }
+}
+
+void zt_conn_open(struct zt_conn *c) {
+    c->state = ZT_C_OPEN;
+    zt_timer_stop(&c->timer);
+    zt_add(&c->decision->series->by_worker[c->worker->index].opened, 1);
+    if (c->kind == ZT_INBOUND_HBONE) zt_stream_answer(c, 200);
+    if (c->state != ZT_C_OPEN) return;
+    if (c->stream.h2) {
+        zt_stream_resume(c);
+        zt_stream_deliver(c);
+    } else {
+        zt_relay_run(c);
+    }
+}
+
+/* --- events ----------------------------------------------------------------------------------------------- */
+
+void zt_leg_events(struct zt_leg *leg, uint32_t events) {
+    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->readable = true;
+    if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) leg->writable = true;
+    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->hangup = true;
+}
+
+struct zt_leg *zt_conn_leg(struct zt_conn *c) {
+    return c->kind == ZT_OUTBOUND ? &c->client : &c->server;
+}
+
+static void flow(struct zt_conn *c, struct zt_leg *leg) {
+    if (c->client.io.fd >= 0 && c->server.io.fd >= 0) {
+        zt_relay_run(c);
+        return;
+    }
+    if (leg->writable) zt_stream_deliver(c);
+    if (c->state == ZT_C_OPEN && leg->readable) zt_stream_resume(c);
+}
+
+static void on_client(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    struct zt_conn *c = ZT_CONTAINER(io, struct zt_conn, client.io);
+
+    (void)w;
+    if (c->state == ZT_C_ENDED) return;
+    zt_leg_events(&c->client, events);
+    if (events & EPOLLERR)
+        zt_conn_end(c, ZT_R_CLIENT_RESET);
+    else if (c->state == ZT_C_OPEN)
+        flow(c, &c->client);
+    else if (events & EPOLLHUP)
+        zt_conn_end(c, ZT_R_CLIENT_RESET);
+}
+
+static void on_server(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    struct zt_conn *c = ZT_CONTAINER(io, struct zt_conn, server.io);
+
+    (void)w;
+    if (c->state == ZT_C_ENDED) return;
+    zt_leg_events(&c->server, events);
+    if (c->state == ZT_C_CONNECTING) {
+        int error = zt_sock_error(io->fd);
+
+        if (error)
+            zt_conn_end(c, zt_reason_of_connect(error));
+        else if (events & EPOLLOUT)
+            zt_conn_open(c);
+    } else if (events & EPOLLERR) {
+        zt_conn_end(c, ZT_R_SERVER_RESET);
+    } else if (c->state == ZT_C_OPEN) {
+        flow(c, &c->server);
+    }
+}
+
+static void on_deadline(struct zt_worker *w, struct zt_timer *t) {
+    struct zt_conn *c = ZT_CONTAINER(t, struct zt_conn, timer);
+
+    (void)w;
+    if (c->state == ZT_C_CONNECTING && c->stream.h2 && c->kind == ZT_OUTBOUND)
+        zt_conn_end(c, ZT_R_ANSWER_TIMEOUT);
+    else
+        zt_conn_end(c, ZT_R_CONNECT_TIMEOUT);
+}
+
+static void on_task(struct zt_worker *w, struct zt_task *t) {
+    struct zt_conn *c = ZT_CONTAINER(t, struct zt_conn, task);
+
+    (void)w;
+    if (c->state == ZT_C_OPEN) zt_relay_run(c);
+}
+
+/* --- the end ----------------------------------------------------------------------------------------------- */
+
+void zt_conn_count(struct zt_conn *c, uint64_t received, uint64_t sent) {
+    struct zt_series_counters *s = &c->decision->series->by_worker[c->worker->index];
+
+    c->received += received;
+    c->sent += sent;
+    zt_add(&s->received, received);
+    zt_add(&s->sent, sent);
+}
+
+/* RFC 9110, 15 and what the field's node proxy answers (docs/architecture.md, HBONE). */
+static int status_of(enum zt_reason reason) {
+    switch (reason) {
+    case ZT_R_BAD_REQUEST:
+    case ZT_R_AUTHORITY_MISMATCH:
+        return 400;
+    case ZT_R_STRICT_PLAINTEXT:
+    case ZT_R_POLICY_DENIED:
+    case ZT_R_POLICY_MISSING:
+    case ZT_R_POLICY_CHANGED:
+    case ZT_R_TRUST_WITHDRAWN:
+        return 401;
+    default:
+        return 503;
+    }
+}
+
+/* RFC 9113, 8.5: an error of the TCP connection is CONNECT_ERROR. */
+static uint32_t error_code_of(enum zt_reason reason) {
+    if (reason == ZT_R_CLOSED) return NGHTTP2_NO_ERROR;
+    return reason == ZT_R_CLIENT_RESET || reason == ZT_R_SERVER_RESET ? NGHTTP2_CONNECT_ERROR
+                                                                      : NGHTTP2_CANCEL;
+}
+
+static void close_leg(struct zt_leg *leg, bool clean) {
+    if (leg->io.fd < 0) return;
+    if (clean)
+        close(leg->io.fd);
+    else
+        zt_sock_abort(leg->io.fd);
+    leg->io.fd = -1;
+}
+
+void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
+    struct zt_worker *w = c->worker;
+    bool opened = c->state == ZT_C_OPEN;
+    struct zt_ended e = {.kind = c->kind,
+                         .pod = c->pod->node.number,
+                         .decision = c->decision ? c->decision->node.number : 0,
+                         .identity = c->identity,
+                         .source = c->source,
+                         .destination = c->destination,
+                         .upstream = c->upstream,
+                         .started_us = c->started,
+                         .duration_us = w->now - c->started,
+                         .received = c->received,
+                         .sent = c->sent,
+                         .reason = reason};
+
+    if (c->state == ZT_C_ENDED) return;
+    c->state = ZT_C_ENDED;
+    zt_list_remove(&c->wait);
+    zt_list_remove(&c->task.link);
+    zt_timer_stop(&c->timer);
+    if (c->stream.h2) {
+        if (c->kind == ZT_INBOUND_HBONE && !c->stream.answered)
+            zt_stream_answer(c, status_of(reason));
+        else
+            zt_stream_drop(c, error_code_of(reason));
+    }
+    close_leg(&c->client, reason == ZT_R_CLOSED);
+    close_leg(&c->server, reason == ZT_R_CLOSED);
+    zt_relay_release(c);
+    if (c->decision && c->decision->series) {
+        struct zt_series_counters *s = &c->decision->series->by_worker[w->index];
+
+        zt_add(opened ? &s->closed : &s->failed[reason], 1);
+    }
+    zt_ended_push(w->core, &e);
+    atomic_fetch_sub(&w->load_connections, 1);
+    zt_add(&w->stats.connections, (uint64_t)-1);
+    zt_list_remove(&c->link);
+    zt_bury(w, &c->grave);
+}

@@ -1,0 +1,606 @@
+#include "h2.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define H2_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+
+static void on_event(struct zt_worker *w, struct zt_io *io, uint32_t events);
+static void on_timer(struct zt_worker *w, struct zt_timer *t);
+static void on_task(struct zt_worker *w, struct zt_task *t);
+static void handshake(struct zt_h2 *h);
+static void receive(struct zt_h2 *h);
+
+/* --- birth, burial ------------------------------------------------------------------------------------ */
+
+static void bury(struct zt_worker *w, struct zt_grave *g) {
+    struct zt_h2 *h = ZT_CONTAINER(g, struct zt_h2, grave);
+
+    (void)w;
+    zt_pod_put(h->pod);
+    zt_peer_put(h->peer);
+    zt_credential_put(h->credential);
+    free(h->early);
+    free(h);
+}
+
+static struct zt_h2 *h2_new(struct zt_worker *w, struct zt_pod *pod, struct zt_credential *cred) {
+    struct zt_h2 *h = calloc(1, sizeof(*h));
+
+    if (!h) return NULL;
+    h->worker = w;
+    h->pod = zt_pod_get(pod);
+    h->credential = cred;
+    atomic_fetch_add(&cred->refs, 1);
+    h->io = (struct zt_io){.on_event = on_event, .fd = -1};
+    h->timer.fire = on_timer;
+    h->task.run = on_task;
+    h->grave.bury = bury;
+    h->started = h->heard = w->now;
+    zt_list_init(&h->pool_link);
+    zt_list_init(&h->dirty);
+    zt_list_init(&h->timer.link);
+    zt_list_init(&h->task.link);
+    zt_list_init(&h->streams);
+    zt_list_append(&w->h2s, &h->link);
+    zt_add(&w->stats.tls_connections, 1);
+    zt_timer_set(w, &h->timer, ZT_D_HANDSHAKE);
+    return h;
+}
+
+/* --- the end ---------------------------------------------------------------------------------------------- */
+
+static struct zt_pool *pool_of(struct zt_h2 *h) {
+    return &h->peer->pools[h->worker->index];
+}
+
+static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
+    struct zt_failed f = {.kind = h->server ? ZT_PEER_CERTIFICATE : ZT_SERVER_CERTIFICATE,
+                          .pod = h->pod->node.number,
+                          .peer = h->peer ? h->peer->node.number : 0,
+                          .addr = h->address,
+                          .reason = reason};
+
+    snprintf(f.detail, sizeof(f.detail), "%s", detail ? detail : "");
+    zt_add(&h->worker->stats.handshake_failures[reason], 1);
+    zt_failed_push(h->worker->core, &f);
+}
+
+/* Nobody dials any more: those that wait are told at once. */
+static void fail_waiting(struct zt_pool *pool, enum zt_reason reason) {
+    while (!zt_list_empty(&pool->waiting)) {
+        struct zt_conn *c = ZT_CONTAINER(pool->waiting.next, struct zt_conn, wait);
+
+        zt_list_remove(&c->wait);
+        zt_conn_end(c, reason);
+    }
+}
+
+static void say_goodbye(struct zt_h2 *h, enum zt_reason reason) {
+    if (reason == ZT_R_PEER_LOST || reason == ZT_R_TLS_TRUNCATED) return;
+    if (zt_tls_drain(h) != 1) return;
+    if (h->session) {
+        h->worker->out_used = 0;
+        h->in_session = true;
+        nghttp2_session_terminate_session(
+            h->session, reason == ZT_R_H2_LIMIT ? NGHTTP2_ENHANCE_YOUR_CALM : NGHTTP2_NO_ERROR);
+        nghttp2_session_send(h->session);
+        h->in_session = false;
+        if (zt_tls_write(h, h->worker->out, h->worker->out_used) < 0) return;
+    }
+    zt_tls_close_notify(h);
+}
+
+void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
+    struct zt_worker *w = h->worker;
+    enum zt_h2_state was = h->state;
+
+    if (was == ZT_H_ENDED) return;
+    if (h->in_session) {
+        if (!h->fate) h->fate = reason;
+        zt_h2_mark_dirty(h);
+        return;
+    }
+    h->state = ZT_H_ENDED;
+    while (!zt_list_empty(&h->streams)) {
+        struct zt_conn *c = ZT_CONTAINER(h->streams.next, struct zt_conn, stream.link);
+
+        zt_list_remove(&c->stream.link);
+        nghttp2_session_set_stream_user_data(h->session, c->stream.id, NULL);
+        c->stream.h2 = NULL;
+        zt_conn_end(c, reason);
+    }
+    h->nstreams = 0;
+    if (was == ZT_H_OPEN) say_goodbye(h, reason);
+    zt_list_remove(&h->pool_link);
+    zt_list_remove(&h->dirty);
+    zt_list_remove(&h->task.link);
+    zt_timer_stop(&h->timer);
+    if (h->upcall) zt_upcall_cancel(w->core, h->upcall);
+    if (was < ZT_H_OPEN) {
+        report_failure(h, reason, detail);
+        if (!h->server && --pool_of(h)->dialling == 0) fail_waiting(pool_of(h), reason);
+    }
+    if (h->session) nghttp2_session_del(h->session);
+    h->session = NULL;
+    if (h->ssl) ossl.SSL_free(h->ssl);
+    h->ssl = NULL;
+    if (h->io.fd >= 0) close(h->io.fd);
+    h->io.fd = -1;
+    if (h->server) atomic_fetch_sub(&w->load_tls, 1);
+    zt_add(&w->stats.tls_connections, (uint64_t)-1);
+    zt_list_remove(&h->link);
+    zt_bury(w, &h->grave);
+    if (!h->server && was == ZT_H_OPEN) zt_h2_pool_serve(w, h->peer);
+}
+
+/* --- beginning ----------------------------------------------------------------------------------------------- */
+
+static void begin_tls(struct zt_h2 *h) {
+    int reason = zt_tls_start(h);
+
+    if (reason) {
+        zt_h2_end(h, (enum zt_reason)reason, "no TLS context");
+        return;
+    }
+    h->state = ZT_H_HANDSHAKE;
+    handshake(h);
+}
+
+void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,
+                    const struct zt_addr *destination) {
+    struct zt_h2 *h = h2_new(w, pod, pod->credential);
+    bool ours = false;
+
+    zt_pod_put(pod); /* the connection has a reference of its own */
+    if (!h) {
+        close(fd);
+        atomic_fetch_sub(&w->load_tls, 1);
+        return;
+    }
+    h->server = true;
+    h->io.fd = fd;
+    h->address = *source;
+    h->local = *destination;
+    for (int i = 0; i < pod->naddrs; i++) ours |= zt_addr_ip_equal(&pod->addrs[i], destination);
+    if (atomic_load(&pod->removed))
+        zt_h2_end(h, ZT_R_POD_REMOVED, NULL);
+    else if (!ours)
+        zt_h2_end(h, ZT_R_SELF_CALL,
+                  "the HBONE port was called by an address that is not the pod's");
+    else if (zt_io_watch(w, &h->io, H2_EVENTS) < 0)
+        zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+    else if (atomic_load(&h->credential->generation))
+        begin_tls(h);
+}
+
+static void start_connect(struct zt_h2 *h) {
+    int fd = zt_sock_to_peer(h->worker, h->pod, &h->address);
+
+    if (fd < 0) {
+        zt_h2_end(h, zt_reason_of_connect(-fd), strerror(-fd));
+        return;
+    }
+    h->io.fd = fd;
+    h->state = ZT_H_CONNECTING;
+    if (zt_io_watch(h->worker, &h->io, H2_EVENTS) < 0) zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+}
+
+static bool dial(struct zt_worker *w, struct zt_peer *peer) {
+    struct zt_h2 *h = h2_new(w, peer->pod, peer->credential);
+    struct zt_pool *pool = &peer->pools[w->index];
+
+    if (!h) return false;
+    h->peer = zt_peer_get(peer);
+    h->address = peer->addr;
+    zt_list_append(&pool->connections, &h->pool_link);
+    pool->dialling++;
+    if (atomic_load(&h->credential->generation)) start_connect(h);
+    return true;
+}
+
+/* --- the pool -------------------------------------------------------------------------------------------------- */
+
+static struct zt_h2 *with_room(struct zt_pool *pool) {
+    for (struct zt_list *l = pool->connections.next; l != &pool->connections; l = l->next) {
+        struct zt_h2 *h = ZT_CONTAINER(l, struct zt_h2, pool_link);
+
+        if (h->state == ZT_H_OPEN && !h->fate && zt_session_room(h) > 0) return h;
+    }
+    return NULL;
+}
+
+void zt_h2_pool_serve(struct zt_worker *w, struct zt_peer *peer) {
+    struct zt_pool *pool = &peer->pools[w->index];
+    struct zt_h2 *h;
+    int dials = 0, waiting = 0;
+
+    while (!zt_list_empty(&pool->waiting) && (h = with_room(pool))) {
+        struct zt_conn *c = ZT_CONTAINER(pool->waiting.next, struct zt_conn, wait);
+
+        zt_list_remove(&c->wait);
+        if (zt_stream_request(h, c) < 0) zt_conn_end(c, ZT_R_NO_MEMORY);
+    }
+    for (struct zt_list *l = pool->waiting.next; l != &pool->waiting; l = l->next) {
+        if (waiting++ % ZT_CLIENT_STREAMS == 0) dials++;
+        if (dials == ZT_POOL_DIALS) break;
+    }
+    while (pool->dialling < dials && !zt_list_empty(&pool->waiting)) {
+        if (!dial(w, peer)) {
+            if (!pool->dialling) fail_waiting(pool, ZT_R_NO_MEMORY);
+            return;
+        }
+    }
+}
+
+void zt_h2_want_stream(struct zt_conn *c, struct zt_peer *peer) {
+    c->state = ZT_C_POOL;
+    c->upstream = peer->addr;
+    zt_timer_set(c->worker, &c->timer, ZT_D_CONNECT);
+    zt_list_append(&peer->pools[c->worker->index].waiting, &c->wait);
+    zt_h2_pool_serve(c->worker, peer);
+}
+
+static bool outdated(const struct zt_h2 *h) {
+    return !h->server && (atomic_load(&h->peer->draining) ||
+                          h->generation != atomic_load(&h->credential->generation));
+}
+
+void zt_h2_retire(struct zt_worker *w) {
+    struct zt_list *l, *next;
+
+    for (l = w->h2s.next; l != &w->h2s; l = next) {
+        struct zt_h2 *h = ZT_CONTAINER(l, struct zt_h2, link);
+
+        next = l->next;
+        if (h->state == ZT_H_CREDENTIAL && atomic_load(&h->credential->generation)) {
+            if (h->server)
+                begin_tls(h);
+            else
+                start_connect(h);
+        } else if (h->state == ZT_H_OPEN && outdated(h)) {
+            h->retiring = true;
+            if (!h->nstreams) zt_h2_end(h, ZT_R_IDLE, NULL);
+        }
+    }
+}
+
+void zt_h2_idle_check(struct zt_h2 *h) {
+    if (h->nstreams) return;
+    h->idle_since = h->worker->now;
+    if (h->retiring) zt_h2_end(h, ZT_R_IDLE, NULL);
+}
+
+/* --- handshake and judgement ------------------------------------------------------------------------------------- */
+
+static void ask(struct zt_h2 *h) {
+    struct zt_upcall *u = calloc(1, sizeof(*u));
+    int n;
+
+    if (!u) {
+        zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+        return;
+    }
+    n = zt_tls_chain(h, u->chain);
+    if (n < 0) {
+        free(u);
+        zt_h2_end(h, n == -E2BIG ? ZT_R_CERT_INVALID : ZT_R_CERT_MISSING,
+                  n == -E2BIG ? "certificate chain too long" : "no certificate");
+        return;
+    }
+    u->nchain = n;
+    u->worker = h->worker;
+    u->key.kind = h->server ? ZT_PEER_CERTIFICATE : ZT_SERVER_CERTIFICATE;
+    u->key.pod = h->pod->node.number;
+    u->epoch = atomic_load(&h->worker->core->epoch);
+    u->peer = h->peer ? h->peer->node.number : 0;
+    if (h->server) {
+        u->source = h->address;
+        u->destination = h->local;
+    } else {
+        u->destination = h->address;
+    }
+    h->upcall = zt_upcall_send(h->worker->core, u);
+    zt_add(&h->worker->stats.upcalls, 1);
+    if (h->upcall)
+        h->state = ZT_H_JUDGED;
+    else
+        zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+}
+
+/* HTTP/2 may follow the handshake in the same segment; it waits for the judgement. */
+static bool keep_early(struct zt_h2 *h, char detail[ZT_DETAIL]) {
+    int n = zt_tls_read(h, h->worker->plain, ZT_CHUNK, detail);
+
+    if (n < 0) {
+        zt_h2_end(h, (enum zt_reason) - n, detail);
+        return false;
+    }
+    if (n == 0) return true;
+    h->early = malloc((size_t)n);
+    if (!h->early) {
+        zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+        return false;
+    }
+    memcpy(h->early, h->worker->plain, (size_t)n);
+    h->early_len = (size_t)n;
+    return true;
+}
+
+static void handshake(struct zt_h2 *h) {
+    char detail[ZT_DETAIL] = "";
+    size_t input = 0;
+
+    while (h->state == ZT_H_HANDSHAKE) {
+        int rv = zt_tls_handshake(h, input, detail);
+        ssize_t n;
+
+        if (rv == -1 && !keep_early(h, detail)) return;
+        if (zt_tls_drain(h) < 0 && rv <= 0) {
+            zt_h2_end(h, ZT_R_PEER_LOST, "the peer closed during the TLS handshake");
+            return;
+        }
+        if (rv > 0) {
+            zt_h2_end(h, (enum zt_reason)rv, detail);
+            return;
+        }
+        if (rv == -1) {
+            ask(h);
+            return;
+        }
+        if (!h->readable) return;
+        n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+        if (n < 0 && errno == EAGAIN) {
+            h->readable = false;
+            return;
+        }
+        if (n <= 0) {
+            zt_h2_end(h, ZT_R_PEER_LOST,
+                      n < 0 ? strerror(errno) : "the peer closed during the TLS handshake");
+            return;
+        }
+        input = (size_t)n;
+    }
+}
+
+void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
+                       enum zt_reason reason) {
+    struct zt_h2 *h = NULL;
+    int rv;
+
+    for (struct zt_list *l = w->h2s.next; l != &w->h2s && !h; l = l->next) {
+        struct zt_h2 *at = ZT_CONTAINER(l, struct zt_h2, link);
+
+        if (at->state == ZT_H_JUDGED && at->upcall == upcall) h = at;
+    }
+    if (!h) return;
+    h->upcall = 0;
+    if (!identity) {
+        zt_h2_end(h, reason, "the certificate's identity was refused");
+        return;
+    }
+    h->identity = h->server ? identity : 0;
+    rv = zt_session_start(h);
+    if (rv) {
+        zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+        return;
+    }
+    h->state = ZT_H_OPEN;
+    zt_observe(h->server ? &w->stats.handshakes_server : &w->stats.handshakes_client,
+               w->now - h->started);
+    zt_timer_set(w, &h->timer, ZT_D_PING);
+    h->heard = h->idle_since = w->now;
+    zt_h2_mark_dirty(h);
+    if (!h->server) {
+        pool_of(h)->dialling--;
+        zt_h2_pool_serve(w, h->peer);
+    }
+    if (h->early) {
+        rv = zt_session_input(h, h->early, h->early_len);
+        free(h->early);
+        h->early = NULL;
+        if (rv) {
+            zt_h2_end(h, (enum zt_reason)rv, NULL);
+            return;
+        }
+    }
+    receive(h);
+}
+
+/* --- receiving ------------------------------------------------------------------------------------------------------ */
+
+static bool output_waits(struct zt_h2 *h) {
+    char *data;
+
+    return ossl.BIO_get_mem_data(h->wbio, &data) > 0;
+}
+
+/* Returns false when the connection has ended. */
+static bool take_in(struct zt_h2 *h, size_t n) {
+    struct zt_worker *w = h->worker;
+    char detail[ZT_DETAIL] = "";
+    int got, rv;
+
+    h->heard = w->now;
+    h->pinged = false;
+    zt_tls_input(h, n);
+    do {
+        got = zt_tls_read(h, w->plain, ZT_CHUNK, detail);
+        if (got < 0) {
+            zt_h2_end(h, (enum zt_reason) - got, detail);
+            return false;
+        }
+        rv = got ? zt_session_input(h, w->plain, (size_t)got) : 0;
+        if (rv) {
+            zt_h2_end(h, (enum zt_reason)rv, NULL);
+            return false;
+        }
+    } while (got == ZT_CHUNK);
+    return true;
+}
+
+static void receive(struct zt_h2 *h) {
+    size_t budget = 0;
+
+    while (h->state == ZT_H_OPEN && h->readable && !h->input_end && !output_waits(h)) {
+        ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+
+        if (n < 0) {
+            if (errno == EINTR) continue;
+            if (errno != EAGAIN) {
+                zt_h2_end(h, ZT_R_PEER_LOST, strerror(errno));
+                return;
+            }
+            h->readable = false;
+            break;
+        }
+        if (n == 0) {
+            /* RFC 8446, 6.1: an end without close_notify is a truncation. */
+            zt_h2_end(h, ZT_R_TLS_TRUNCATED, NULL);
+            return;
+        }
+        if (n < ZT_CHUNK && !h->hangup) h->readable = false;
+        if (!take_in(h, (size_t)n)) return;
+        budget += (size_t)n;
+        if (budget >= ZT_BUDGET) {
+            zt_task_add(h->worker, &h->task);
+            break;
+        }
+    }
+    if (h->state != ZT_H_OPEN) return;
+    if (h->input_end)
+        zt_h2_end(h, h->nstreams ? ZT_R_PEER_LOST : ZT_R_IDLE, NULL);
+    else
+        zt_h2_mark_dirty(h);
+}
+
+/* --- sending ---------------------------------------------------------------------------------------------------------- */
+
+void zt_h2_mark_dirty(struct zt_h2 *h) {
+    if (zt_list_empty(&h->dirty)) zt_list_append(&h->worker->dirty, &h->dirty);
+}
+
+static void flush(struct zt_h2 *h) {
+    struct zt_worker *w = h->worker;
+    size_t total = 0;
+
+    while (h->state == ZT_H_OPEN && !h->fate) {
+        int rv = zt_tls_drain(h);
+
+        if (rv < 0) {
+            zt_h2_end(h, ZT_R_PEER_LOST, strerror(-rv));
+            return;
+        }
+        if (rv == 0) return; /* epoll will tell when there is room */
+        if (total >= ZT_BUDGET) {
+            zt_task_add(w, &h->task);
+            return;
+        }
+        w->out_used = 0;
+        h->in_session = true;
+        rv = nghttp2_session_send(h->session);
+        h->in_session = false;
+        if (rv) {
+            h->fate = rv == NGHTTP2_ERR_NOMEM ? ZT_R_NO_MEMORY : ZT_R_H2_PROTOCOL;
+            break;
+        }
+        if (w->out_used == 0) break;
+        total += w->out_used;
+        if (zt_tls_write(h, w->out, w->out_used) < 0) h->fate = ZT_R_TLS_FAILED;
+    }
+    if (h->state != ZT_H_OPEN) return;
+    if (h->fate)
+        zt_h2_end(h, h->fate, NULL);
+    else if (!nghttp2_session_want_read(h->session) && !nghttp2_session_want_write(h->session))
+        zt_h2_end(h, h->nstreams ? ZT_R_H2_PROTOCOL : ZT_R_IDLE, NULL);
+    else if (h->readable)
+        zt_task_add(w, &h->task);
+}
+
+void zt_h2_flush_dirty(struct zt_worker *w) {
+    while (!zt_list_empty(&w->dirty)) {
+        struct zt_h2 *h = ZT_CONTAINER(w->dirty.next, struct zt_h2, dirty);
+
+        zt_list_remove(&h->dirty);
+        flush(h);
+    }
+}
+
+/* --- events ------------------------------------------------------------------------------------------------------------ */
+
+static void on_task(struct zt_worker *w, struct zt_task *t) {
+    struct zt_h2 *h = ZT_CONTAINER(t, struct zt_h2, task);
+
+    (void)w;
+    if (h->state == ZT_H_OPEN) {
+        receive(h);
+        if (h->state == ZT_H_OPEN) zt_h2_mark_dirty(h);
+    }
+}
+
+static void on_event(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    struct zt_h2 *h = ZT_CONTAINER(io, struct zt_h2, io);
+
+    (void)w;
+    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) h->readable = true;
+    if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) h->writable = true;
+    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) h->hangup = true;
+    switch (h->state) {
+    case ZT_H_CONNECTING: {
+        int error = zt_sock_error(io->fd);
+
+        if (error)
+            zt_h2_end(h, zt_reason_of_connect(error), strerror(error));
+        else if (events & EPOLLOUT)
+            begin_tls(h);
+        break;
+    }
+    case ZT_H_HANDSHAKE:
+        handshake(h);
+        break;
+    case ZT_H_CREDENTIAL:
+    case ZT_H_JUDGED:
+        if (events & (EPOLLERR | EPOLLHUP)) zt_h2_end(h, ZT_R_PEER_LOST, "the peer has gone");
+        break;
+    case ZT_H_OPEN:
+        receive(h);
+        break;
+    case ZT_H_ENDED:
+        break;
+    }
+}
+
+static void on_timer(struct zt_worker *w, struct zt_timer *t) {
+    struct zt_h2 *h = ZT_CONTAINER(t, struct zt_h2, timer);
+    static const char *const waited_for[] = {
+        [ZT_H_CREDENTIAL] = "no certificate for this pod yet",
+        [ZT_H_CONNECTING] = "no answer from the HBONE port: maybe a NetworkPolicy blocks 15008",
+        [ZT_H_HANDSHAKE] = "the TLS handshake did not end",
+        [ZT_H_JUDGED] = "the certificate was not judged in time",
+    };
+
+    if (h->state < ZT_H_OPEN) {
+        enum zt_reason reason = h->state == ZT_H_CREDENTIAL   ? ZT_R_NO_CREDENTIAL
+                                : h->state == ZT_H_CONNECTING ? ZT_R_CONNECT_TIMEOUT
+                                                              : ZT_R_TLS_TIMEOUT;
+
+        zt_h2_end(h, reason, waited_for[h->state]);
+        return;
+    }
+    zt_tls_shrink(h);
+    if (h->pinged) {
+        zt_h2_end(h, ZT_R_KEEPALIVE_TIMEOUT, NULL);
+    } else if (!h->nstreams && w->now - h->idle_since >= ZT_IDLE_US) {
+        zt_h2_end(h, ZT_R_IDLE, NULL);
+    } else if (w->now - h->heard >= ZT_QUIET_US) {
+        h->pinged = true;
+        nghttp2_submit_ping(h->session, NGHTTP2_FLAG_NONE, NULL);
+        zt_h2_mark_dirty(h);
+        zt_timer_set(w, &h->timer, ZT_D_PONG);
+    } else {
+        zt_timer_set(w, &h->timer, ZT_D_PING);
+    }
+}

@@ -1,0 +1,213 @@
+/* The queues that lead from the workers to the control side. */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "state.h"
+#include "worker.h"
+
+int zt_queues_init(struct zt_core *core) {
+    int rv = zt_map_init(&core->asked);
+
+    if (rv) return rv;
+    core->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (core->event_fd < 0) return -errno;
+    core->ended = calloc(ZT_EVENTS_MAX, sizeof(*core->ended));
+    core->failed = calloc(ZT_FAILURES_MAX, sizeof(*core->failed));
+    return core->ended && core->failed ? 0 : -ENOMEM;
+}
+
+void zt_queues_free(struct zt_core *core) {
+    struct zt_upcall *u = core->upcalls_head;
+    struct zt_decision *d = core->freed_head;
+    struct zt_map_node *n;
+
+    while (u) {
+        struct zt_upcall *next = u->next;
+
+        if (u->cancelled) zt_upcall_free(u); /* the others are in `asked` */
+        u = next;
+    }
+    if (core->asked.buckets) {
+        while ((n = zt_map_pop(&core->asked)))
+            zt_upcall_free(ZT_CONTAINER(n, struct zt_upcall, node));
+    }
+    zt_map_destroy(&core->asked);
+    while (d) {
+        struct zt_decision *next = d->next_freed;
+
+        free(d);
+        d = next;
+    }
+    free(core->ended);
+    free(core->failed);
+    if (core->event_fd >= 0) close(core->event_fd);
+}
+
+void zt_core_wake(struct zt_core *core) {
+    uint64_t one = 1;
+
+    /* A full counter is a wake-up that has not been collected yet: nothing is lost. */
+    if (write(core->event_fd, &one, sizeof(one)) < 0) return;
+}
+
+void zt_upcall_free(struct zt_upcall *u) {
+    for (int i = 0; i < u->nchain; i++) free(u->chain[i].data);
+    free(u);
+}
+
+uint64_t zt_upcall_send(struct zt_core *core, struct zt_upcall *u) {
+    uint64_t id;
+
+    pthread_mutex_lock(&core->queue_lock);
+    id = core->next_upcall++;
+    if (zt_map_add(&core->asked, &u->node, id) < 0) {
+        id = 0;
+    } else {
+        u->queued = true;
+        u->next = NULL;
+        *core->upcalls_tail = u;
+        core->upcalls_tail = &u->next;
+    }
+    pthread_mutex_unlock(&core->queue_lock);
+    if (id)
+        zt_core_wake(core);
+    else
+        zt_upcall_free(u);
+    return id;
+}
+
+static struct zt_upcall *take_asked(struct zt_core *core, uint64_t id) {
+    struct zt_map_node *n = zt_map_take(&core->asked, id);
+
+    return n ? ZT_CONTAINER(n, struct zt_upcall, node) : NULL;
+}
+
+void zt_upcall_cancel(struct zt_core *core, uint64_t id) {
+    struct zt_upcall *u;
+
+    pthread_mutex_lock(&core->queue_lock);
+    u = take_asked(core, id);
+    if (u && u->queued) {
+        u->cancelled = true; /* zt_upcall_collect frees it */
+        u = NULL;
+    }
+    pthread_mutex_unlock(&core->queue_lock);
+    if (u) zt_upcall_free(u);
+}
+
+bool zt_upcall_collect(struct zt_core *core, struct zt_upcall *out) {
+    bool found = false;
+
+    pthread_mutex_lock(&core->queue_lock);
+    while (core->upcalls_head && !found) {
+        struct zt_upcall *u = core->upcalls_head;
+
+        core->upcalls_head = u->next;
+        if (!core->upcalls_head) core->upcalls_tail = &core->upcalls_head;
+        u->queued = false;
+        if (u->cancelled) {
+            zt_upcall_free(u);
+            continue;
+        }
+        *out = *u;
+        u->nchain = 0; /* the chain has passed on */
+        found = true;
+    }
+    pthread_mutex_unlock(&core->queue_lock);
+    return found;
+}
+
+int zt_upcall_answer(struct zt_core *core, uint64_t id, uint64_t epoch, uint64_t decision) {
+    struct zt_msg msg = {.type = ZT_MSG_ANSWER, .epoch = epoch, .id = id};
+    bool current = epoch == atomic_load(&core->epoch);
+    struct zt_upcall *u;
+
+    if (current) {
+        int rv = zt_decision_find(core, decision, &msg.decision);
+
+        if (rv) return rv;
+    }
+    pthread_mutex_lock(&core->queue_lock);
+    u = take_asked(core, id);
+    pthread_mutex_unlock(&core->queue_lock);
+    if (!u) {
+        zt_decision_put(msg.decision);
+        return 1;
+    }
+    msg.key = u->key;
+    zt_worker_post(u->worker, &msg);
+    zt_upcall_free(u);
+    return current;
+}
+
+void zt_upcall_answer_certificate(struct zt_core *core, uint64_t id, uint64_t identity,
+                                  enum zt_reason reason) {
+    struct zt_msg msg = {
+        .type = ZT_MSG_CERTIFICATE, .id = id, .identity = identity, .reason = reason};
+    struct zt_upcall *u;
+
+    pthread_mutex_lock(&core->queue_lock);
+    u = take_asked(core, id);
+    pthread_mutex_unlock(&core->queue_lock);
+    if (!u) return;
+    zt_worker_post(u->worker, &msg);
+    zt_upcall_free(u);
+}
+
+void zt_ended_push(struct zt_core *core, const struct zt_ended *e) {
+    pthread_mutex_lock(&core->queue_lock);
+    if (core->ended_tail - core->ended_head == ZT_EVENTS_MAX)
+        core->events_lost++;
+    else
+        core->ended[core->ended_tail++ % ZT_EVENTS_MAX] = *e;
+    pthread_mutex_unlock(&core->queue_lock);
+    zt_core_wake(core);
+}
+
+void zt_failed_push(struct zt_core *core, const struct zt_failed *f) {
+    pthread_mutex_lock(&core->queue_lock);
+    if (core->failed_tail - core->failed_head == ZT_FAILURES_MAX)
+        core->events_lost++;
+    else
+        core->failed[core->failed_tail++ % ZT_FAILURES_MAX] = *f;
+    pthread_mutex_unlock(&core->queue_lock);
+    zt_core_wake(core);
+}
+
+size_t zt_ended_take(struct zt_core *core, struct zt_ended *out, size_t most) {
+    size_t n = 0;
+
+    pthread_mutex_lock(&core->queue_lock);
+    while (n < most && core->ended_head != core->ended_tail)
+        out[n++] = core->ended[core->ended_head++ % ZT_EVENTS_MAX];
+    pthread_mutex_unlock(&core->queue_lock);
+    return n;
+}
+
+size_t zt_failed_take(struct zt_core *core, struct zt_failed *out, size_t most) {
+    size_t n = 0;
+
+    pthread_mutex_lock(&core->queue_lock);
+    while (n < most && core->failed_head != core->failed_tail)
+        out[n++] = core->failed[core->failed_head++ % ZT_FAILURES_MAX];
+    pthread_mutex_unlock(&core->queue_lock);
+    return n;
+}
+
+size_t zt_freed_take(struct zt_core *core, uint64_t *out, size_t most) {
+    size_t n = 0;
+
+    pthread_mutex_lock(&core->queue_lock);
+    while (n < most && core->freed_head && core->freed_head->freed_at <= core->ended_head) {
+        struct zt_decision *d = core->freed_head;
+
+        core->freed_head = d->next_freed;
+        if (!core->freed_head) core->freed_tail = &core->freed_head;
+        out[n++] = d->node.number;
+        free(d);
+    }
+    pthread_mutex_unlock(&core->queue_lock);
+    return n;
+}

@@ -1,0 +1,483 @@
+#include "state.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "h2.h"
+#include "worker.h"
+
+#define AS(type, n) ((type *)(void *)(n)) /* the map's node is the first member */
+
+/* --- references ------------------------------------------------------------------------------- */
+
+static bool last_reference(_Atomic int *refs) {
+    return atomic_fetch_sub_explicit(refs, 1, memory_order_acq_rel) == 1;
+}
+
+static void reference(_Atomic int *refs) {
+    atomic_fetch_add_explicit(refs, 1, memory_order_relaxed);
+}
+
+void zt_credential_put(struct zt_credential *c) {
+    if (!c || !last_reference(&c->refs)) return;
+    if (c->client_anchor) ossl.SSL_free(c->client_anchor);
+    if (c->server_anchor) ossl.SSL_free(c->server_anchor);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+}
+
+struct zt_pod *zt_pod_get(struct zt_pod *pod) {
+    reference(&pod->refs);
+    return pod;
+}
+
+void zt_pod_put(struct zt_pod *pod) {
+    if (!pod || !last_reference(&pod->refs)) return;
+    for (int i = 0; i < 3; i++) {
+        if (pod->listeners[i].io.fd >= 0) close(pod->listeners[i].io.fd);
+    }
+    if (pod->netns >= 0) close(pod->netns);
+    zt_credential_put(pod->credential);
+    free(pod);
+}
+
+struct zt_peer *zt_peer_get(struct zt_peer *peer) {
+    reference(&peer->refs);
+    return peer;
+}
+
+void zt_peer_put(struct zt_peer *peer) {
+    if (!peer || !last_reference(&peer->refs)) return;
+    zt_pod_put(peer->pod);
+    zt_credential_put(peer->credential);
+    free(peer);
+}
+
+static void series_put(struct zt_series *s) {
+    if (s && last_reference(&s->refs)) free(s);
+}
+
+struct zt_decision *zt_decision_get(struct zt_decision *d) {
+    reference(&d->refs);
+    return d;
+}
+
+void zt_decision_put(struct zt_decision *d) {
+    struct zt_core *core;
+
+    if (!d || !last_reference(&d->refs)) return;
+    core = d->core;
+    for (size_t i = 0; i < d->nchoices; i++) zt_decision_put(d->choices[i].decision);
+    series_put(d->series);
+    zt_peer_put(d->peer);
+    free(d->authority);
+    free(d->baggage);
+    free(d->host);
+    free(d->choices);
+    /* Its shell waits until its number has been reported. */
+    pthread_mutex_lock(&core->queue_lock);
+    d->freed_at = core->ended_tail;
+    d->next_freed = NULL;
+    *core->freed_tail = d;
+    core->freed_tail = &d->next_freed;
+    pthread_mutex_unlock(&core->queue_lock);
+    zt_core_wake(core);
+}
+
+/* --- lookups: a new reference under the lock ----------------------------------------------------- */
+
+#define DEFINE_FIND(type, field)                                                  \
+    static struct zt_##type *find_##type(struct zt_core *core, uint64_t number) { \
+        struct zt_##type *found;                                                  \
+                                                                                  \
+        pthread_mutex_lock(&core->lock);                                          \
+        found = AS(struct zt_##type, zt_map_find(&core->field, number));          \
+        if (found) reference(&found->refs);                                       \
+        pthread_mutex_unlock(&core->lock);                                        \
+        return found;                                                             \
+    }
+DEFINE_FIND(pod, pods)
+DEFINE_FIND(peer, peers)
+DEFINE_FIND(series, series)
+DEFINE_FIND(decision, decisions)
+
+static void post_all(struct zt_core *core, struct zt_msg msg, struct zt_decision *decision,
+                     struct zt_peer *peer, struct zt_pod *pod) {
+    for (int i = 0; i < core->nworkers; i++) {
+        if (decision) msg.decision = zt_decision_get(decision);
+        if (peer) msg.peer = zt_peer_get(peer);
+        if (pod) msg.pod = zt_pod_get(pod);
+        zt_worker_post(core->workers[i], &msg);
+    }
+}
+
+/* --- credentials ---------------------------------------------------------------------------------- */
+
+/* A credential exists from its first mention: pods and peers may name it before it is set. */
+static struct zt_credential *credential_mention(struct zt_core *core, uint64_t number) {
+    struct zt_credential *c;
+
+    pthread_mutex_lock(&core->lock);
+    c = AS(struct zt_credential, zt_map_find(&core->credentials, number));
+    if (!c) {
+        c = calloc(1, sizeof(*c));
+        if (c && zt_map_add(&core->credentials, &c->node, number) < 0) {
+            free(c);
+            c = NULL;
+        } else if (c) {
+            pthread_mutex_init(&c->lock, NULL);
+            c->refs = 1;
+        }
+    }
+    if (c) reference(&c->refs);
+    pthread_mutex_unlock(&core->lock);
+    return c;
+}
+
+int zt_credential_set(struct zt_core *core, uint64_t number, SSL_CTX *client, SSL_CTX *server) {
+    struct zt_credential *c = credential_mention(core, number);
+    SSL *client_anchor, *server_anchor, *old_client, *old_server;
+
+    if (!c) return -ENOMEM;
+    client_anchor = ossl.SSL_new(client);
+    server_anchor = ossl.SSL_new(server);
+    if (!client_anchor || !server_anchor) {
+        if (client_anchor) ossl.SSL_free(client_anchor);
+        if (server_anchor) ossl.SSL_free(server_anchor);
+        zt_credential_put(c);
+        return -ENOMEM;
+    }
+    zt_tls_configure_server(server);
+    pthread_mutex_lock(&c->lock);
+    old_client = c->client_anchor;
+    old_server = c->server_anchor;
+    c->client_anchor = client_anchor;
+    c->server_anchor = server_anchor;
+    c->client = client;
+    c->server = server;
+    atomic_fetch_add(&c->generation, 1);
+    pthread_mutex_unlock(&c->lock);
+    if (old_client) ossl.SSL_free(old_client);
+    if (old_server) ossl.SSL_free(old_server);
+    zt_credential_put(c);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_RETIRE}, NULL, NULL, NULL);
+    return 0;
+}
+
+int zt_credential_remove(struct zt_core *core, uint64_t number) {
+    struct zt_credential *c;
+
+    pthread_mutex_lock(&core->lock);
+    c = AS(struct zt_credential, zt_map_take(&core->credentials, number));
+    pthread_mutex_unlock(&core->lock);
+    if (!c) return -ENOENT;
+    zt_credential_put(c);
+    return 0;
+}
+
+SSL *zt_credential_ssl(struct zt_credential *c, bool server, uint64_t *generation) {
+    SSL *ssl = NULL;
+
+    pthread_mutex_lock(&c->lock);
+    *generation = atomic_load(&c->generation);
+    if (*generation) ssl = ossl.SSL_new(server ? c->server : c->client);
+    pthread_mutex_unlock(&c->lock);
+    return ssl;
+}
+
+/* --- pods ------------------------------------------------------------------------------------------ */
+
+static void pod_watch(struct zt_core *core, struct zt_pod *pod, int op) {
+    for (int i = 0; i < core->nworkers; i++) {
+        for (int k = 0; k < 3; k++) {
+            /* Level-triggered, one worker woken for each connection. */
+            struct epoll_event ev = {.events = EPOLLIN | EPOLLEXCLUSIVE,
+                                     .data.ptr = &pod->listeners[k].io};
+
+            epoll_ctl(core->workers[i]->epfd, op, pod->listeners[k].io.fd, &ev);
+        }
+    }
+}
+
+int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int listeners[3],
+               const struct zt_addr *addrs, int naddrs, uint64_t credential) {
+    static const enum zt_kind kinds[3] = {ZT_OUTBOUND, ZT_INBOUND_PLAINTEXT, ZT_INBOUND_HBONE};
+    struct zt_pod *pod = calloc(1, sizeof(*pod));
+    int rv;
+
+    if (!pod) return -ENOMEM;
+    pod->refs = 1;
+    pod->core = core;
+    pod->netns = fcntl(netns, F_DUPFD_CLOEXEC, 3);
+    rv = pod->netns < 0 ? -errno : 0;
+    for (int k = 0; k < 3; k++) {
+        struct zt_listener *l = &pod->listeners[k];
+
+        l->pod = pod;
+        l->kind = kinds[k];
+        l->io.on_event = zt_worker_accept;
+        l->io.fd = fcntl(listeners[k], F_DUPFD_CLOEXEC, 3);
+        if (l->io.fd < 0 && !rv) rv = -errno;
+    }
+    memcpy(pod->addrs, addrs, (size_t)naddrs * sizeof(*addrs));
+    pod->naddrs = naddrs;
+    pod->credential = credential_mention(core, credential);
+    if (!pod->credential && !rv) rv = -ENOMEM;
+    if (!rv) {
+        pthread_mutex_lock(&core->lock);
+        rv = zt_map_add(&core->pods, &pod->node, number);
+        pthread_mutex_unlock(&core->lock);
+    }
+    if (rv) {
+        zt_pod_put(pod);
+        return rv;
+    }
+    if (core->running) pod_watch(core, pod, EPOLL_CTL_ADD);
+    return 0;
+}
+
+int zt_pod_remove(struct zt_core *core, uint64_t number) {
+    struct zt_pod *pod;
+
+    pthread_mutex_lock(&core->lock);
+    pod = AS(struct zt_pod, zt_map_take(&core->pods, number));
+    pthread_mutex_unlock(&core->lock);
+    if (!pod) return -ENOENT;
+    atomic_store(&pod->removed, true);
+    if (core->running) {
+        pod_watch(core, pod, EPOLL_CTL_DEL);
+        post_all(core, (struct zt_msg){.type = ZT_MSG_POD_GONE}, NULL, NULL, pod);
+    }
+    zt_pod_put(pod);
+    return 0;
+}
+
+/* --- peers ------------------------------------------------------------------------------------------ */
+
+int zt_peer_add(struct zt_core *core, uint64_t number, uint64_t pod, const struct zt_addr *addr,
+                uint64_t credential) {
+    struct zt_peer *peer =
+        calloc(1, sizeof(*peer) + (size_t)core->nworkers * sizeof(peer->pools[0]));
+    int rv = 0;
+
+    if (!peer) return -ENOMEM;
+    peer->refs = 1;
+    peer->addr = *addr;
+    for (int i = 0; i < core->nworkers; i++) {
+        zt_list_init(&peer->pools[i].connections);
+        zt_list_init(&peer->pools[i].waiting);
+    }
+    peer->pod = find_pod(core, pod);
+    if (!peer->pod) rv = -ENOENT;
+    if (!rv) {
+        peer->credential = credential_mention(core, credential);
+        if (!peer->credential) rv = -ENOMEM;
+    }
+    if (!rv) {
+        pthread_mutex_lock(&core->lock);
+        rv = zt_map_add(&core->peers, &peer->node, number);
+        pthread_mutex_unlock(&core->lock);
+    }
+    if (rv) zt_peer_put(peer);
+    return rv;
+}
+
+int zt_peer_remove(struct zt_core *core, uint64_t number) {
+    struct zt_peer *peer;
+
+    pthread_mutex_lock(&core->lock);
+    peer = AS(struct zt_peer, zt_map_take(&core->peers, number));
+    pthread_mutex_unlock(&core->lock);
+    if (!peer) return -ENOENT;
+    atomic_store(&peer->draining, true);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_RETIRE}, NULL, NULL, NULL);
+    zt_peer_put(peer);
+    return 0;
+}
+
+int zt_peer_close(struct zt_core *core, uint64_t number, enum zt_reason reason) {
+    struct zt_peer *peer = find_peer(core, number);
+
+    if (!peer) return -ENOENT;
+    post_all(core, (struct zt_msg){.type = ZT_MSG_CLOSE_PEER, .reason = reason}, NULL, peer, NULL);
+    zt_peer_put(peer);
+    return 0;
+}
+
+/* --- series ------------------------------------------------------------------------------------------ */
+
+int zt_series_add(struct zt_core *core, uint64_t number) {
+    struct zt_series *s = calloc(1, sizeof(*s) + (size_t)core->nworkers * sizeof(s->by_worker[0]));
+    int rv;
+
+    if (!s) return -ENOMEM;
+    s->refs = 1;
+    pthread_mutex_lock(&core->lock);
+    rv = zt_map_add(&core->series, &s->node, number);
+    pthread_mutex_unlock(&core->lock);
+    if (rv) series_put(s);
+    return rv;
+}
+
+int zt_series_remove(struct zt_core *core, uint64_t number) {
+    struct zt_series *s;
+
+    pthread_mutex_lock(&core->lock);
+    s = AS(struct zt_series, zt_map_take(&core->series, number));
+    pthread_mutex_unlock(&core->lock);
+    if (!s) return -ENOENT;
+    series_put(s);
+    return 0;
+}
+
+int zt_series_read(struct zt_core *core, uint64_t number, struct zt_series_counters *out) {
+    struct zt_series *s = find_series(core, number);
+
+    if (!s) return -ENOENT;
+    memset(out, 0, sizeof(*out));
+    for (int i = 0; i < core->nworkers; i++) {
+        const struct zt_series_counters *c = &s->by_worker[i];
+
+        zt_add(&out->opened, zt_get(&c->opened));
+        zt_add(&out->closed, zt_get(&c->closed));
+        zt_add(&out->received, zt_get(&c->received));
+        zt_add(&out->sent, zt_get(&c->sent));
+        for (int r = 0; r < ZT_REASON_COUNT; r++) zt_add(&out->failed[r], zt_get(&c->failed[r]));
+    }
+    series_put(s);
+    return 0;
+}
+
+/* --- decisions ---------------------------------------------------------------------------------------- */
+
+int zt_decision_add(struct zt_core *core, const struct zt_decision *template, uint64_t number,
+                    uint64_t series, uint64_t peer) {
+    struct zt_decision *d = malloc(sizeof(*d));
+    int rv = 0;
+
+    if (!d) return -ENOMEM;
+    *d = *template;
+    d->refs = 1;
+    d->core = core;
+    d->series = NULL;
+    d->peer = NULL;
+    if (series && !(d->series = find_series(core, series))) rv = -ENOENT;
+    if (peer && !(d->peer = find_peer(core, peer))) rv = -ENOENT;
+    if (!rv) {
+        pthread_mutex_lock(&core->lock);
+        rv = zt_map_add(&core->decisions, &d->node, number);
+        pthread_mutex_unlock(&core->lock);
+    }
+    if (rv) {
+        series_put(d->series);
+        zt_peer_put(d->peer);
+        free(d);
+    }
+    return rv;
+}
+
+int zt_decision_find(struct zt_core *core, uint64_t number, struct zt_decision **out) {
+    *out = find_decision(core, number);
+    return *out ? 0 : -ENOENT;
+}
+
+int zt_decision_release(struct zt_core *core, uint64_t number) {
+    struct zt_decision *d;
+
+    pthread_mutex_lock(&core->lock);
+    d = AS(struct zt_decision, zt_map_take(&core->decisions, number));
+    pthread_mutex_unlock(&core->lock);
+    if (!d) return -ENOENT;
+    zt_decision_put(d);
+    return 0;
+}
+
+int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reason) {
+    struct zt_decision *d = find_decision(core, number);
+
+    if (!d) return -ENOENT;
+    atomic_store(&d->killed, 1 + (int)reason);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_KILL_DECISION, .reason = reason}, d, NULL, NULL);
+    zt_decision_put(d);
+    return 0;
+}
+
+/* --- the core itself ------------------------------------------------------------------------------------ */
+
+int zt_core_start(struct zt_core *core) {
+    int rv = 0;
+
+    for (int i = 0; i < core->nworkers && !rv; i++) rv = zt_worker_start(core->workers[i]);
+    if (rv) return rv;
+    core->running = true;
+    pthread_mutex_lock(&core->lock);
+    for (size_t b = 0; b < core->pods.nbuckets; b++) {
+        for (struct zt_map_node *n = core->pods.buckets[b]; n; n = n->next)
+            pod_watch(core, AS(struct zt_pod, n), EPOLL_CTL_ADD);
+    }
+    pthread_mutex_unlock(&core->lock);
+    return 0;
+}
+
+void zt_core_stop(struct zt_core *core) {
+    if (!core->running) return;
+    core->running = false;
+    post_all(core, (struct zt_msg){.type = ZT_MSG_STOP}, NULL, NULL, NULL);
+    for (int i = 0; i < core->nworkers; i++) zt_worker_join(core->workers[i]);
+}
+
+int zt_core_new(struct zt_core **out, int nworkers) {
+    struct zt_core *core = calloc(1, sizeof(*core));
+    int rv;
+
+    if (!core) return -ENOMEM;
+    core->event_fd = -1;
+    core->epoch = 1;
+    core->next_upcall = 1;
+    core->upcalls_tail = &core->upcalls_head;
+    core->freed_tail = &core->freed_head;
+    pthread_mutex_init(&core->lock, NULL);
+    pthread_mutex_init(&core->queue_lock, NULL);
+    core->workers = calloc((size_t)nworkers, sizeof(*core->workers));
+    rv = core->workers ? zt_queues_init(core) : -ENOMEM;
+    if (!rv) rv = zt_map_init(&core->pods);
+    if (!rv) rv = zt_map_init(&core->credentials);
+    if (!rv) rv = zt_map_init(&core->peers);
+    if (!rv) rv = zt_map_init(&core->series);
+    if (!rv) rv = zt_map_init(&core->decisions);
+    for (int i = 0; i < nworkers && !rv; i++) {
+        rv = zt_worker_new(&core->workers[i], core, i);
+        if (!rv) core->nworkers++;
+    }
+    if (rv) {
+        zt_core_free(core);
+        return rv;
+    }
+    *out = core;
+    return 0;
+}
+
+void zt_core_free(struct zt_core *core) {
+    struct zt_map_node *n;
+    struct zt_map *maps[] = {&core->pods, &core->credentials, &core->peers, &core->series,
+                             &core->decisions};
+
+    zt_core_stop(core);
+    for (int i = 0; i < core->nworkers; i++) zt_worker_free(core->workers[i]);
+    free(core->workers);
+    if (core->decisions.buckets) {
+        while ((n = zt_map_pop(&core->decisions))) zt_decision_put(AS(struct zt_decision, n));
+        while ((n = zt_map_pop(&core->series))) series_put(AS(struct zt_series, n));
+        while ((n = zt_map_pop(&core->peers))) zt_peer_put(AS(struct zt_peer, n));
+        while ((n = zt_map_pop(&core->pods))) zt_pod_put(AS(struct zt_pod, n));
+        while ((n = zt_map_pop(&core->credentials))) zt_credential_put(AS(struct zt_credential, n));
+    }
+    for (size_t i = 0; i < sizeof(maps) / sizeof(maps[0]); i++) zt_map_destroy(maps[i]);
+    zt_queues_free(core);
+    pthread_mutex_destroy(&core->lock);
+    pthread_mutex_destroy(&core->queue_lock);
+    free(core);
+}

@@ -1,0 +1,398 @@
+#define _GNU_SOURCE
+#include "worker.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "conn.h"
+#include "h2.h"
+
+#define EVENTS_PER_TURN 256
+/* A worker turns at least this often, so that a watchdog can tell idle from stuck. */
+#define HEARTBEAT_MS 500
+
+static const uint64_t deadline_us[ZT_DEADLINES] = ZT_DEADLINE_US;
+
+/* --- timers, tasks, graves ------------------------------------------------------------------------- */
+
+void zt_timer_set(struct zt_worker *w, struct zt_timer *t, enum zt_deadline d) {
+    zt_timer_stop(t);
+    t->at = w->now + deadline_us[d];
+    zt_list_append(&w->deadlines[d], &t->link);
+}
+
+void zt_timer_stop(struct zt_timer *t) {
+    if (!t->at) return;
+    zt_list_remove(&t->link);
+    t->at = 0;
+}
+
+static void fire_timers(struct zt_worker *w) {
+    for (int d = 0; d < ZT_DEADLINES; d++) {
+        while (!zt_list_empty(&w->deadlines[d])) {
+            struct zt_timer *t = ZT_CONTAINER(w->deadlines[d].next, struct zt_timer, link);
+
+            if (t->at > w->now) break;
+            zt_timer_stop(t);
+            t->fire(w, t);
+        }
+    }
+}
+
+static int next_timeout_ms(const struct zt_worker *w) {
+    uint64_t soonest = w->now + HEARTBEAT_MS * 1000u;
+
+    if (!zt_list_empty(&w->tasks)) return 0;
+    for (int d = 0; d < ZT_DEADLINES; d++) {
+        if (!zt_list_empty(&w->deadlines[d])) {
+            const struct zt_timer *t = ZT_CONTAINER(w->deadlines[d].next, struct zt_timer, link);
+
+            if (t->at < soonest) soonest = t->at;
+        }
+    }
+    return soonest <= w->now ? 0 : (int)((soonest - w->now + 999) / 1000);
+}
+
+void zt_task_add(struct zt_worker *w, struct zt_task *t) {
+    if (zt_list_empty(&t->link)) zt_list_append(&w->tasks, &t->link);
+}
+
+static void run_tasks(struct zt_worker *w) {
+    struct zt_list batch;
+
+    if (zt_list_empty(&w->tasks)) return;
+    /* What is postponed again meanwhile waits for the next turn. */
+    batch = w->tasks;
+    batch.next->prev = &batch;
+    batch.prev->next = &batch;
+    zt_list_init(&w->tasks);
+    while (!zt_list_empty(&batch)) {
+        struct zt_task *t = ZT_CONTAINER(batch.next, struct zt_task, link);
+
+        zt_list_remove(&t->link);
+        t->run(w, t);
+    }
+}
+
+void zt_bury(struct zt_worker *w, struct zt_grave *g) {
+    g->next = w->graves;
+    w->graves = g;
+}
+
+static void bury_all(struct zt_worker *w) {
+    while (w->graves) {
+        struct zt_grave *g = w->graves;
+
+        w->graves = g->next;
+        g->bury(w, g);
+    }
+}
+
+int zt_io_watch(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    struct epoll_event ev = {.events = events, .data.ptr = io};
+
+    return epoll_ctl(w->epfd, EPOLL_CTL_ADD, io->fd, &ev) < 0 ? -errno : 0;
+}
+
+/* --- mailbox ------------------------------------------------------------------------------------------ */
+
+static void drop_message(struct zt_msg *m) {
+    zt_decision_put(m->decision);
+    zt_peer_put(m->peer);
+    zt_pod_put(m->pod);
+    if (m->type == ZT_MSG_ACCEPTED && m->fd >= 0) close(m->fd);
+    free(m);
+}
+
+int zt_worker_post(struct zt_worker *w, const struct zt_msg *msg) {
+    struct zt_msg *m = malloc(sizeof(*m));
+    uint64_t one = 1;
+    bool first;
+
+    if (!m) {
+        zt_decision_put(msg->decision);
+        zt_peer_put(msg->peer);
+        zt_pod_put(msg->pod);
+        return -ENOMEM;
+    }
+    *m = *msg;
+    m->next = NULL;
+    pthread_mutex_lock(&w->mail_lock);
+    first = !w->mail_head;
+    *w->mail_tail = m;
+    w->mail_tail = &m->next;
+    pthread_mutex_unlock(&w->mail_lock);
+    if (first && write(w->wake_fd, &one, sizeof(one)) < 0 && errno != EAGAIN) return -errno;
+    return 0;
+}
+
+static void on_wake(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    uint64_t count;
+
+    (void)events;
+    if (read(io->fd, &count, sizeof(count)) > 0) w->woken = true;
+}
+
+static void end_where(struct zt_worker *w, const struct zt_msg *m) {
+    struct zt_list *l, *next;
+
+    for (l = w->conns.next; l != &w->conns; l = next) {
+        struct zt_conn *c = ZT_CONTAINER(l, struct zt_conn, link);
+
+        next = l->next;
+        if ((m->decision && c->decision == m->decision) || (m->pod && c->pod == m->pod))
+            zt_conn_end(c, m->reason);
+    }
+    for (l = w->h2s.next; l != &w->h2s; l = next) {
+        struct zt_h2 *h = ZT_CONTAINER(l, struct zt_h2, link);
+
+        next = l->next;
+        if ((m->pod && h->pod == m->pod) || (m->peer && h->peer == m->peer) ||
+            (m->identity && h->identity == m->identity))
+            zt_h2_end(h, m->reason, NULL);
+    }
+}
+
+static void handle_message(struct zt_worker *w, struct zt_msg *m) {
+    switch (m->type) {
+    case ZT_MSG_ANSWER:
+        zt_table_answer(w, m);
+        m->decision = NULL; /* the table has taken it */
+        break;
+    case ZT_MSG_CERTIFICATE:
+        zt_h2_certificate(w, m->id, m->identity, m->reason);
+        break;
+    case ZT_MSG_KILL_DECISION:
+    case ZT_MSG_KILL_IDENTITY:
+    case ZT_MSG_CLOSE_PEER:
+        end_where(w, m);
+        break;
+    case ZT_MSG_RETIRE:
+        zt_h2_retire(w);
+        break;
+    case ZT_MSG_POD_GONE:
+        m->reason = ZT_R_POD_REMOVED;
+        end_where(w, m);
+        if (w->netns == m->pod) w->netns = NULL;
+        break;
+    case ZT_MSG_ACCEPTED: {
+        struct zt_pod *pod = m->pod;
+        int fd = m->fd;
+
+        m->pod = NULL;
+        m->fd = -1;
+        if (m->kind == ZT_INBOUND_HBONE)
+            zt_h2_accepted(w, pod, fd, &m->source, &m->destination);
+        else
+            zt_conn_accepted(w, pod, m->kind, fd, &m->source, &m->destination);
+        break;
+    }
+    case ZT_MSG_STOP:
+        w->stopping = true;
+        break;
+    }
+}
+
+static void serve_mail(struct zt_worker *w) {
+    struct zt_msg *m;
+
+    if (!w->woken) return;
+    w->woken = false;
+    pthread_mutex_lock(&w->mail_lock);
+    m = w->mail_head;
+    w->mail_head = NULL;
+    w->mail_tail = &w->mail_head;
+    pthread_mutex_unlock(&w->mail_lock);
+    while (m) {
+        struct zt_msg *next = m->next;
+
+        handle_message(w, m);
+        drop_message(m);
+        m = next;
+    }
+}
+
+/* --- accepting ----------------------------------------------------------------------------------------- */
+
+/* The worker with the fewest connections of this kind, ourselves on a tie. */
+static struct zt_worker *least_loaded(struct zt_worker *w, bool tls) {
+    struct zt_worker *best = w;
+    int least =
+        atomic_load_explicit(tls ? &w->load_tls : &w->load_connections, memory_order_relaxed);
+
+    for (int i = 0; i < w->core->nworkers; i++) {
+        struct zt_worker *o = w->core->workers[i];
+        int load =
+            atomic_load_explicit(tls ? &o->load_tls : &o->load_connections, memory_order_relaxed);
+
+        if (load < least) {
+            least = load;
+            best = o;
+        }
+    }
+    return best;
+}
+
+void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    struct zt_listener *l = ZT_CONTAINER(io, struct zt_listener, io);
+
+    (void)events;
+    for (int i = 0; i < ZT_ACCEPT_BATCH; i++) {
+        struct sockaddr_storage ss;
+        socklen_t len = sizeof(ss);
+        struct zt_msg m = {.type = ZT_MSG_ACCEPTED, .kind = l->kind, .pod = l->pod};
+        _Atomic int *load;
+        struct zt_worker *to;
+
+        if (atomic_load(&l->pod->removed)) return;
+        m.fd = accept4(io->fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (m.fd < 0) return;
+        zt_addr_from_sockaddr(&m.source, &ss);
+        len = sizeof(ss);
+        if (getsockname(m.fd, (void *)&ss, &len) < 0) {
+            close(m.fd);
+            continue;
+        }
+        zt_addr_from_sockaddr(&m.destination, &ss);
+        zt_add(&w->stats.accepted, 1);
+        zt_pod_get(m.pod);
+        to = least_loaded(w, l->kind == ZT_INBOUND_HBONE);
+        load = l->kind == ZT_INBOUND_HBONE ? &to->load_tls : &to->load_connections;
+        atomic_fetch_add(load, 1);
+        if (to != w) {
+            if (zt_worker_post(to, &m) < 0) {
+                atomic_fetch_sub(load, 1);
+                close(m.fd);
+            }
+        } else if (l->kind == ZT_INBOUND_HBONE) {
+            zt_h2_accepted(w, m.pod, m.fd, &m.source, &m.destination);
+        } else {
+            zt_conn_accepted(w, m.pod, l->kind, m.fd, &m.source, &m.destination);
+        }
+    }
+}
+
+/* --- the loop -------------------------------------------------------------------------------------------- */
+
+static void end_everything(struct zt_worker *w) {
+    while (!zt_list_empty(&w->conns))
+        zt_conn_end(ZT_CONTAINER(w->conns.next, struct zt_conn, link), ZT_R_SHUTDOWN);
+    while (!zt_list_empty(&w->h2s))
+        zt_h2_end(ZT_CONTAINER(w->h2s.next, struct zt_h2, link), ZT_R_SHUTDOWN, NULL);
+    zt_table_clear(w);
+    zt_relay_drop_pool(w);
+    bury_all(w);
+}
+
+static void *loop(void *arg) {
+    struct zt_worker *w = arg;
+    struct epoll_event events[EVENTS_PER_TURN];
+
+    while (!w->stopping) {
+        int n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, next_timeout_ms(w));
+
+        w->now = zt_now_us();
+        atomic_store_explicit(&w->stats.last_loop_us, w->now, memory_order_relaxed);
+        for (int i = 0; i < n; i++) {
+            struct zt_io *io = events[i].data.ptr;
+
+            io->on_event(w, io, events[i].events);
+        }
+        serve_mail(w);
+        run_tasks(w);
+        fire_timers(w);
+        zt_table_expire(w);
+        zt_h2_flush_dirty(w);
+        bury_all(w);
+    }
+    end_everything(w);
+    return NULL;
+}
+
+int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
+    struct zt_worker *w = calloc(1, sizeof(*w));
+    struct epoll_event ev = {.events = EPOLLIN};
+    int rv;
+
+    if (!w) return -ENOMEM;
+    w->core = core;
+    w->index = index;
+    w->epfd = w->wake_fd = -1;
+    w->mail_tail = &w->mail_head;
+    w->now = zt_now_us();
+    pthread_mutex_init(&w->mail_lock, NULL);
+    zt_list_init(&w->conns);
+    zt_list_init(&w->h2s);
+    zt_list_init(&w->dirty);
+    zt_list_init(&w->tasks);
+    for (int d = 0; d < ZT_DEADLINES; d++) zt_list_init(&w->deadlines[d]);
+    *out = w; /* from here on zt_worker_free undoes it */
+    core->workers[index] = w;
+    w->in = malloc(ZT_CHUNK);
+    w->plain = malloc(ZT_CHUNK);
+    w->out = malloc(ZT_CHUNK);
+    rv = w->in && w->plain && w->out ? zt_table_init(&w->table) : -ENOMEM;
+    if (!rv) {
+        w->epfd = epoll_create1(EPOLL_CLOEXEC);
+        w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        if (w->epfd < 0 || w->wake_fd < 0) rv = -errno;
+    }
+    if (!rv) {
+        w->wake = (struct zt_io){.on_event = on_wake, .fd = w->wake_fd};
+        ev.data.ptr = &w->wake;
+        if (epoll_ctl(w->epfd, EPOLL_CTL_ADD, w->wake_fd, &ev) < 0) rv = -errno;
+    }
+    if (rv) {
+        core->workers[index] = NULL;
+        zt_worker_free(w);
+    }
+    return rv;
+}
+
+int zt_worker_start(struct zt_worker *w) {
+    sigset_t all, old;
+    char name[16];
+    int rv;
+
+    /* Signals belong to Python's main thread. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    rv = pthread_create(&w->thread, NULL, loop, w);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (rv) return -rv;
+    snprintf(name, sizeof(name), "worker-%d", w->index);
+    pthread_setname_np(w->thread, name);
+    return 0;
+}
+
+void zt_worker_join(struct zt_worker *w) {
+    pthread_join(w->thread, NULL);
+}
+
+void zt_worker_free(struct zt_worker *w) {
+    if (!w) return;
+    while (w->mail_head) {
+        struct zt_msg *m = w->mail_head;
+
+        w->mail_head = m->next;
+        drop_message(m);
+    }
+    if (w->table.buckets) {
+        zt_table_clear(w);
+        free(w->table.buckets);
+    }
+    free(w->in);
+    free(w->plain);
+    free(w->out);
+    if (w->epfd >= 0) close(w->epfd);
+    if (w->wake_fd >= 0) close(w->wake_fd);
+    pthread_mutex_destroy(&w->mail_lock);
+    free(w);
+}

@@ -1,0 +1,353 @@
+"""The seam between the two daemons: what `nodeagent` tells `ztunnel`, and what it hears back.
+
+This module owns the message types, their encoding and the limits of the unix socket that joins
+the daemons. It promises that both sides, at whatever version, either understand each other
+exactly or say so and part: messages are strict, versioned and bounded. It may not open sockets,
+read clocks or know what either side does with a message.
+
+One conversation
+----------------
+`nodeagent` listens on a unix stream socket (0600, in a 0700 directory, same uid only); `ztunnel`
+connects, again and again with backoff, for as long as it lives.
+
+1. ztunnel sends `Hello`: its version and the pods that it already holds. One frame per held pod
+   (`HeldPod`) follows, each with that pod's three listening sockets, so that a restarted
+   `nodeagent` adopts the sockets instead of opening new ones.
+2. nodeagent answers `Welcome`, or `Refusal` and closes.
+3. nodeagent sends the whole state as `Update` frames, the first with `reset` set and the last with
+   `commit` set. ztunnel applies nothing before `commit`, then all of it at once, drops what a reset
+   did not name, and answers `Ack`. Later changes are `Update`s without `reset`.
+4. Either side may send `Query` at any time after `Welcome`; the other answers with `Answer`.
+
+Framing: 4 bytes big-endian length of the body, 1 byte count of descriptors, then the body:
+one MessagePack object with its type in the field `t`. Descriptors travel as SCM_RIGHTS with the
+first byte of their frame's header.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Final
+
+import msgspec
+
+__all__ = [
+    "HEADER",
+    "MAX_FDS",
+    "MAX_FRAME",
+    "PROTOCOL_VERSION",
+    "Ack",
+    "Answer",
+    "Credential",
+    "DataPlane",
+    "Endpoint",
+    "Frame",
+    "FrameDecoder",
+    "Hello",
+    "HeldPod",
+    "Message",
+    "Mode",
+    "Pod",
+    "ProtocolError",
+    "Query",
+    "Refusal",
+    "Removal",
+    "Resource",
+    "Service",
+    "ServicePort",
+    "Settings",
+    "TrustBundle",
+    "Update",
+    "Welcome",
+    "Workload",
+    "WorkloadPolicy",
+    "encode",
+]
+
+PROTOCOL_VERSION: Final = 1
+"""Raised when a message changes in a way that an older peer would misread."""
+
+MAX_FRAME: Final = 4 * 1024 * 1024
+"""Bytes of one frame's body. A snapshot of any size is split into frames far below this; a larger
+length is garbage on the socket, and is refused before anything is allocated."""
+
+MAX_FDS: Final = 16
+"""Descriptors of one frame: a pod needs four. The kernel's own limit is 253 (SCM_MAX_FD)."""
+
+HEADER: Final = struct.Struct("!IB")
+
+
+class Mode(enum.StrEnum):
+    """PeerAuthentication mutual TLS mode in force, never UNSET: inheritance is resolved."""
+
+    DISABLE = "DISABLE"
+    PERMISSIVE = "PERMISSIVE"
+    STRICT = "STRICT"
+
+
+class DataPlane(enum.StrEnum):
+    """How a workload is reached: HBONE on port 15008, or the application's own bytes."""
+
+    HBONE = "HBONE"
+    TCP = "TCP"
+
+
+class _Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
+    pass
+
+
+# --- resources: the parts of the state ---------------------------------------------------------
+
+
+class Workload(_Base, frozen=True, tag="workload"):
+    """One workload of the mesh, on this node or another.
+
+    `uid` is "namespace/name". `addresses` are canonical text (RFC 5952 for IPv6, never
+    IPv4-mapped). `identity` is the SPIFFE ID that it must prove, empty for `DataPlane.TCP`.
+    `locality` is "region/zone/subzone", empty when unknown. Labels are those that telemetry reads.
+    """
+
+    uid: str
+    name: str
+    namespace: str
+    service_account: str
+    trust_domain: str
+    identity: str
+    addresses: tuple[str, ...]
+    data_plane: DataPlane
+    cluster: str = ""
+    node: str = ""
+    locality: str = ""
+    canonical_service: str = ""
+    canonical_revision: str = ""
+    app: str = ""
+    version: str = ""
+    healthy: bool = True
+
+
+class ServicePort(_Base, frozen=True, tag="service_port"):
+    """A port of a service and its name; `target` is the default port on the workload."""
+
+    number: int
+    target: int
+    name: str = ""
+
+
+class Endpoint(_Base, frozen=True, tag="endpoint"):
+    """A workload behind a service, with the ports that differ from `ServicePort.target`.
+
+    `ports` maps service port to workload port. `weight` is relative and at least 1.
+    An endpoint that is no known workload has an empty `workload` and its own `address`.
+    """
+
+    workload: str
+    address: str
+    weight: int = 1
+    ports: dict[int, int] = {}  # noqa: RUF012 - msgspec copies mutable defaults
+
+
+class Service(_Base, frozen=True, tag="service"):
+    """A service: virtual addresses and ports that stand for endpoints. `uid` is "namespace/hostname"."""
+
+    uid: str
+    hostname: str
+    namespace: str
+    addresses: tuple[str, ...]
+    ports: tuple[ServicePort, ...]
+    endpoints: tuple[Endpoint, ...]
+
+
+class WorkloadPolicy(_Base, frozen=True, tag="workload_policy"):
+    """Mutual TLS modes in force for one workload of this node, already resolved.
+
+    `origin` and `port_origins` name the PeerAuthentication that decided, "namespace/name" with
+    file and line, or "default". `uid` is the workload's.
+    """
+
+    uid: str
+    mode: Mode
+    origin: str
+    port_modes: dict[int, Mode] = {}  # noqa: RUF012
+    port_origins: dict[int, str] = {}  # noqa: RUF012
+
+
+class Credential(_Base, frozen=True, tag="credential"):
+    """An X509-SVID of this node's workloads: `uid` is the SPIFFE ID.
+
+    `chain` is DER, leaf first, without the root. `key` is PKCS#8 DER: this message is never logged.
+    Times are seconds since the epoch.
+    """
+
+    uid: str
+    chain: tuple[bytes, ...]
+    key: bytes
+    not_before: int
+    not_after: int
+
+    def __repr__(self) -> str:
+        return f"Credential(uid={self.uid!r}, not_after={self.not_after})"
+
+
+class TrustBundle(_Base, frozen=True, tag="trust_bundle"):
+    """The roots (DER) of one trust domain. `uid` is the trust domain."""
+
+    uid: str
+    roots: tuple[bytes, ...]
+
+
+class Pod(_Base, frozen=True, tag="pod"):
+    """A pod of this node, captured. `uid` is unique for ever: a re-created pod has another.
+
+    Its frame carries four descriptors: network namespace, and the listening sockets for outbound
+    (15001), inbound plaintext (15006) and inbound HBONE (15008).
+    """
+
+    uid: str
+    workload: str
+    addresses: tuple[str, ...]
+    netns_cookie: int
+
+
+Resource = Workload | Service | WorkloadPolicy | Credential | TrustBundle | Pod
+
+
+class Removal(_Base, frozen=True, tag="removal"):
+    """`kind` is the tag of a resource type, `uid` its key."""
+
+    kind: str
+    uid: str
+
+
+# --- messages ----------------------------------------------------------------------------------
+
+
+class Hello(_Base, frozen=True, tag="hello"):
+    version: int
+    pid: int
+    pods: int
+    """How many `HeldPod` frames follow."""
+
+
+class HeldPod(_Base, frozen=True, tag="held_pod"):
+    """A pod that ztunnel already serves; its frame carries the three listening sockets."""
+
+    uid: str
+    netns_cookie: int
+
+
+class Settings(_Base, frozen=True, tag="settings"):
+    """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own."""
+
+    node: str
+    cluster: str
+    trust_domain: str
+    locality: str = ""
+    node_addresses: tuple[str, ...] = ()
+
+
+class Welcome(_Base, frozen=True, tag="welcome"):
+    version: int
+    settings: Settings
+
+
+class Refusal(_Base, frozen=True, tag="refusal"):
+    reason: str
+
+
+class Update(_Base, frozen=True, tag="update"):
+    """A part of a change. `version` is the same in all parts and grows from change to change."""
+
+    version: int
+    upserts: tuple[Resource, ...] = ()
+    removals: tuple[Removal, ...] = ()
+    reset: bool = False
+    commit: bool = True
+
+
+class Ack(_Base, frozen=True, tag="ack"):
+    """`error` is empty when the change is in force; otherwise the state before it still is."""
+
+    version: int
+    error: str = ""
+
+
+class Query(_Base, frozen=True, tag="query"):
+    """`what` is one of the names that the answering side documents; `args` its parameters."""
+
+    id: int
+    what: str
+    args: dict[str, str] = {}  # noqa: RUF012
+
+
+class Answer(_Base, frozen=True, tag="answer"):
+    """`body` is JSON; `error` is empty on success."""
+
+    id: int
+    body: bytes = b""
+    error: str = ""
+
+
+Message = Hello | HeldPod | Welcome | Refusal | Update | Ack | Query | Answer
+
+
+class ProtocolError(Exception):
+    """The other side broke the protocol; the connection is of no further use.
+
+    `reason` says what was wrong in words for the log and never quotes message contents.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """A decoded message and how many descriptors came with it."""
+
+    message: Message
+    fds: int
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message, fds: int = 0) -> bytes:
+    """Return the frame for `message`. Raises ValueError above MAX_FRAME or MAX_FDS: our own error."""
+    body = _encoder.encode(message)
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
+    if not 0 <= fds <= MAX_FDS:
+        raise ValueError(f"{fds} descriptors exceed {MAX_FDS}")
+    return HEADER.pack(len(body), fds) + body
+
+
+class FrameDecoder:
+    """Turns bytes as they come into frames. Holds at most one frame (MAX_FRAME) at any time."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Return the frames that `data` completes. Raises ProtocolError on anything malformed."""
+        self._buffer += data
+        frames: list[Frame] = []
+        while len(self._buffer) >= HEADER.size:
+            length, fds = HEADER.unpack_from(self._buffer)
+            if length > MAX_FRAME or fds > MAX_FDS:
+                raise ProtocolError(
+                    f"frame of {length} bytes and {fds} descriptors exceeds the limits"
+                )
+            end = HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            body = bytes(memoryview(self._buffer)[HEADER.size : end])
+            del self._buffer[:end]
+            try:
+                message = _decoder.decode(body)
+            except (msgspec.DecodeError, RecursionError) as error:
+                # A validation error may quote a value, and values may be keys: name the type only.
+                raise ProtocolError(f"malformed message ({type(error).__name__})") from None
+            frames.append(Frame(message, fds))
+        return frames

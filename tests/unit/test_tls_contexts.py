@@ -239,6 +239,13 @@ def test_peers_without_the_hybrid_group_are_served(
     assert server.get_group_name() == agreed
 
 
+def test_a_peer_that_lists_the_hybrid_group_is_asked_for_its_share() -> None:
+    client = other_client(svid(CLIENT), groups(b"*X25519/X25519MLKEM768"))
+    server = server_side(contexts(svid(SERVER)))
+    assert len(handshake(client, server)) == 3
+    assert server.get_group_name() == "X25519MLKEM768"
+
+
 @pytest.mark.parametrize(
     "offered, agreed",
     [

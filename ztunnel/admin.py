@@ -1,0 +1,218 @@
+"""The tunnel's HTTP ports: /metrics, /healthz/ready and /healthz/live.
+
+This module owns two small servers for GET and HEAD. It promises that a client costs a bounded
+amount of memory and time (connections, header bytes, deadlines), that a probe is answered on the
+event loop itself, so that an answer shows that the loop turns, and that readiness is true only when
+traffic would pass. It may not change anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import h11
+import structlog
+
+__all__ = ["Check", "Page", "Server", "health_page", "parse_address"]
+
+_log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.admin")
+
+MAX_CONNECTIONS: Final = 32
+"""Of one server. Prometheus, the kubelet and a person are three."""
+
+MAX_HEADER_BYTES: Final = 8192
+"""Of one request: probes and Prometheus send a few hundred."""
+
+REQUEST_SECONDS: Final = 5.0
+"""For a request to arrive, keep-alive pauses included in `IDLE_SECONDS`."""
+
+IDLE_SECONDS: Final = 60.0
+"""Between requests of one connection: Prometheus asks every 15 to 60 seconds."""
+
+ANSWER_SECONDS: Final = 15.0
+"""To make an answer and have it read."""
+
+READ_BYTES: Final = 4096
+MAX_PORT: Final = 65535
+
+
+class Page:
+    """An answer: status, media type, body."""
+
+    __slots__ = ("body", "media", "status")
+
+    def __init__(self, status: int, media: str, body: bytes) -> None:
+        self.status = status
+        self.media = media
+        self.body = body
+
+
+Check = tuple[str, str]
+"""A check's name and what is wrong, "" when nothing is."""
+
+
+def health_page(checks: list[Check]) -> Page:
+    """200 when every check passes, else 503; the body names each, for people."""
+    failing = [problem for _, problem in checks if problem]
+    lines = [f"{name}: {problem or 'ok'}" for name, problem in checks]
+    head = "not ready" if failing else "ok"
+    body = "\n".join([head, *lines, ""]).encode("utf-8", "replace")
+    return Page(503 if failing else 200, "text/plain; charset=utf-8", body)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Return host and port of "A.B.C.D:P" or "[V6]:P". Raises ValueError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > MAX_PORT:
+        raise ValueError(f"{text!r} is no ADDRESS:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        return host[1:-1], int(port)
+    if ":" in host:
+        raise ValueError(f"{text!r}: an IPv6 address needs brackets")
+    return host, int(port)
+
+
+Handler = Callable[[], Awaitable[Page]]
+
+
+class Server:
+    """Serves `pages` (path to handler) on one address."""
+
+    def __init__(self, pages: Mapping[str, Handler]) -> None:
+        self._pages = pages
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.Task[None]] = set()
+        self.refused = 0
+        """Connections closed because too many were open."""
+
+    async def start(self, host: str, port: int) -> tuple[str, int]:
+        """Listen; return the address, with the port that was chosen for port 0. Raises OSError."""
+        self._server = await asyncio.start_server(
+            self._accept, host, port, limit=MAX_HEADER_BYTES, backlog=MAX_CONNECTIONS
+        )
+        name = self._server.sockets[0].getsockname()
+        return str(name[0]), int(name[1])
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in self._open:
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        if self._server is not None:
+            await self._server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        try:
+            if len(self._open) >= MAX_CONNECTIONS or task is None:
+                self.refused += 1
+                return
+            self._open.add(task)
+            await self._serve(reader, writer)
+        except (OSError, TimeoutError, h11.RemoteProtocolError, asyncio.CancelledError):
+            # A client that went, stalled or spoke nonsense: it gets no further answer.
+            pass
+        finally:
+            if task is not None:
+                self._open.discard(task)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
+        wait = REQUEST_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout(wait):
+                    request = await _request(connection, reader)
+            except h11.RemoteProtocolError as error:
+                await _answer_error(connection, writer, error)
+                return
+            if request is None:
+                return
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self._answer(connection, writer, request)
+            if connection.our_state is not h11.DONE:
+                return
+            connection.start_next_cycle()
+            wait = IDLE_SECONDS
+
+    async def _answer(
+        self, connection: h11.Connection, writer: asyncio.StreamWriter, request: h11.Request
+    ) -> None:
+        method = request.method.decode("ascii")
+        path = request.target.split(b"?", 1)[0].decode("ascii", "replace")
+        handler = self._pages.get(path)
+        if method not in ("GET", "HEAD"):
+            page = Page(405, "text/plain", b"only GET and HEAD\n")
+        elif handler is None:
+            known = "".join(f"{known}\n" for known in sorted(self._pages))
+            page = Page(404, "text/plain", f"not here; try:\n{known}".encode())
+        else:
+            page = await self._page(path, handler)
+        await _send(connection, writer, page, head=method == "HEAD")
+
+    async def _page(self, path: str, handler: Handler) -> Page:
+        try:
+            return await handler()
+        except Exception:  # noqa: BLE001 - the daemon must not end by a page
+            _log.exception("an admin page failed", path=path)
+            return Page(500, "text/plain", b"internal error: see the log\n")
+
+
+async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
+    """Return the next request, its body read and dropped; None at the end of the connection."""
+    request: h11.Request | None = None
+    seen = 0
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            data = await reader.read(READ_BYTES)
+            seen += len(data)
+            if seen > 2 * MAX_HEADER_BYTES:
+                raise h11.RemoteProtocolError("request too large", error_status_hint=413)
+            connection.receive_data(data)
+        elif isinstance(event, h11.Request):
+            request = event
+        elif isinstance(event, h11.EndOfMessage):
+            return request
+        elif isinstance(event, h11.ConnectionClosed):
+            return None
+
+
+async def _answer_error(
+    connection: h11.Connection, writer: asyncio.StreamWriter, error: h11.RemoteProtocolError
+) -> None:
+    if connection.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        return
+    page = Page(error.error_status_hint, "text/plain", b"bad request\n")
+    async with asyncio.timeout(ANSWER_SECONDS):
+        await _send(connection, writer, page, head=False, close=True)
+
+
+async def _send(
+    connection: h11.Connection,
+    writer: asyncio.StreamWriter,
+    page: Page,
+    *,
+    head: bool,
+    close: bool = False,
+) -> None:
+    headers = [
+        ("content-type", page.media),
+        ("content-length", str(len(page.body))),
+        ("cache-control", "no-store"),
+        ("x-content-type-options", "nosniff"),
+    ]
+    if close:
+        headers.append(("connection", "close"))
+    writer.write(connection.send(h11.Response(status_code=page.status, headers=headers)) or b"")
+    if not head:
+        writer.write(connection.send(h11.Data(data=page.body)) or b"")
+    writer.write(connection.send(h11.EndOfMessage()) or b"")
+    await writer.drain()

@@ -1,0 +1,109 @@
+"""Inbound judgement: may this peer, or nobody in particular, talk to this pod on this port?
+
+This module owns the rules by which a connection to a local pod is let in. It promises that the
+verdict depends on nothing but the arguments, that it names the policy that decided, and that it
+fails closed: a pod, workload or policy that the snapshot does not hold lets nobody in. It may not
+read a clock, or believe anything that a peer says of itself beyond its verified identity.
+
+`CHECKS` run in order and the first that refuses decides. AuthorizationPolicy belongs at its end:
+peer authentication says *how* a caller must prove itself, authorization *who* may call.
+
+PeerAuthentication, as understood here: STRICT refuses who has no identity. PERMISSIVE takes both.
+DISABLE takes plaintext, and HBONE as well: callers on other nodes are not told the mode, they call
+by HBONE whoever has an agent, and a call that proves an identity is never worse than one that does
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from ztunnel.protocol import Mode
+from ztunnel.reasons import Reason
+from ztunnel.spiffe import SpiffeId
+from ztunnel.state import OWN_PORTS, LocalPod, State
+
+__all__ = ["CHECKS", "Request", "Verdict", "authorize"]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What is asked. `identity` is None for plaintext. `source` is the client's address.
+
+    For HBONE `destination` and `port` are the CONNECT authority's.
+    """
+
+    pod: LocalPod
+    identity: SpiffeId | None
+    source: bytes
+    destination: bytes
+    port: int
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """`reason` is Reason.CLOSED when allowed. `origin` names the policy that decided, "" if none.
+
+    `mode` is the PeerAuthentication mode in force, None if none was reached.
+    """
+
+    allow: bool
+    reason: Reason
+    origin: str = ""
+    mode: Mode | None = None
+
+
+Check = Callable[[State, Request], Verdict]
+
+
+def _refuse(reason: Reason, origin: str = "", mode: Mode | None = None) -> Verdict:
+    return Verdict(allow=False, reason=reason, origin=origin, mode=mode)
+
+
+def _allow(origin: str = "", mode: Mode | None = None) -> Verdict:
+    return Verdict(allow=True, reason=Reason.CLOSED, origin=origin, mode=mode)
+
+
+def _destination(_state: State, request: Request) -> Verdict:
+    """The destination is this pod, and no port of the tunnel's own."""
+    if request.destination not in request.pod.addresses:
+        return _refuse(Reason.AUTHORITY_MISMATCH)
+    if request.port in OWN_PORTS or not request.port:
+        return _refuse(Reason.SELF_CALL)
+    return _allow()
+
+
+def _trust_domain(state: State, request: Request) -> Verdict:
+    """The identity's trust domain is one that is trusted now, not only when it was verified."""
+    if request.identity is not None and request.identity.trust_domain not in state.bundles:
+        return _refuse(Reason.TRUST_DOMAIN)
+    return _allow()
+
+
+def _peer_authentication(state: State, request: Request) -> Verdict:
+    policy = state.policies.get(request.pod.workload)
+    if policy is None:
+        return _refuse(Reason.POLICY_MISSING)
+    mode = policy.port_modes.get(request.port, policy.mode)
+    origin = policy.port_origins.get(request.port, policy.origin)
+    match mode:
+        case Mode.STRICT:
+            if request.identity is None:
+                return _refuse(Reason.STRICT_PLAINTEXT, origin, mode)
+            return _allow(origin, mode)
+        case Mode.PERMISSIVE | Mode.DISABLE:
+            return _allow(origin, mode)
+
+
+CHECKS: Final[tuple[Check, ...]] = (_destination, _trust_domain, _peer_authentication)
+
+
+def authorize(state: State, request: Request) -> Verdict:
+    """Return the verdict on `request`: that of the first check that refuses, else of the last."""
+    verdict = _refuse(Reason.POLICY_MISSING)
+    for check in CHECKS:
+        verdict = check(state, request)
+        if not verdict.allow:
+            return verdict
+    return verdict

@@ -1,0 +1,355 @@
+"""What the core was told: decisions, series and peers by number, and what each number stands for.
+
+This module owns the numbers. It promises that a number is never used twice, that one label set has
+one series, that each table is bounded (the limits are named and say what happens beyond), and that
+nothing is forgotten while the core may still speak of it. It may not judge, and calls nothing of
+the core but what adds and removes these objects.
+
+A decision's life: made by `Decisions.install`, held by the cache (the caller's reference of the
+core's API) until the cache drops it, alive in the core while its table or a connection refers to
+it, and forgotten when the core reports it freed. Between the last two it can still be re-judged
+and killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ztunnel import labels as label_sets
+from ztunnel.identities import Proven
+from ztunnel.labels import Labels
+
+if TYPE_CHECKING:
+    from ztunnel.authorize import Verdict
+    from ztunnel.corelike import CoreLike
+    from ztunnel.route import Route
+
+__all__ = [
+    "MAX_CACHED",
+    "MAX_PEERS",
+    "MAX_SERIES",
+    "Decisions",
+    "Key",
+    "Numbers",
+    "Peer",
+    "Peers",
+    "Record",
+    "Series",
+    "SeriesTable",
+]
+
+MAX_CACHED: Final = 8192
+"""Answers kept for the same question asked again (by another worker, or after its table started
+afresh). About 1 KB each; the core's own tables are what serves the data path."""
+
+MAX_SERIES: Final = 4000
+"""Label sets with counters of their own. Each costs about 1.5 KB here, 4 KB in the core, and six
+lines of a scrape. Beyond it the longest unused give way, then all share one series of unknowns."""
+
+MAX_PEERS: Final = 8192
+"""Pools of HBONE connections: pods of this node times the workloads that they call."""
+
+MAX_PEER_IDENTITIES: Final = 64
+"""Chains remembered for one peer: one for each worker's connection, old and new at rotation."""
+
+
+class Numbers(Iterator[int]):
+    """Positive numbers, each given once in the life of the process."""
+
+    def __init__(self) -> None:
+        self._next = itertools.count(1)
+
+    def __next__(self) -> int:
+        return next(self._next)
+
+
+class Key(NamedTuple):
+    """The question that a decision answers: what the core's table is keyed by."""
+
+    kind: int
+    pod: int
+    source: bytes
+    destination: bytes
+    port: int
+    identity: int
+
+
+class Series:
+    """One label set and its counters in the core. `refs` counts the decisions that feed it."""
+
+    __slots__ = ("labels", "number", "refs")
+
+    def __init__(self, number: int, labels: Labels) -> None:
+        self.number = number
+        self.labels = labels
+        self.refs = 0
+
+
+class SeriesTable:
+    """Label sets to series. Unreferenced series stay, so that counters do not jump back."""
+
+    def __init__(self, core: CoreLike, numbers: Iterator[int], limit: int = MAX_SERIES) -> None:
+        self._core = core
+        self._numbers = numbers
+        self._limit = limit
+        self._by_labels: dict[Labels, Series] = {}
+        self._idle: OrderedDict[Labels, Series] = OrderedDict()
+        self.overflowed = 0
+        """Decisions whose label set found no room."""
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._by_labels)
+
+    def __iter__(self) -> Iterator[Series]:
+        return iter(list(self._by_labels.values()))
+
+    def acquire(self, labels: Labels) -> Series:
+        series = self._by_labels.get(labels)
+        if series is None and len(self._by_labels) >= self._limit and not self._evict():
+            self.overflowed += 1
+            labels = label_sets.overflow(labels)
+            series = self._by_labels.get(labels)
+        if series is None:
+            series = Series(next(self._numbers), labels)
+            self._core.add_series(series.number)
+            self._by_labels[labels] = series
+        self._idle.pop(labels, None)
+        series.refs += 1
+        return series
+
+    def release(self, series: Series) -> None:
+        series.refs -= 1
+        if not series.refs:
+            self._idle[series.labels] = series
+
+    def _evict(self) -> bool:
+        if not self._idle:
+            return False
+        labels, series = self._idle.popitem(last=False)
+        del self._by_labels[labels]
+        self._core.remove_series(series.number)
+        self.evicted += 1
+        return True
+
+
+class Peer:
+    """A pool of the core: from one pod to one address; servers must prove one of `expected`."""
+
+    __slots__ = ("address", "expected", "number", "pod", "port", "proven", "refs", "used")
+
+    def __init__(
+        self, number: int, pod: int, expected: frozenset[str], address: bytes, port: int
+    ) -> None:
+        self.number = number
+        self.pod = pod
+        self.expected = expected
+        self.address = address
+        self.port = port
+        self.refs = 0
+        self.used = 0.0
+        self.proven: OrderedDict[int, Proven] = OrderedDict()
+        """Identities that servers of this pool have proved, to be looked at again when trust
+        changes."""
+
+    @property
+    def key(self) -> tuple[int, frozenset[str], bytes, int]:
+        return self.pod, self.expected, self.address, self.port
+
+    def remember(self, proven: Proven) -> None:
+        if proven.number not in self.proven:
+            proven.refs += 1
+        self.proven[proven.number] = proven
+        self.proven.move_to_end(proven.number)
+        while len(self.proven) > MAX_PEER_IDENTITIES:
+            _, oldest = self.proven.popitem(last=False)
+            oldest.refs -= 1
+
+    def forget(self) -> None:
+        for proven in self.proven.values():
+            proven.refs -= 1
+        self.proven.clear()
+
+
+class Peers:
+    """Peers by key, the longest unused first."""
+
+    def __init__(self, core: CoreLike, numbers: Iterator[int], limit: int = MAX_PEERS) -> None:
+        self._core = core
+        self._numbers = numbers
+        self._limit = limit
+        self._by_key: OrderedDict[tuple[int, frozenset[str], bytes, int], Peer] = OrderedDict()
+        self._by_number: dict[int, Peer] = {}
+        self.evicted_in_use = 0
+        """Peers removed for room while decisions named them: the epoch must be advanced."""
+
+    def __len__(self) -> int:
+        return len(self._by_number)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(list(self._by_number.values()))
+
+    def get(self, number: int) -> Peer | None:
+        return self._by_number.get(number)
+
+    def acquire(
+        self,
+        pod: int,
+        credential: int,
+        expected: frozenset[str],
+        address: bytes,
+        port: int,
+        now: float,
+    ) -> Peer:
+        """Return the peer, added to the core if it is new. `now` is monotonic, seconds."""
+        key = (pod, expected, address, port)
+        peer = self._by_key.get(key)
+        if peer is None:
+            if len(self._by_key) >= self._limit:
+                self._evict()
+            peer = Peer(next(self._numbers), pod, expected, address, port)
+            self._core.add_peer(peer.number, pod, address, port, credential)
+            self._by_key[key] = peer
+            self._by_number[peer.number] = peer
+        peer.refs += 1
+        peer.used = now
+        self._by_key.move_to_end(key)
+        return peer
+
+    def release(self, peer: Peer, now: float) -> None:
+        peer.refs -= 1
+        peer.used = now
+        if peer.key in self._by_key:
+            self._by_key.move_to_end(peer.key)
+
+    def remove(self, peer: Peer) -> None:
+        if self._by_number.pop(peer.number, None) is None:
+            return
+        del self._by_key[peer.key]
+        peer.forget()
+        self._core.remove_peer(peer.number)
+
+    def remove_idle(self, before: float) -> None:
+        """Remove the peers that no decision names and that were last used before `before`."""
+        for peer in list(self._by_key.values()):
+            if peer.used >= before:
+                break
+            if not peer.refs:
+                self.remove(peer)
+
+    def _evict(self) -> None:
+        oldest = next((peer for peer in self._by_key.values() if not peer.refs), None)
+        if oldest is None:
+            oldest = next(iter(self._by_key.values()))
+            self.evicted_in_use += 1
+        self.remove(oldest)
+
+
+class Record:
+    """One decision of the core: the question, the judgement, and what it holds."""
+
+    __slots__ = (
+        "cached",
+        "choices",
+        "key",
+        "killed",
+        "labels",
+        "number",
+        "outcome",
+        "peer",
+        "pod",
+        "proven",
+        "series",
+    )
+
+    def __init__(
+        self, number: int, key: Key, pod: str, outcome: Route | Verdict, labels: Labels
+    ) -> None:
+        self.number = number
+        self.key = key
+        self.pod = pod
+        self.outcome = outcome
+        self.labels = labels
+        """This decision's own, also where its series is the one of the overflow."""
+        self.series: Series | None = None
+        self.peer: Peer | None = None
+        self.proven: Proven | None = None
+        self.choices: tuple[int, ...] = ()
+        self.cached = True
+        self.killed = False
+
+
+class Decisions:
+    """Records by number, and the cache of those that may be answered again."""
+
+    def __init__(
+        self, core: CoreLike, series: SeriesTable, peers: Peers, limit: int = MAX_CACHED
+    ) -> None:
+        self._core = core
+        self._series = series
+        self._peers = peers
+        self._limit = limit
+        self._records: dict[int, Record] = {}
+        self._cache: OrderedDict[Key, Record] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
+
+    @property
+    def cached(self) -> int:
+        return len(self._cache)
+
+    def get(self, number: int) -> Record | None:
+        return self._records.get(number)
+
+    def lookup(self, key: Key) -> Record | None:
+        record = self._cache.get(key)
+        if record is not None:
+            self._cache.move_to_end(key)
+        return record
+
+    def add(self, record: Record) -> None:
+        """Take a record whose decision the core has; its series, peer and identity are held."""
+        if record.proven is not None:
+            record.proven.refs += 1
+        self._records[record.number] = record
+
+    def cache(self, record: Record) -> None:
+        """Keep `record` as the answer to its key."""
+        self._cache[record.key] = record
+        while len(self._cache) > self._limit:
+            _, oldest = self._cache.popitem(last=False)
+            self.release(oldest)
+
+    def release(self, record: Record) -> None:
+        """Give our reference back; the record stays until the core reports it freed."""
+        if not record.cached:
+            return
+        record.cached = False
+        if self._cache.get(record.key) is record:
+            del self._cache[record.key]
+        self._core.release_decision(record.number)
+
+    def drop_cache(self) -> None:
+        records = list(self._cache.values())
+        self._cache.clear()
+        for record in records:
+            self.release(record)
+
+    def freed(self, number: int, now: float) -> None:
+        """The core has nothing left of this decision. `now` is monotonic, seconds."""
+        record = self._records.pop(number, None)
+        if record is None:
+            return
+        if record.series is not None:
+            self._series.release(record.series)
+        if record.peer is not None:
+            self._peers.release(record.peer, now)
+        if record.proven is not None:
+            record.proven.refs -= 1

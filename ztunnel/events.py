@@ -1,0 +1,191 @@
+"""What became of connections: from the core's reports to access log lines and failure counts.
+
+This module owns the joining of an ended connection or a failed handshake with the decision, the
+identities and the workloads behind its numbers. It promises one line for each report, and that a
+connection that ended before a decision was reached is counted too (the core counts by decision).
+It may not write the lines out, nor change what it reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ztunnel import address, labels, reasons
+from ztunnel.access_log import Line, Sink
+from ztunnel.authorize import Verdict
+from ztunnel.corelike import Kind
+from ztunnel.decisions import Key
+from ztunnel.labels import Labels
+from ztunnel.reasons import Reason
+from ztunnel.route import Refuse, Tunnel
+from ztunnel.state import HBONE_PORT
+
+if TYPE_CHECKING:
+    from ztunnel._core import Ended, Failed, Upcall
+    from ztunnel.decisions import Decisions, Peers, Record
+    from ztunnel.identities import Identities
+    from ztunnel.judge import Judge
+    from ztunnel.pods import Pods
+    from ztunnel.state import State
+
+__all__ = ["Events", "Side"]
+
+MAX_EARLY: Final = 4000
+"""Label sets of connections that failed before a decision; more are counted as unknown."""
+
+MAX_EXPLAINED: Final = 1024
+"""Refused certificates whose details wait for the core's report of the failed handshake."""
+
+_REASONS: Final = tuple(Reason)
+
+Side = str
+CLIENT: Final[Side] = "client"
+SERVER: Final[Side] = "server"
+
+
+class _Owner(Protocol):
+    """What of the tunnel is read here."""
+
+    decisions: Decisions
+    identities: Identities
+    peers: Peers
+    pods: Pods
+
+
+class Events:
+    """Turns reports into lines for `sink`. `clock` is monotonic, `wall` since the epoch."""
+
+    def __init__(
+        self,
+        owner: _Owner,
+        judge: Judge,
+        sink: Sink,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._owner = owner
+        self._judge = judge
+        self._sink = sink
+        self._clock = clock
+        self._wall = wall
+        self._details: OrderedDict[tuple[int, int, bytes], str] = OrderedDict()
+        self.early: Counter[tuple[Labels, str]] = Counter()
+        """Connections that ended without a decision, by labels and response flag."""
+        self.handshake_failures: Counter[tuple[Side, Reason]] = Counter()
+
+    def explain(self, upcall: Upcall, detail: str) -> None:
+        """Keep what a refused certificate's line will say beyond its reason."""
+        if not detail:
+            return
+        remote = upcall.source if upcall.kind == Kind.PEER_CERTIFICATE else upcall.destination
+        self._details[upcall.kind, upcall.pod, remote] = detail
+        while len(self._details) > MAX_EXPLAINED:
+            self._details.popitem(last=False)
+
+    def ended(self, state: State, event: Ended) -> None:
+        reason = _REASONS[event.reason]
+        record = self._owner.decisions.get(event.decision) if event.decision else None
+        hbone = event.kind == Kind.OUTBOUND and event.upstream_port == HBONE_PORT
+        if record is None:
+            found = self._early_labels(state, event, reason)
+            if found is None:
+                return
+            self._count_early(found, reasons.flag(reason, hbone=hbone))
+        else:
+            found = record.labels
+        started = self._wall() - (self._clock() - event.started_us / 1e6)
+        destination, hbone_address = _addresses(event, record)
+        verdict = record.outcome if record is not None else None
+        self._sink.write(
+            Line(
+                start=started,
+                duration_us=event.duration_us,
+                direction="outbound" if event.kind == Kind.OUTBOUND else "inbound",
+                source=address.authority(event.source, event.source_port),
+                destination=destination,
+                hbone_destination=hbone_address,
+                labels=found,
+                received=event.received,
+                sent=event.sent,
+                reason=reason,
+                error=reasons.explain(reason, hbone=hbone),
+                policy=verdict.origin if isinstance(verdict, Verdict) else "",
+            )
+        )
+
+    def failed(self, state: State, event: Failed) -> None:
+        """A handshake that failed: its line has no bytes and no duration."""
+        reason = _REASONS[event.reason]
+        inbound = event.kind == Kind.PEER_CERTIFICATE
+        self.handshake_failures[SERVER if inbound else CLIENT, reason] += 1
+        held = self._owner.pods.by_number(event.pod)
+        local = state.workload_of(held.pod) if held is not None else None
+        remote = state.workload_at(event.address)
+        pod = next(iter(sorted(held.pod.addresses)), b"") if held is not None else b""
+        there = address.authority(event.address, event.port)
+        here = address.text(pod)
+        detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
+        cause = reasons.explain(reason, hbone=not inbound)
+        self._sink.write(
+            Line(
+                start=self._wall(),
+                duration_us=0,
+                direction="inbound" if inbound else "outbound",
+                source=there if inbound else here,
+                destination=f"{here}:{HBONE_PORT}" if inbound else there,
+                hbone_destination="",
+                labels=labels.make(
+                    labels.DESTINATION if inbound else labels.SOURCE,
+                    labels.UNKNOWN,
+                    remote if inbound else local,
+                    local if inbound else remote,
+                    None,
+                ),
+                received=0,
+                sent=0,
+                reason=reason,
+                error=f"{cause} ({detail})" if detail else cause,
+                policy="",
+                handshake=True,
+            )
+        )
+
+    def _early_labels(self, state: State, event: Ended, reason: Reason) -> Labels | None:
+        """Return the labels of a connection without a decision; None when nothing is to be told."""
+        held = self._owner.pods.by_number(event.pod)
+        key = Key(
+            event.kind,
+            event.pod,
+            event.source,
+            event.destination,
+            event.destination_port,
+            event.identity,
+        )
+        if event.kind != Kind.OUTBOUND:
+            proven = self._owner.identities.get(event.identity) if event.identity else None
+            return self._judge.inbound_labels(state, held, key, proven)
+        if held is None:
+            return labels.make(labels.SOURCE, labels.UNKNOWN, None, None, None)
+        return self._judge.outbound_labels(state, held, key, Refuse(reason))
+
+    def _count_early(self, found: Labels, flag: str) -> None:
+        if flag == reasons.NO_FLAG:
+            return
+        if (found, flag) not in self.early and len(self.early) >= MAX_EARLY:
+            found = labels.overflow(found)
+        self.early[found, flag] += 1
+
+
+def _addresses(event: Ended, record: Record | None) -> tuple[str, str]:
+    """Return whom the bytes went to, and the address inside HBONE if there was one."""
+    asked = address.authority(event.destination, event.destination_port)
+    if event.kind == Kind.INBOUND_HBONE:
+        return address.authority(event.destination, HBONE_PORT), asked
+    if not event.upstream:
+        return asked, ""
+    dialled = address.authority(event.upstream, event.upstream_port)
+    if record is not None and isinstance(record.outcome, Tunnel):
+        return dialled, record.outcome.authority
+    return (dialled, "") if event.kind == Kind.OUTBOUND else (asked, "")

@@ -1,0 +1,212 @@
+"""Would traffic pass? The checks behind readiness, the watchdog and the status answers.
+
+This module owns what "ready" and "alive" mean and the answers to nodeagent's questions. It promises
+that every check names what is wrong in words for the operator. It may not repair anything.
+
+Questions that ztunnel answers (`Query.what`):
+
+`status`     one object: versions, checks, counters, pods with their identity and certificate's end.
+`decisions`  what the core was told: an array of at most MAX_LISTED decisions; the argument `pod`
+             (a pod's uid) selects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from ztunnel import address
+from ztunnel.authorize import Verdict
+from ztunnel.corelike import Kind
+from ztunnel.protocol import PROTOCOL_VERSION
+from ztunnel.route import Balance, Passthrough, Plain, Refuse
+
+if TYPE_CHECKING:
+    from ztunnel.admin import Check
+    from ztunnel.control import Control
+    from ztunnel.corelike import CoreLike
+    from ztunnel.decisions import Record
+    from ztunnel.pods import Held
+    from ztunnel.tunnel import Tunnel
+
+__all__ = ["MAX_LISTED", "Health"]
+
+STALL_SECONDS: Final = 5.0
+"""Since a worker's loop last turned: it turns at least every second when it has nothing to do."""
+
+MAX_LISTED: Final = 1000
+"""Decisions in one answer: a few hundred KB of JSON, far below the seam's frame."""
+
+_MICROSECONDS: Final = 1_000_000
+
+
+class Health:
+    """Looks at the parts. `clock` is monotonic, `wall` since the epoch; both in seconds."""
+
+    def __init__(
+        self,
+        core: CoreLike,
+        tunnel: Tunnel,
+        control: Control,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._core = core
+        self._tunnel = tunnel
+        self._control = control
+        self._clock = clock
+        self._wall = wall
+
+    def live(self) -> list[Check]:
+        return [("workers", self._workers())]
+
+    def ready(self) -> list[Check]:
+        """The checks in the order in which a start passes them."""
+        return [
+            ("state", self._state()),
+            ("workers", self._workers()),
+            ("certificates", self._certificates()),
+            ("decisions", self._tunnel.decision_problem()),
+        ]
+
+    def _state(self) -> str:
+        if self._tunnel.committed:
+            return ""
+        problem = self._control.status.problem
+        return f"no state from nodeagent yet{f' ({problem})' if problem else ''}"
+
+    def _workers(self) -> str:
+        now = self._clock() * _MICROSECONDS
+        stalled = [
+            f"worker {number} has not turned for {(now - last) / _MICROSECONDS:.0f} s"
+            for number, last in enumerate(self._core.stats().last_loop_us)
+            if now - last > STALL_SECONDS * _MICROSECONDS
+        ]
+        return "; ".join(stalled)
+
+    def _certificates(self) -> str:
+        problems = [
+            f"{held.pod.uid}: {problem}"
+            for held in self._tunnel.pods
+            if (problem := self._certificate_of(held))
+        ]
+        shown = "; ".join(problems[:5])
+        return f"{shown}; and {len(problems) - 5} more" if len(problems) > 5 else shown  # noqa: PLR2004
+
+    def _certificate_of(self, held: Held) -> str:
+        """Return what keeps a pod from proving who it is, or ""."""
+        state = self._tunnel.state
+        workload = state.workload_of(held.pod)
+        if workload is None:
+            return f"its workload {held.pod.workload!r} is not known"
+        if held.pod.workload not in state.policies:
+            return f"no policy for its workload {held.pod.workload!r}: nobody may call it"
+        if not workload.identity:
+            return ""
+        identity = state.identities.get(workload.identity)
+        if identity is None:
+            return f"no certificate for {workload.identity}"
+        now = self._wall()
+        if now >= identity.not_after:
+            return (
+                f"the certificate of {workload.identity} ended {now - identity.not_after:.0f} s ago"
+            )
+        return ""
+
+    async def answer(self, what: str, args: Mapping[str, str]) -> bytes:
+        """Answer a question with JSON. Raises KeyError for a name that is not documented above."""
+        match what:
+            case "status":
+                return msgspec.json.encode(self._status())
+            case "decisions":
+                return msgspec.json.encode(self._decisions(args.get("pod", "")))
+        raise KeyError(what)
+
+    def _status(self) -> dict[str, Any]:
+        tunnel = self._tunnel
+        control = self._control.status
+        stats = self._core.stats()
+        return {
+            "protocol_version": PROTOCOL_VERSION,
+            "version": tunnel.state.version,
+            "epoch": tunnel.epoch,
+            "connected": control.connected,
+            "ready": dict(self.ready()),
+            "workers": len(stats.workers),
+            "connections": stats.connections,
+            "hbone_connections": stats.tls_connections,
+            "decisions": len(tunnel.decisions),
+            "peers": len(tunnel.peers),
+            "series": len(tunnel.series),
+            "waiting": tunnel.waiting,
+            "events_lost": stats.events_lost,
+            "internal_errors": tunnel.internal_errors,
+            "workloads": len(tunnel.state.workloads),
+            "services": len(tunnel.state.services),
+            "trust_domains": sorted(tunnel.state.bundles),
+            "pods": [self._pod(held) for held in tunnel.pods],
+            "certificates": {
+                uid: {"not_before": identity.not_before, "not_after": identity.not_after}
+                for uid, identity in tunnel.state.identities.items()
+            },
+        }
+
+    def _pod(self, held: Held) -> dict[str, Any]:
+        state = self._tunnel.state
+        policy = state.policies.get(held.pod.workload)
+        identity = state.identities.get(held.identity)
+        return {
+            "uid": held.pod.uid,
+            "workload": held.pod.workload,
+            "addresses": sorted(address.text(packed) for packed in held.pod.addresses),
+            "identity": held.identity,
+            "certificate_not_after": identity.not_after if identity is not None else None,
+            "mode": policy.mode.value if policy is not None else None,
+            "policy": policy.origin if policy is not None else None,
+            "problem": self._certificate_of(held),
+        }
+
+    def _decisions(self, pod: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for record in self._tunnel.decisions:
+            if pod and record.pod != pod:
+                continue
+            found.append(_decision(record))
+            if len(found) == MAX_LISTED:
+                break
+        return found
+
+
+def _decision(record: Record) -> dict[str, Any]:
+    key = record.key
+    entry: dict[str, Any] = {
+        "pod": record.pod,
+        "direction": "outbound" if key.kind == Kind.OUTBOUND else "inbound",
+        "source": address.text(key.source),
+        "destination": address.authority(key.destination, key.port),
+        "identity": str(record.proven.id) if record.proven is not None else "",
+        "cut": record.killed,
+    }
+    match record.outcome:
+        case Verdict() as verdict:
+            entry["action"] = "deliver" if verdict.allow else "refuse"
+            entry["reason"] = "" if verdict.allow else verdict.reason.value
+            entry["policy"] = verdict.origin
+        case Refuse() as refusal:
+            entry["action"] = "refuse"
+            entry["reason"] = refusal.reason.value
+        case Passthrough():
+            entry["action"] = "passthrough"
+        case Plain() as plain:
+            entry["action"] = "plain"
+            entry["target"] = address.authority(plain.target, plain.port)
+        case Balance() as balance:
+            entry["action"] = "balance"
+            entry["choices"] = len(balance.choices)
+        case tunnel:
+            entry["action"] = "tunnel"
+            entry["target"] = tunnel.authority
+            entry["expected"] = sorted(tunnel.expected)
+    return entry

@@ -1,0 +1,246 @@
+"""From a judgement to a decision of the core, and back: is what was decided then allowed now?
+
+This module owns the translation of routes and verdicts into decisions, with their peers, series
+and labels, and the re-judging of decisions that connections still live under. It promises that a
+decision is either made whole or leaves nothing behind, and that re-judging cuts only what is no
+longer allowed: a route that merely changed serves new connections, and leaves open ones alone. It
+may not wait, read a clock or answer upcalls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+from ztunnel import labels as label_sets
+from ztunnel.authorize import Request, Verdict, authorize
+from ztunnel.decisions import Decisions, Key, Peer, Peers, Record, Series, SeriesTable
+from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
+from ztunnel.protocol import Service, Workload
+from ztunnel.reasons import Reason
+from ztunnel.route import Balance, Choice, Passthrough, Plain, Refuse, Route, Tunnel
+
+if TYPE_CHECKING:
+    from ztunnel.corelike import CoreLike
+    from ztunnel.identities import Proven
+    from ztunnel.pods import Held
+    from ztunnel.state import State
+
+__all__ = ["NUMBER_OF", "Judge", "still_allowed"]
+
+NUMBER_OF: Final = {reason: number for number, reason in enumerate(Reason)}
+"""Reason to the core's number for it; `reasons.check` has made sure that the core agrees."""
+
+_MAX_WEIGHT: Final = 2**32 - 1
+"""The core keeps a weight in 32 bits."""
+
+
+class Judge:
+    """Makes decisions. Everything it is given is shared with the tunnel that asks."""
+
+    def __init__(
+        self,
+        core: CoreLike,
+        numbers: Iterator[int],
+        decisions: Decisions,
+        series: SeriesTable,
+        peers: Peers,
+    ) -> None:
+        self._core = core
+        self._numbers = numbers
+        self._decisions = decisions
+        self._series = series
+        self._peers = peers
+        self._services_of: Mapping[str, Service] | None = None
+        self._pods_of: Mapping[str, object] | None = None
+        self._inbound: dict[tuple[str, int], Service] = {}
+
+    def outbound(self, state: State, held: Held, key: Key, route: Route, now: float) -> Record:
+        """Make the decision for `route`. `now` is monotonic, seconds."""
+        if not isinstance(route, Balance):
+            return self._outbound_single(state, held, key, route, now)
+        made: list[tuple[Record, int]] = []
+        try:
+            for choice, weight in route.choices:
+                record = self._outbound_single(state, held, key, choice, now)
+                made.append((record, min(weight, _MAX_WEIGHT)))
+            number = next(self._numbers)
+            pairs = tuple((record.number, weight) for record, weight in made)
+            self._core.decide_balance(number, pairs)
+        finally:
+            # The balance holds its choices by itself.
+            for record, _ in made:
+                self._decisions.release(record)
+        balance = Record(number, key, held.pod.uid, route, _nothing(SOURCE))
+        balance.choices = tuple(record.number for record, _ in made)
+        self._decisions.add(balance)
+        return balance
+
+    def _outbound_single(
+        self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Choice, now: float
+    ) -> Record:
+        labels = self.outbound_labels(state, held, key, route)
+        peer: Peer | None = None
+        if isinstance(route, Tunnel):
+            peer = self._peers.acquire(
+                held.number, held.credential, route.expected, route.target, route.hbone_port, now
+            )
+        series: Series | None = None
+        number = next(self._numbers)
+        try:
+            series = self._series.acquire(labels)
+            match route:
+                case Refuse():
+                    self._core.decide_refuse(number, series.number, NUMBER_OF[route.reason])
+                case Passthrough():
+                    self._core.decide_forward(number, series.number, b"", 0)
+                case Plain():
+                    self._core.decide_forward(number, series.number, route.target, route.port)
+                case Tunnel():
+                    assert peer is not None  # noqa: S101 - set above for exactly this case
+                    self._core.decide_tunnel(
+                        number,
+                        series.number,
+                        peer.number,
+                        route.authority,
+                        route.baggage,
+                        route.host,
+                    )
+        except BaseException:
+            if series is not None:
+                self._series.release(series)
+            if peer is not None:
+                self._peers.release(peer, now)
+            raise
+        record = Record(number, key, held.pod.uid, route, labels)
+        record.series = series
+        record.peer = peer
+        self._decisions.add(record)
+        return record
+
+    def inbound(
+        self, state: State, held: Held | None, key: Key, proven: Proven | None, verdict: Verdict
+    ) -> Record:
+        """Make the decision for `verdict`; without a pod only a refusal can be made."""
+        labels = self.inbound_labels(state, held, key, proven)
+        number = next(self._numbers)
+        series = self._series.acquire(labels)
+        try:
+            if verdict.allow and held is not None:
+                self._core.decide_deliver(number, series.number)
+            else:
+                self._core.decide_refuse(number, series.number, NUMBER_OF[verdict.reason])
+        except BaseException:
+            self._series.release(series)
+            raise
+        record = Record(number, key, held.pod.uid if held is not None else "", verdict, labels)
+        record.series = series
+        record.proven = proven
+        self._decisions.add(record)
+        return record
+
+    def outbound_labels(
+        self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Choice
+    ) -> Labels:
+        source = state.workload_of(held.pod)
+        destination: Workload | None
+        service: Service | None = None
+        security = UNKNOWN
+        principal = ""
+        match route:
+            case Tunnel():
+                destination = state.workloads.get(route.workload)
+                service = state.services.get(route.service)
+                security = MUTUAL_TLS
+                principal = destination.identity if destination is not None else ""
+            case Plain():
+                destination = state.workloads.get(route.workload)
+                service = state.services.get(route.service)
+                security = PLAINTEXT if destination is not None else UNKNOWN
+            case Refuse():
+                destination = state.workload_at(key.destination)
+                service = state.services.get(route.service)
+            case Passthrough():
+                destination = None
+        return label_sets.make(
+            SOURCE,
+            security,
+            source,
+            destination,
+            service,
+            source_principal=source.identity if source is not None and principal else "",
+            destination_principal=principal,
+        )
+
+    def inbound_labels(
+        self, state: State, held: Held | None, key: Key, proven: Proven | None
+    ) -> Labels:
+        destination = state.workload_of(held.pod) if held is not None else None
+        source = state.workload_at(key.source)
+        if proven is None:
+            service = self._inbound_service(state, destination, key.port)
+            return label_sets.make(DESTINATION, PLAINTEXT, source, destination, service)
+        identity = str(proven.id)
+        if source is not None and source.identity != identity:
+            # The address is another workload's: believe the proof, not the address.
+            source = None
+        return label_sets.make(
+            DESTINATION,
+            MUTUAL_TLS,
+            source,
+            destination,
+            self._inbound_service(state, destination, key.port),
+            source_principal=identity,
+            destination_principal=destination.identity if destination is not None else "",
+        )
+
+    def _inbound_service(
+        self, state: State, destination: Workload | None, port: int
+    ) -> Service | None:
+        if destination is None:
+            return None
+        if self._services_of is not state.services or self._pods_of is not state.pods:
+            workloads = [pod.workload for pod in state.pods.values()]
+            self._inbound = label_sets.inbound_services(state.services, workloads)
+            self._services_of = state.services
+            self._pods_of = state.pods
+        return self._inbound.get((destination.uid, port))
+
+
+def _nothing(reporter: str) -> Labels:
+    return label_sets.make(reporter, UNKNOWN, None, None, None)
+
+
+def still_allowed(state: State, held: Held | None, record: Record) -> Reason | None:
+    """Return why connections under `record` must be cut, or None while they may live.
+
+    Inbound is judged as if asked anew. Outbound is cut only when the destination's address now
+    belongs to another identity than the one that was proved: whether plaintext may enter a
+    workload is its own node's judgement, and that node cuts it there.
+    """
+    if held is None or record.pod != held.pod.uid or record.key.pod != held.number:
+        # Taken out of the core, and its connections with it.
+        return None
+    match record.outcome:
+        case Verdict(allow=True):
+            verdict = authorize(
+                state,
+                Request(
+                    held.pod,
+                    record.proven.id if record.proven is not None else None,
+                    record.key.source,
+                    record.key.destination,
+                    record.key.port,
+                ),
+            )
+            return None if verdict.allow else _cut_reason(verdict.reason)
+        case Tunnel() as tunnel:
+            workload = state.workload_at(tunnel.target)
+            if workload is not None and workload.identity not in tunnel.expected:
+                return Reason.IDENTITY_MISMATCH
+    return None
+
+
+def _cut_reason(reason: Reason) -> Reason:
+    """A live connection ends by the change, not by the rule that it would now meet first."""
+    return Reason.TRUST_WITHDRAWN if reason is Reason.TRUST_DOMAIN else Reason.POLICY_CHANGED

@@ -1,0 +1,298 @@
+"""What Prometheus reads: Istio's standard TCP series, and the tunnel's own.
+
+This module owns the metrics' names, types and help texts. It promises Istio's names and labels
+exactly (Istio's dashboards and Kiali read them), seconds and bytes as units, bounded numbers of
+series, and that a scrape holds up the event loop only while counters are copied: the text is made
+on a thread. It may not count anything itself.
+
+`take` runs on the loop's thread and copies; `Collector` turns such a copy into metrics wherever it
+is called.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector as CollectorBase
+
+from ztunnel import reasons
+from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
+from ztunnel.reasons import NO_FLAG, Reason
+
+if TYPE_CHECKING:
+    from ztunnel._core import SeriesCounters, Stats
+    from ztunnel.access_log import AccessLog
+    from ztunnel.control import ControlStatus
+    from ztunnel.corelike import CoreLike
+    from ztunnel.tunnel import Tunnel
+
+__all__ = ["Collector", "Picture", "render", "take"]
+
+_REASONS: Final = tuple(Reason)
+_REPORTER: Final = LABEL_NAMES.index("reporter")
+_SECURITY: Final = LABEL_NAMES.index("connection_security_policy")
+_MICROSECONDS: Final = 1_000_000
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """A copy of all counters at one moment. Times are seconds since the epoch."""
+
+    series: list[tuple[Labels, SeriesCounters]]
+    early: dict[tuple[Labels, str], int]
+    core: Stats
+    bounds_us: tuple[int, ...]
+    handshake_failures: dict[tuple[str, Reason], int]
+    expiries: dict[str, int]
+    own: dict[str, float]
+    """Plain numbers by metric name without prefix; a name that ends in `_total` is a counter."""
+
+
+_OWN_HELP: Final[Mapping[str, str]] = {
+    "pods": "Pods in service.",
+    "workloads": "Workloads of the mesh that are known.",
+    "services": "Services of the mesh that are known.",
+    "decisions": "Decisions that the core or a connection may still use.",
+    "peers": "Pools of HBONE connections, one for each pod and workload that it calls.",
+    "series": "Label sets with counters of their own.",
+    "identities": "Verified certificate chains that are remembered.",
+    "waiting_decisions": "Connections of young pods that wait for the pod's own state.",
+    "control_connected": "1 while the connection to nodeagent stands.",
+    "control_version": "Version of the state in force.",
+    "series_overflow_total": "Decisions counted under unknown labels, the limit being reached.",
+    "series_evicted_total": "Label sets dropped to make room; their counters start anew.",
+    "connections_cut_total": "Decisions whose live connections a change of state has cut.",
+    "waits_expired_total": "Connections refused because a young pod's state did not come in time.",
+    "internal_errors_total": "Errors of the tunnel's own; each has a stack trace in the log.",
+    "access_log_lines_total": "Access log lines written.",
+    "access_log_dropped_total": "Access log lines lost: queue full, or the file not writable.",
+}
+
+
+def take(
+    tunnel: Tunnel,
+    core: CoreLike,
+    control: ControlStatus,
+    access_log: AccessLog,
+    bounds_us: tuple[int, ...],
+) -> Picture:
+    """Copy every counter; a few microseconds for each series. On the loop's thread only."""
+    state = tunnel.state
+    return Picture(
+        series=[(series.labels, core.read_series(series.number)) for series in tunnel.series],
+        early=dict(tunnel.events.early),
+        core=core.stats(),
+        bounds_us=bounds_us,
+        handshake_failures=dict(tunnel.events.handshake_failures),
+        expiries={uid: identity.not_after for uid, identity in state.identities.items()},
+        own={
+            "pods": len(tunnel.pods),
+            "workloads": len(state.workloads),
+            "services": len(state.services),
+            "decisions": len(tunnel.decisions),
+            "peers": len(tunnel.peers),
+            "series": len(tunnel.series),
+            "identities": len(tunnel.identities),
+            "waiting_decisions": tunnel.waiting,
+            "control_connected": float(control.connected),
+            "control_version": control.version,
+            "series_overflow_total": tunnel.series.overflowed,
+            "series_evicted_total": tunnel.series.evicted,
+            "connections_cut_total": tunnel.cut,
+            "waits_expired_total": tunnel.waited_too_long,
+            "internal_errors_total": tunnel.internal_errors,
+            "access_log_lines_total": access_log.written,
+            "access_log_dropped_total": access_log.dropped,
+        },
+    )
+
+
+class Collector(CollectorBase):
+    """Gives the metrics of whatever picture `source` returns."""
+
+    def __init__(self, source: Callable[[], Picture]) -> None:
+        self._source = source
+
+    def describe(self) -> Iterable[Metric]:
+        # Nothing is collected at registration: there may be no picture yet.
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        picture = self._source()
+        yield from _istio(picture)
+        yield from _handshakes(picture)
+        yield from _core(picture)
+        yield from _own(picture)
+
+
+def render(picture: Picture) -> bytes:
+    """Return the exposition text of `picture`. May run on any thread."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector(lambda: picture))
+    return generate_latest(registry)
+
+
+def _istio(picture: Picture) -> Iterator[Metric]:
+    # One dictionary of labels for each series, shared by its samples: they are most of the memory.
+    ordinary = [
+        (dict(zip((*LABEL_NAMES, "response_flags"), (*labels, NO_FLAG), strict=True)), counters)
+        for labels, counters in picture.series
+    ]
+
+    def family(name: str, text: str, value: Callable[[SeriesCounters], int]) -> Metric:
+        metric = CounterMetricFamily(f"istio_tcp_{name}", text)
+        for labels, counters in ordinary:
+            metric.add_sample(f"istio_tcp_{name}_total", labels, value(counters))
+        return metric
+
+    yield family("connections_opened", "TCP connections opened.", lambda c: c.opened)
+    yield family("connections_closed", "TCP connections closed.", lambda c: c.closed)
+    yield _failed(picture)
+    yield family("received_bytes", "Bytes received from clients (request).", lambda c: c.received)
+    yield family("sent_bytes", "Bytes sent to clients (response).", lambda c: c.sent)
+
+
+def _failed(picture: Picture) -> Metric:
+    metric = CounterMetricFamily(
+        "istio_tcp_connections_failed", "TCP connections that failed, by response flag."
+    )
+    totals: dict[tuple[Labels, str], int] = dict(picture.early)
+    for labels, counters in picture.series:
+        hbone = labels[_REPORTER] == SOURCE and labels[_SECURITY] == MUTUAL_TLS
+        for number, count in enumerate(counters.failed):
+            if not count:
+                continue
+            flag = reasons.flag(_REASONS[number], hbone=hbone)
+            if flag != NO_FLAG:
+                totals[labels, flag] = totals.get((labels, flag), 0) + count
+    for (labels, flag), count in totals.items():
+        named = dict(zip((*LABEL_NAMES, "response_flags"), (*labels, flag), strict=True))
+        metric.add_sample("istio_tcp_connections_failed_total", named, count)
+    return metric
+
+
+def _histogram(
+    metric: HistogramMetricFamily,
+    labels: list[str],
+    bounds_us: tuple[int, ...],
+    counts: tuple[int, ...],
+    sum_us: int,
+) -> None:
+    buckets: list[tuple[str, float]] = []
+    total = 0
+    limits = [*(repr(bound / _MICROSECONDS) for bound in bounds_us), "+Inf"]
+    for limit, count in zip(limits, counts, strict=True):
+        total += count
+        buckets.append((limit, total))
+    metric.add_metric(labels, buckets, sum_us / _MICROSECONDS)
+
+
+def _handshakes(picture: Picture) -> Iterator[Metric]:
+    core = picture.core
+    latency = HistogramMetricFamily(
+        "ztunnel_tls_handshake_duration_seconds",
+        "Complete TLS and HTTP/2 handshakes of HBONE, by our side in them.",
+        labels=["side"],
+    )
+    for side, counts, sum_us in (
+        ("client", core.handshakes_client, core.handshakes_client_sum_us),
+        ("server", core.handshakes_server, core.handshakes_server_sum_us),
+    ):
+        _histogram(latency, [side], picture.bounds_us, counts, sum_us)
+    yield latency
+    failures = CounterMetricFamily(
+        "ztunnel_tls_handshake_failures",
+        "HBONE handshakes that failed, both sides, by reason (the core's own count).",
+        labels=["reason"],
+    )
+    for reason, count in zip(_REASONS, core.handshake_failures, strict=True):
+        if count:
+            failures.add_metric([reason.value], count)
+    yield failures
+    reported = CounterMetricFamily(
+        "ztunnel_tls_handshake_failures_reported",
+        "HBONE handshakes that failed and were reported, by our side and reason.",
+        labels=["side", "reason"],
+    )
+    for (side, reason), count in picture.handshake_failures.items():
+        reported.add_metric([side, reason.value], count)
+    yield reported
+    expiry = GaugeMetricFamily(
+        "ztunnel_svid_expiry_timestamp_seconds",
+        "End of the certificate that a local identity shows.",
+        labels=["identity"],
+    )
+    for uid, not_after in picture.expiries.items():
+        expiry.add_metric([uid], not_after)
+    yield expiry
+
+
+def _core(picture: Picture) -> Iterator[Metric]:
+    core = picture.core
+    yield GaugeMetricFamily(
+        "ztunnel_connections", "Application connections open now.", value=core.connections
+    )
+    yield GaugeMetricFamily(
+        "ztunnel_hbone_connections",
+        "HBONE connections open now, both sides.",
+        value=core.tls_connections,
+    )
+    latency = HistogramMetricFamily(
+        "ztunnel_decision_duration_seconds",
+        "From the core's question to the answer in force.",
+        labels=[],
+    )
+    _histogram(latency, [], picture.bounds_us, core.upcall_latency, core.upcall_latency_sum_us)
+    yield latency
+    yield CounterMetricFamily(
+        "ztunnel_decisions_asked", "Questions that the core has asked.", value=core.upcalls
+    )
+    yield CounterMetricFamily(
+        "ztunnel_decisions_cached",
+        "Connections decided by the core's table.",
+        value=core.table_hits,
+    )
+    yield CounterMetricFamily(
+        "ztunnel_events_lost",
+        "Reports of the core that found no room: log lines that are missing.",
+        value=core.events_lost,
+    )
+    connections = GaugeMetricFamily(
+        "ztunnel_worker_connections", "Connections open now, by worker.", labels=["worker"]
+    )
+    accepted = CounterMetricFamily(
+        "ztunnel_worker_accepted", "Connections accepted, by worker.", labels=["worker"]
+    )
+    for number, (connected, taken) in enumerate(core.workers):
+        connections.add_metric([str(number)], connected)
+        accepted.add_metric([str(number)], taken)
+    yield connections
+    yield accepted
+
+
+def _own(picture: Picture) -> Iterator[Metric]:
+    for name, value in picture.own.items():
+        text = _OWN_HELP[name]
+        if name.endswith("_total"):
+            yield CounterMetricFamily(f"ztunnel_{name.removesuffix('_total')}", text, value=value)
+        else:
+            yield GaugeMetricFamily(f"ztunnel_{name}", text, value=value)
+    yield InfoMetricFamily("ztunnel_build", "Version of the tunnel.", value={"version": _version()})
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("nodeagent")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,480 @@
+"""Joins the snapshot and the core: answers the core's questions, and puts changes in force.
+
+This module owns the loop between the two. It promises, in this order, for every change of state:
+
+1. what can fail (contexts, pods) is tried first; a failure leaves the state before it in force;
+2. the new snapshot replaces the old one, pods leave and enter the core;
+3. the epoch is advanced: from there no answer made from an older snapshot is used, because an
+   answer carries the epoch of its snapshot and the core refuses any other;
+4. live connections that are no longer allowed are cut, identities no longer trusted with them;
+5. only then does `apply` return, and the change is acknowledged.
+
+Steps 2 and 3 happen without a pause in between. A judgement that fails by an error of ours refuses
+the connection. Nothing here blocks: work comes in bounded portions, and the loop turns in between.
+It may not format logs or metrics, nor read the control socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from ztunnel import protocol, svid
+from ztunnel.authorize import Request, Verdict, authorize
+from ztunnel.corelike import Kind
+from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
+from ztunnel.events import Events
+from ztunnel.identities import Identities, Proven, reason_of
+from ztunnel.judge import NUMBER_OF, Judge, still_allowed
+from ztunnel.pods import Builder, Held, PodError, Pods, PodSockets, build_pair
+from ztunnel.reasons import Reason
+from ztunnel.route import Balance, Refuse, Route, route
+from ztunnel.route import Tunnel as TunnelRoute
+from ztunnel.state import EMPTY, Change, State, StateError, apply
+
+if TYPE_CHECKING:
+    from ztunnel._core import Upcall
+    from ztunnel.access_log import Sink
+    from ztunnel.corelike import CoreLike
+
+__all__ = ["START_WAIT", "Tunnel"]
+
+_log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.tunnel")
+
+START_WAIT: Final = 10.0
+"""Seconds after a pod's arrival during which its connections wait for its workload, policy and
+first certificate. Below the core's own deadline for a decision (15 s), so that what is refused
+then has its reason; an identity provider that answers at all answers in less."""
+
+MAX_WAITING: Final = 4096
+"""Questions that wait so; more are refused at once. A node that starts 100 pods has a few each."""
+
+UPCALLS_A_TURN: Final = 64
+"""Questions answered before the loop turns: at most about 30 ms, if each verifies a new chain."""
+
+EVENTS_A_TURN: Final = 512
+"""Ended connections, failures and freed decisions taken before the loop turns."""
+
+RECHECK_PORTION: Final = 256
+"""Decisions re-judged before the loop turns: a few microseconds each."""
+
+TRUST_PORTION: Final = 16
+"""Chains verified anew before the loop turns: about half a millisecond each."""
+
+LARGE_CHANGE: Final = 2000
+"""Resources above which a change is applied on a thread: it takes tens of milliseconds."""
+
+TICK: Final = 1.0
+"""Seconds between looks at deadlines and ends of certificates."""
+
+PEER_IDLE: Final = 330.0
+"""Seconds until an unused peer is forgotten: the core closes idle connections after 300."""
+
+STALLED: Final = 2.0
+"""Seconds that questions may lie uncollected before the decision path counts as stuck."""
+
+FAILURE_MEMORY: Final = 30.0
+"""Seconds for which an internal error keeps the decision path from being called healthy."""
+
+
+class Tunnel:
+    """The control side of one core. `clock` is monotonic, `wall` since the epoch; both seconds."""
+
+    def __init__(
+        self,
+        core: CoreLike,
+        sink: Sink,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        build: Builder = build_pair,
+    ) -> None:
+        self._core = core
+        self._clock = clock
+        self._wall = wall
+        numbers = Numbers()
+        self.state: State = EMPTY
+        self.epoch = core.epoch
+        self.committed = False
+        """True once a change has been put in force."""
+        self.series = SeriesTable(core, numbers)
+        self.peers = Peers(core, numbers)
+        self.decisions = Decisions(core, self.series, self.peers)
+        self.identities = Identities(numbers, self._evicted)
+        self.pods = Pods(core, numbers, clock, build)
+        self._judge = Judge(core, numbers, self.decisions, self.series, self.peers)
+        self.events = Events(self, self._judge, sink, clock, wall)
+        self._waiting: deque[tuple[Upcall, float]] = deque()
+        self._peers_evicted = 0
+        self._collected_at = clock()
+        self._failed_at = -FAILURE_MEMORY
+        self.internal_errors = 0
+        self.cut = 0
+        """Decisions whose live connections a change has cut."""
+        self.waited_too_long = 0
+
+    # --- changes of state ---------------------------------------------------------------------
+
+    async def apply(self, change: Change, sockets: Mapping[str, PodSockets]) -> str:
+        """Put `change` in force and return "", or return why it cannot be; see the promises.
+
+        `sockets` are the descriptors of the pods in `change`. They are owned here from the call
+        on. Calls may not overlap.
+        """
+        owned = dict(sockets)
+        try:
+            before = self.state
+            await self._commit(change, owned)
+            if before.bundles is not self.state.bundles:
+                await self._recheck_trust(before)
+            if self._touches_live(before, self.state):
+                await self._recheck_decisions()
+            await self._ask_again()
+        except (StateError, PodError) as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001 - the data path must outlive a bad change
+            self._internal("a change of state failed", version=change.version)
+            return f"internal error ({type(error).__name__}): see the log of ztunnel"
+        finally:
+            for unused in owned.values():
+                unused.close()
+        return ""
+
+    def held(self) -> list[tuple[protocol.HeldPod, tuple[int, int, int]]]:
+        """Return the pods in service and their listeners, which stay ours."""
+        return [
+            (protocol.HeldPod(held.pod.uid, held.pod.netns_cookie), held.sockets.listeners)
+            for held in self.pods
+        ]
+
+    async def _commit(self, change: Change, owned: dict[str, PodSockets]) -> None:
+        """Steps 1 to 3. What is left in `owned` was not needed."""
+        if len(change.upserts) > LARGE_CHANGE:
+            after = await asyncio.to_thread(apply, self.state, change)
+        else:
+            after = apply(self.state, change)
+        credentials = {
+            resource.uid: resource
+            for resource in change.upserts
+            if isinstance(resource, protocol.Credential)
+        }
+        stage = self.pods.stage(self.state, after, credentials, owned)
+        for uid in list(owned):
+            if uid in stage.added or owned[uid] in stage.surplus:
+                del owned[uid]
+        self.state = after
+        for gone in self.pods.commit(stage):
+            self._drop_peers(gone)
+        self._new_epoch()
+        self.committed = True
+
+    def _new_epoch(self) -> None:
+        self.epoch = self._core.advance_epoch()
+        self.decisions.drop_cache()
+
+    def _drop_peers(self, held: Held) -> None:
+        for peer in self.peers:
+            if peer.pod == held.number:
+                self.peers.remove(peer)
+
+    @staticmethod
+    def _touches_live(before: State, after: State) -> bool:
+        return not (
+            before.policies is after.policies
+            and before.workloads is after.workloads
+            and before.bundles is after.bundles
+        )
+
+    async def _recheck_decisions(self) -> None:
+        """Cut what is no longer allowed. New decisions, made meanwhile, follow the new state."""
+        for count, record in enumerate(self.decisions, start=1):
+            if count % RECHECK_PORTION == 0:
+                await asyncio.sleep(0)
+            if record.killed:
+                continue
+            reason = still_allowed(self.state, self.pods.get(record.pod), record)
+            if reason is not None:
+                record.killed = True
+                self.cut += 1
+                self._core.kill_decision(record.number, NUMBER_OF[reason])
+
+    async def _recheck_trust(self, before: State) -> None:
+        changed = {
+            domain
+            for domain in before.bundles.keys() | self.state.bundles.keys()
+            if before.bundles.get(domain) != self.state.bundles.get(domain)
+        }
+        withdrawn: set[int] = set()
+        count = 0
+        for proven in self.identities:
+            if proven.id.trust_domain not in changed:
+                continue
+            count += 1
+            if count % TRUST_PORTION == 0:
+                await asyncio.sleep(0)
+            if not self.identities.still_trusted(proven, self.state.bundles, self._wall()):
+                withdrawn.add(proven.number)
+                self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
+        for peer in self.peers:
+            if not withdrawn.isdisjoint(peer.proven):
+                self._core.close_peer(peer.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
+                peer.forget()
+
+    def _evicted(self, proven: Proven) -> None:
+        # What is not remembered cannot be re-checked: its connections may not outlive it.
+        self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
+
+    # --- the core's questions and reports -----------------------------------------------------
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._core.start()
+        loop.add_reader(self._core.event_fd, self.pump)
+
+    def stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End every connection, and report their ends."""
+        loop.remove_reader(self._core.event_fd)
+        self._core.stop()
+        while self._collect():
+            pass
+        self.pods.close()
+
+    def pump(self) -> None:
+        """Serve a portion of what the core has to say; called while `event_fd` is readable."""
+        self._collected_at = self._clock()
+        for upcall in self._core.upcalls(UPCALLS_A_TURN):
+            self._handle(upcall, may_wait=True)
+        self._collect()
+
+    def _collect(self) -> bool:
+        """Take in a portion of what ended; True when there may be more."""
+        ended = self._core.ended(EVENTS_A_TURN)
+        failed = self._core.failed(EVENTS_A_TURN)
+        try:
+            for connection in ended:
+                self.events.ended(self.state, connection)
+            for handshake in failed:
+                self.events.failed(self.state, handshake)
+        except Exception:  # noqa: BLE001 - a log line lost must not stop the data path
+            self._internal("an ended connection could not be recorded")
+        freed = self._core.freed(EVENTS_A_TURN)
+        now = self._clock()
+        for number in freed:
+            self.decisions.freed(number, now)
+        return bool(ended or failed or freed)
+
+    def tick(self) -> None:
+        """Serve deadlines; call every TICK seconds."""
+        try:
+            self._tick(self._clock())
+        except Exception:  # noqa: BLE001 - the next tick must come
+            self._internal("deadlines could not be served")
+
+    def _tick(self, now: float) -> None:
+        if any(proven.refs for proven in self.identities.ended(self._wall())):
+            # Their open streams live on; new ones are asked about, and refused.
+            self._new_epoch()
+        for _ in range(len(self._waiting)):
+            upcall, deadline = self._waiting.popleft()
+            if deadline <= now:
+                self.waited_too_long += 1
+                self._handle(upcall, may_wait=False)
+            else:
+                self._waiting.append((upcall, deadline))
+        self.peers.remove_idle(now - PEER_IDLE)
+
+    async def _ask_again(self) -> None:
+        """Answer the waiting questions by the state of now; those it does not help wait on."""
+        for count in range(1, len(self._waiting) + 1):
+            upcall, _ = self._waiting.popleft()
+            self._handle(upcall, may_wait=True)
+            if count % UPCALLS_A_TURN == 0:
+                await asyncio.sleep(0)
+
+    def _handle(self, upcall: Upcall, *, may_wait: bool) -> None:
+        try:
+            match upcall.kind:
+                case Kind.PEER_CERTIFICATE | Kind.SERVER_CERTIFICATE:
+                    self._certificate(upcall)
+                case Kind.OUTBOUND:
+                    self._outbound(upcall, may_wait=may_wait)
+                case _:
+                    self._inbound(upcall, may_wait=may_wait)
+        except Exception:  # noqa: BLE001 - whatever went wrong, the answer is no
+            self._internal("a question of the core could not be answered", kind=upcall.kind)
+            self._refuse(upcall, Reason.INTERNAL)
+
+    def _outbound(self, upcall: Upcall, *, may_wait: bool) -> None:
+        key = Key(
+            upcall.kind, upcall.pod, b"", upcall.destination, upcall.destination_port, identity=0
+        )
+        record = self.decisions.lookup(key)
+        if record is None:
+            held = self.pods.by_number(upcall.pod)
+            if held is None:
+                self._refuse(upcall, Reason.POD_REMOVED)
+                return
+            outcome = route(self.state, held.pod, key.destination, key.port)
+            missing = self._missing(outcome)
+            if missing is not None:
+                if may_wait and self._wait(upcall, held):
+                    return
+                outcome = Refuse(missing)
+            record = self._judge.outbound(self.state, held, key, outcome, self._clock())
+            if self.peers.evicted_in_use != self._peers_evicted:
+                self._peers_evicted = self.peers.evicted_in_use
+                self._new_epoch()
+            self.decisions.cache(record)
+        self._answer(upcall, record)
+
+    def _inbound(self, upcall: Upcall, *, may_wait: bool) -> None:
+        key = Key(
+            upcall.kind,
+            upcall.pod,
+            upcall.source,
+            upcall.destination,
+            upcall.destination_port,
+            upcall.identity,
+        )
+        held = self.pods.by_number(upcall.pod)
+        if held is None:
+            self._refuse(upcall, Reason.POD_REMOVED)
+            return
+        proven: Proven | None = None
+        if upcall.kind == Kind.INBOUND_HBONE:
+            proven = self.identities.get(upcall.identity)
+            problem = self._problem_with(proven)
+            if problem is not None:
+                self._refuse(upcall, problem, proven)
+                return
+        record = self.decisions.lookup(key)
+        if record is None:
+            identity = proven.id if proven is not None else None
+            verdict = authorize(
+                self.state, Request(held.pod, identity, key.source, key.destination, key.port)
+            )
+            if verdict.reason is Reason.POLICY_MISSING and may_wait and self._wait(upcall, held):
+                return
+            record = self._judge.inbound(self.state, held, key, proven, verdict)
+            self.decisions.cache(record)
+        self._answer(upcall, record)
+
+    def _problem_with(self, proven: Proven | None) -> Reason | None:
+        """Return why nothing new may rest on an identity that the core names."""
+        if proven is None:
+            return Reason.CERT_UNTRUSTED
+        now = self._wall()
+        if now >= proven.not_after:
+            return Reason.CERT_EXPIRED
+        if not self.identities.still_trusted(proven, self.state.bundles, now):
+            return Reason.TRUST_WITHDRAWN
+        return None
+
+    def _certificate(self, upcall: Upcall) -> None:
+        try:
+            proven = self._verify(upcall)
+            if upcall.kind == Kind.SERVER_CERTIFICATE:
+                self._check_server(upcall, proven)
+        except _CertificateRefusedError as refused:
+            self.events.explain(upcall, refused.detail)
+            self._core.answer_certificate(upcall.id, 0, NUMBER_OF[refused.reason])
+            return
+        self._core.answer_certificate(upcall.id, proven.number, 0)
+
+    def _verify(self, upcall: Upcall) -> Proven:
+        if not upcall.chain:
+            raise _CertificateRefusedError(Reason.CERT_MISSING, "")
+        try:
+            return self.identities.verify(upcall.chain, self.state.bundles, self._wall())
+        except svid.SvidError as error:
+            raise _CertificateRefusedError(reason_of(error), error.detail) from None
+
+    def _check_server(self, upcall: Upcall, proven: Proven) -> None:
+        peer = self.peers.get(upcall.peer)
+        if peer is None:
+            raise _CertificateRefusedError(Reason.POD_REMOVED, "the pool has been removed")
+        if str(proven.id) not in peer.expected:
+            expected = " or ".join(sorted(peer.expected))
+            raise _CertificateRefusedError(
+                Reason.IDENTITY_MISMATCH, f"expected {expected}, the peer is {proven.id}"
+            )
+        peer.remember(proven)
+
+    def _missing(self, outcome: Route) -> Reason | None:
+        """Return what of the pod's own state a route lacks and that may yet come."""
+        choices = [outcome]
+        if isinstance(outcome, Balance):
+            choices = [choice for choice, _ in outcome.choices]
+        for choice in choices:
+            if isinstance(choice, TunnelRoute) and choice.identity not in self.state.identities:
+                return Reason.NO_CREDENTIAL
+            if isinstance(choice, Refuse) and choice.reason is Reason.UNKNOWN_WORKLOAD:
+                return Reason.UNKNOWN_WORKLOAD
+        return None
+
+    def _wait(self, upcall: Upcall, held: Held) -> bool:
+        """Let `upcall` wait for the rest of a young pod's state; False when it may not."""
+        deadline = held.added + START_WAIT
+        if self._clock() >= deadline or len(self._waiting) >= MAX_WAITING:
+            return False
+        self._waiting.append((upcall, deadline))
+        return True
+
+    def _answer(self, upcall: Upcall, record: Record) -> None:
+        # False: the epoch moved on under us, and the core asks again.
+        self._core.answer(upcall.id, self.epoch, record.number)
+
+    def _refuse(self, upcall: Upcall, reason: Reason, proven: Proven | None = None) -> None:
+        """Refuse by an answer that is not kept: the reason may pass, or the pod has gone."""
+        try:
+            if upcall.kind in (Kind.PEER_CERTIFICATE, Kind.SERVER_CERTIFICATE):
+                self._core.answer_certificate(upcall.id, 0, NUMBER_OF[reason])
+                return
+            key = Key(
+                upcall.kind,
+                upcall.pod,
+                upcall.source,
+                upcall.destination,
+                upcall.destination_port,
+                upcall.identity,
+            )
+            held = self.pods.by_number(upcall.pod)
+            verdict = Verdict(allow=False, reason=reason)
+            record = self._judge.inbound(self.state, held, key, proven, verdict)
+            self._answer(upcall, record)
+            self.decisions.release(record)
+        except Exception:  # noqa: BLE001 - without an answer the core's deadline refuses
+            self._internal("a refusal could not be given", kind=upcall.kind)
+
+    def _internal(self, what: str, **context: object) -> None:
+        self.internal_errors += 1
+        self._failed_at = self._clock()
+        _log.exception(what, **context)
+
+    # --- health ---------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Questions that wait for a young pod's state."""
+        return len(self._waiting)
+
+    def decision_problem(self) -> str:
+        """Return what is wrong with the decision path, or ""."""
+        now = self._clock()
+        if now - self._failed_at < FAILURE_MEMORY:
+            return f"an internal error in the last {FAILURE_MEMORY:.0f} s (see the log)"
+        poll = select.poll()
+        poll.register(self._core.event_fd, select.POLLIN)
+        if poll.poll(0) and now - self._collected_at > STALLED:
+            return f"questions of the core lie uncollected for {now - self._collected_at:.0f} s"
+        return ""
+
+
+class _CertificateRefusedError(Exception):
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail

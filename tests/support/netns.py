@@ -25,9 +25,9 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import IO, Final, TypeVar
 
 __all__ = ["Namespace", "namespace", "veth", "wait_until"]
 
@@ -63,22 +63,20 @@ class Namespace:
         self.name = name
         self.path = Path("/run/netns") / name
         self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        self._processes: list[subprocess.Popen[Any]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
 
     def __repr__(self) -> str:
         return f"<namespace {self.name}>"
 
-    def run(self, function: Callable[..., T], *args: Any) -> T:
+    def run(self, function: Callable[..., T], *args: object) -> T:
         """Call `function(*args)` on a thread that is inside, and return or raise what it does."""
         result: list[T] = []
         failure: list[BaseException] = []
 
         def body() -> None:
             try:
-                if _libc.setns(self.fd, CLONE_NEWNET) != 0:
-                    code = ctypes.get_errno()
-                    raise OSError(code, f"setns {self.name}: {os.strerror(code)}")
+                self._enter()
                 result.append(function(*args))
             except BaseException as error:  # noqa: BLE001 - carried to the caller's thread
                 failure.append(error)
@@ -90,7 +88,14 @@ class Namespace:
             raise failure[0]
         return result[0]
 
-    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    def _enter(self) -> None:
+        if _libc.setns(self.fd, CLONE_NEWNET) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"setns {self.name}: {os.strerror(code)}")
+
+    def make_socket(
+        self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM
+    ) -> socket.socket:
         """Return a socket that lives inside; closed with the namespace at the latest."""
         sock = self.run(socket.socket, family, kind)
         sock.settimeout(DEADLINE)
@@ -100,7 +105,7 @@ class Namespace:
     def listen(self, address: str, port: int = 0, *, reuse: bool = True) -> socket.socket:
         """Return a listening TCP socket inside."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        sock = self.socket(family)
+        sock = self.make_socket(family)
         if reuse:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -111,15 +116,29 @@ class Namespace:
 
     def connect(self, address: tuple[str, int], *, timeout: float = DEADLINE) -> socket.socket:
         """Return a TCP socket inside, connected to `address`. Raises OSError as connect does."""
-        sock = self.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        sock = self.make_socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         sock.settimeout(timeout)
         sock.connect(address)
         sock.settimeout(DEADLINE)
         return sock
 
-    def popen(self, argv: Sequence[str], **kwargs: Any) -> subprocess.Popen[Any]:
+    def popen(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: int | IO[bytes] | None = None,
+        stdout: int | IO[bytes] | None = None,
+        stderr: int | IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
         """Start a program inside; ended with the namespace at the latest."""
-        process = subprocess.Popen(["nsenter", f"--net={self.path}", *argv], **kwargs)
+        process = subprocess.Popen(
+            ["nsenter", f"--net={self.path}", *argv],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=env,
+        )
         self._processes.append(process)
         return process
 
@@ -160,14 +179,14 @@ class Namespace:
 
     def dump(self) -> str:
         """Return all that capture could leave behind: rules, routes, filters, sockets, sysctls."""
+        links = "ip -o link | cut -d' ' -f2 | tr -d : | cut -d@ -f1"
+        show = "qdisc show dev $d; tc filter show dev $d ingress; tc filter show dev $d egress"
+        conf = "/proc/sys/net/ipv4/conf/*"
         commands = [
             "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all",
-            "ip -o link | cut -d' ' -f2 | tr -d : | cut -d@ -f1 | while read d; do"
-            " tc qdisc show dev $d; tc filter show dev $d ingress; tc filter show dev $d egress;"
-            " done",
+            f"{links} | while read d; do tc {show}; done",
             "ss -Htlna",
-            "grep . /proc/sys/net/ipv4/conf/*/rp_filter /proc/sys/net/ipv4/conf/*/accept_local"
-            " /proc/sys/net/ipv4/tcp_fwmark_accept /proc/sys/net/ipv4/ip_local_port_range",
+            f"grep . {conf}/rp_filter {conf}/accept_local /proc/sys/net/ipv4/tcp_fwmark_accept",
         ]
         return self.check_output("sh", "-c", "; ".join(commands))
 

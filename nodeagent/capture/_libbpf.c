@@ -1,0 +1,579 @@
+/*
+ * nodeagent.capture._libbpf: the part of libbpf that the capture needs, and nothing above it.
+ *
+ * Owns the translation between Python objects and libbpf: it opens an object from memory, sets its
+ * read-only data, loads it, and hands out file descriptors; the rest are single calls on
+ * descriptors. Promises that every failure is an OSError with errno and libbpf's own words, and
+ * that every descriptor it returns is close-on-exec and the caller's to close. It decides nothing,
+ * keeps no state between calls, and touches no path that it was not given.
+ *
+ * libbpf prints through one callback for the whole process; what it prints is kept for each thread
+ * until the call on that thread ends. The GIL is released around what enters the kernel for long.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+
+/* What is kept of libbpf's words: the tail, where the reason stands, verifier logs included. */
+#define WORDS_SIZE 2048
+
+/* Reading an iterator ends by itself; this only bounds a kernel that never ends it. */
+#define ITERATOR_READS 100000
+
+static _Thread_local char words[WORDS_SIZE];
+static _Thread_local size_t words_used;
+
+static int keep_words(enum libbpf_print_level level, const char *format, va_list arguments)
+{
+    char line[WORDS_SIZE];
+    size_t skip, size, excess;
+    va_list again;
+    char *whole;
+    int length;
+
+    if (level != LIBBPF_WARN)
+        return 0;
+    va_copy(again, arguments);
+    length = vsnprintf(line, sizeof(line), format, arguments);
+    whole = NULL;
+    if (length >= (int)sizeof(line) && vasprintf(&whole, format, again) < 0)
+        whole = NULL;
+    va_end(again);
+    if (length <= 0)
+        return 0;
+    size = whole ? (size_t)length : strlen(line);
+    skip = size >= WORDS_SIZE ? size - (WORDS_SIZE - 1) : 0;
+    size -= skip;
+    excess = words_used + size >= WORDS_SIZE ? words_used + size - (WORDS_SIZE - 1) : 0;
+    memmove(words, words + excess, words_used - excess);
+    words_used -= excess;
+    memcpy(words + words_used, (whole ? whole : line) + skip, size);
+    words_used += size;
+    free(whole);
+    return length;
+}
+
+/* Raise OSError for `error` (positive errno): "what: strerror: libbpf's words". Returns NULL. */
+static PyObject *fail(int error, const char *what)
+{
+    PyObject *text, *said, *arguments;
+
+    while (words_used && (words[words_used - 1] == '\n' || words[words_used - 1] == ' '))
+        words_used--;
+    said = PyUnicode_DecodeUTF8(words, (Py_ssize_t)words_used, "replace");
+    words_used = 0;
+    if (!said)
+        return NULL;
+    text = PyUnicode_GetLength(said)
+               ? PyUnicode_FromFormat("%s: %s: %U", what, strerror(error), said)
+               : PyUnicode_FromFormat("%s: %s", what, strerror(error));
+    Py_DECREF(said);
+    if (!text)
+        return NULL;
+    arguments = Py_BuildValue("(iN)", error, text);
+    if (!arguments)
+        return NULL;
+    PyErr_SetObject(PyExc_OSError, arguments);
+    Py_DECREF(arguments);
+    return NULL;
+}
+
+static PyObject *own_copy(int fd, const char *what)
+{
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+
+    return copy < 0 ? fail(errno, what) : PyLong_FromLong(copy);
+}
+
+/* --- Object ----------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    struct bpf_object *object; /* NULL once closed */
+    bool loaded;
+} Object;
+
+static int object_open(Object *self)
+{
+    if (self->object)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "the BPF object is closed");
+    return -1;
+}
+
+static PyObject *object_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"data", "name", NULL};
+    LIBBPF_OPTS(bpf_object_open_opts, options);
+    struct bpf_object *object;
+    Py_buffer data;
+    Object *self;
+    char *name;
+    int error;
+
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "y*s", names, &data, &name))
+        return NULL;
+    words_used = 0;
+    options.object_name = name;
+    object = bpf_object__open_mem(data.buf, (size_t)data.len, &options);
+    error = errno;
+    PyBuffer_Release(&data);
+    if (!object)
+        return fail(error, name);
+    self = (Object *)type->tp_alloc(type, 0);
+    if (!self) {
+        bpf_object__close(object);
+        return NULL;
+    }
+    self->object = object;
+    self->loaded = false;
+    return (PyObject *)self;
+}
+
+static PyObject *object_close(Object *self, PyObject *unused)
+{
+    struct bpf_object *object = self->object;
+
+    self->object = NULL;
+    if (object) {
+        Py_BEGIN_ALLOW_THREADS;
+        bpf_object__close(object);
+        Py_END_ALLOW_THREADS;
+    }
+    Py_RETURN_NONE;
+}
+
+static void object_dealloc(Object *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+
+    bpf_object__close(self->object);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static struct bpf_map *find_map(Object *self, const char *name)
+{
+    struct bpf_map *map = bpf_object__find_map_by_name(self->object, name);
+
+    if (!map)
+        PyErr_Format(PyExc_KeyError, "the BPF object has no map %s", name);
+    return map;
+}
+
+/* Find `variable` in the read-only data. Returns 0, or -1 with an exception set. */
+static int find_variable(Object *self, const char *variable, __u32 *offset, __u32 *size)
+{
+    const struct btf *btf = bpf_object__btf(self->object);
+    const struct btf_var_secinfo *part;
+    const struct btf_type *section;
+    __s32 id;
+
+    id = btf ? btf__find_by_name_kind(btf, ".rodata", BTF_KIND_DATASEC) : -ENOENT;
+    if (id > 0) {
+        section = btf__type_by_id(btf, (__u32)id);
+        part = btf_var_secinfos(section);
+        for (unsigned i = 0; i < btf_vlen(section); i++, part++) {
+            const struct btf_type *type = btf__type_by_id(btf, part->type);
+
+            if (!strcmp(btf__name_by_offset(btf, type->name_off), variable)) {
+                *offset = part->offset;
+                *size = part->size;
+                return 0;
+            }
+        }
+    }
+    PyErr_Format(PyExc_KeyError, "the BPF object has no constant %s", variable);
+    return -1;
+}
+
+static PyObject *object_set_constant(Object *self, PyObject *arguments)
+{
+    const char *variable;
+    struct bpf_map *map;
+    __u32 offset, size;
+    PyObject *result;
+    Py_buffer value;
+    size_t whole;
+    char *data;
+
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "sy*", &variable, &value))
+        return NULL;
+    result = NULL;
+    map = find_map(self, ".rodata");
+    if (!map || find_variable(self, variable, &offset, &size))
+        goto cleanup;
+    /* Unlike bpf_map__set_initial_value this leaves the section's other constants alone. */
+    data = (char *)bpf_map__initial_value(map, &whole);
+    if (self->loaded || !data || value.len != (Py_ssize_t)size || offset + size > whole) {
+        PyErr_Format(PyExc_ValueError, "constant %s takes %u bytes before loading, not %zd",
+                     variable, size, value.len);
+        goto cleanup;
+    }
+    memcpy(data + offset, value.buf, size);
+    result = Py_NewRef(Py_None);
+cleanup:
+    PyBuffer_Release(&value);
+    return result;
+}
+
+static PyObject *object_reuse_map(Object *self, PyObject *arguments)
+{
+    struct bpf_map *map;
+    const char *name;
+    int fd, error;
+
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "si", &name, &fd))
+        return NULL;
+    map = find_map(self, name);
+    if (!map)
+        return NULL;
+    words_used = 0;
+    error = bpf_map__reuse_fd(map, fd);
+    if (error)
+        return fail(-error, name);
+    Py_RETURN_NONE;
+}
+
+static PyObject *object_load(Object *self, PyObject *unused)
+{
+    int error;
+
+    if (object_open(self))
+        return NULL;
+    words_used = 0;
+    Py_BEGIN_ALLOW_THREADS;
+    error = bpf_object__load(self->object);
+    Py_END_ALLOW_THREADS;
+    if (error)
+        return fail(-error, bpf_object__name(self->object));
+    self->loaded = true;
+    Py_RETURN_NONE;
+}
+
+static PyObject *object_program(Object *self, PyObject *arguments)
+{
+    struct bpf_program *program;
+    const char *name;
+
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name))
+        return NULL;
+    program = bpf_object__find_program_by_name(self->object, name);
+    if (!program)
+        return PyErr_Format(PyExc_KeyError, "the BPF object has no program %s", name);
+    words_used = 0;
+    return own_copy(bpf_program__fd(program), name);
+}
+
+static PyObject *object_map(Object *self, PyObject *arguments)
+{
+    struct bpf_map *map;
+    const char *name;
+
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name))
+        return NULL;
+    map = find_map(self, name);
+    if (!map)
+        return NULL;
+    words_used = 0;
+    return own_copy(bpf_map__fd(map), name);
+}
+
+static PyMethodDef object_methods[] = {
+    {"close", (PyCFunction)object_close, METH_NOARGS, NULL},
+    {"set_constant", (PyCFunction)object_set_constant, METH_VARARGS, NULL},
+    {"reuse_map", (PyCFunction)object_reuse_map, METH_VARARGS, NULL},
+    {"load", (PyCFunction)object_load, METH_NOARGS, NULL},
+    {"program", (PyCFunction)object_program, METH_VARARGS, NULL},
+    {"map", (PyCFunction)object_map, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot object_slots[] = {
+    {Py_tp_new, object_new},
+    {Py_tp_dealloc, object_dealloc},
+    {Py_tp_methods, object_methods},
+    {0, NULL},
+};
+
+static PyType_Spec object_spec = {
+    .name = "nodeagent.capture._libbpf.Object",
+    .basicsize = sizeof(Object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = object_slots,
+};
+
+/* --- single calls ----------------------------------------------------------------------------- */
+
+static PyObject *create_map(PyObject *module, PyObject *arguments)
+{
+    unsigned type, key_size, value_size, entries;
+    const char *name;
+    int fd;
+
+    if (!PyArg_ParseTuple(arguments, "IsIII", &type, &name, &key_size, &value_size, &entries))
+        return NULL;
+    words_used = 0;
+    fd = bpf_map_create((enum bpf_map_type)type, name, key_size, value_size, entries, NULL);
+    return fd < 0 ? fail(-fd, name) : PyLong_FromLong(fd);
+}
+
+static PyObject *update_map(PyObject *module, PyObject *arguments)
+{
+    Py_buffer key, value;
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "iy*y*", &fd, &key, &value))
+        return NULL;
+    words_used = 0;
+    error = bpf_map_update_elem(fd, key.buf, value.buf, BPF_ANY);
+    PyBuffer_Release(&key);
+    PyBuffer_Release(&value);
+    if (error)
+        return fail(-error, "map update");
+    Py_RETURN_NONE;
+}
+
+static PyObject *delete_map(PyObject *module, PyObject *arguments)
+{
+    Py_buffer key;
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "iy*", &fd, &key))
+        return NULL;
+    words_used = 0;
+    error = bpf_map_delete_elem(fd, key.buf);
+    PyBuffer_Release(&key);
+    if (error)
+        return fail(-error, "map delete");
+    Py_RETURN_NONE;
+}
+
+static PyObject *read_map(PyObject *module, PyObject *arguments)
+{
+    unsigned size;
+    PyObject *value;
+    Py_buffer key;
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "iy*I", &fd, &key, &size))
+        return NULL;
+    words_used = 0;
+    value = PyBytes_FromStringAndSize(NULL, size);
+    error = value ? bpf_map_lookup_elem(fd, key.buf, PyBytes_AS_STRING(value)) : 0;
+    PyBuffer_Release(&key);
+    if (error) {
+        Py_DECREF(value);
+        return fail(-error, "map lookup");
+    }
+    return value;
+}
+
+static PyObject *map_info(PyObject *module, PyObject *arguments)
+{
+    struct bpf_map_info info = {0};
+    __u32 size = sizeof(info);
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "i", &fd))
+        return NULL;
+    words_used = 0;
+    error = bpf_obj_get_info_by_fd(fd, &info, &size);
+    if (error)
+        return fail(-error, "map info");
+    return Py_BuildValue("(IIII)", info.type, info.key_size, info.value_size, info.max_entries);
+}
+
+static PyObject *program_id(PyObject *module, PyObject *arguments)
+{
+    struct bpf_prog_info info = {0};
+    __u32 size = sizeof(info);
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "i", &fd))
+        return NULL;
+    words_used = 0;
+    error = bpf_obj_get_info_by_fd(fd, &info, &size);
+    return error ? fail(-error, "program info") : PyLong_FromUnsignedLong(info.id);
+}
+
+static PyObject *link_info(PyObject *module, PyObject *arguments)
+{
+    struct bpf_link_info info = {0};
+    __u32 size = sizeof(info);
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "i", &fd))
+        return NULL;
+    words_used = 0;
+    error = bpf_obj_get_info_by_fd(fd, &info, &size);
+    if (error)
+        return fail(-error, "link info");
+    if (info.type != BPF_LINK_TYPE_NETNS)
+        return PyErr_Format(PyExc_ValueError, "link of type %u belongs to no network namespace",
+                            info.type);
+    return Py_BuildValue("(II)", info.prog_id, info.netns.netns_ino);
+}
+
+static PyObject *link_netns(PyObject *module, PyObject *arguments)
+{
+    int program, netns, fd;
+
+    if (!PyArg_ParseTuple(arguments, "ii", &program, &netns))
+        return NULL;
+    words_used = 0;
+    fd = bpf_link_create(program, netns, BPF_SK_LOOKUP, NULL);
+    return fd < 0 ? fail(-fd, "attach sk_lookup") : PyLong_FromLong(fd);
+}
+
+static PyObject *update_link(PyObject *module, PyObject *arguments)
+{
+    int link, program, error;
+
+    if (!PyArg_ParseTuple(arguments, "ii", &link, &program))
+        return NULL;
+    words_used = 0;
+    error = bpf_link_update(link, program, NULL);
+    if (error)
+        return fail(-error, "link update");
+    Py_RETURN_NONE;
+}
+
+static PyObject *pin(PyObject *module, PyObject *arguments)
+{
+    const char *path;
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "is", &fd, &path))
+        return NULL;
+    words_used = 0;
+    error = bpf_obj_pin(fd, path);
+    if (error)
+        return fail(-error, path);
+    Py_RETURN_NONE;
+}
+
+static PyObject *get_pinned(PyObject *module, PyObject *arguments)
+{
+    const char *path;
+    int fd;
+
+    if (!PyArg_ParseTuple(arguments, "s", &path))
+        return NULL;
+    words_used = 0;
+    fd = bpf_obj_get(path);
+    return fd < 0 ? fail(-fd, path) : PyLong_FromLong(fd);
+}
+
+static PyObject *run_iterator(PyObject *module, PyObject *arguments)
+{
+    int program, link, iterator, error;
+    char sink[512];
+    ssize_t got;
+
+    if (!PyArg_ParseTuple(arguments, "i", &program))
+        return NULL;
+    words_used = 0;
+    error = 0;
+    link = bpf_link_create(program, 0, BPF_TRACE_ITER, NULL);
+    if (link < 0)
+        return fail(-link, "attach iterator");
+    iterator = bpf_iter_create(link);
+    if (iterator < 0) {
+        error = -iterator;
+        goto cleanup;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    got = 1;
+    for (int i = 0; i < ITERATOR_READS && got != 0; i++) {
+        got = read(iterator, sink, sizeof(sink));
+        /* EAGAIN: the kernel pauses after a million objects without output. */
+        if (got < 0 && errno != EAGAIN && errno != EINTR) {
+            error = errno;
+            break;
+        }
+    }
+    if (!error && got != 0)
+        error = ETIME;
+    Py_END_ALLOW_THREADS;
+    close(iterator);
+cleanup:
+    close(link);
+    if (error)
+        return fail(error, "run iterator");
+    Py_RETURN_NONE;
+}
+
+static PyObject *possible_cpus(PyObject *module, PyObject *unused)
+{
+    int count = libbpf_num_possible_cpus();
+
+    words_used = 0;
+    return count < 0 ? fail(-count, "possible CPUs") : PyLong_FromLong(count);
+}
+
+static PyMethodDef functions[] = {
+    {"create_map", create_map, METH_VARARGS, NULL},
+    {"update_map", update_map, METH_VARARGS, NULL},
+    {"delete_map", delete_map, METH_VARARGS, NULL},
+    {"read_map", read_map, METH_VARARGS, NULL},
+    {"map_info", map_info, METH_VARARGS, NULL},
+    {"program_id", program_id, METH_VARARGS, NULL},
+    {"link_info", link_info, METH_VARARGS, NULL},
+    {"link_netns", link_netns, METH_VARARGS, NULL},
+    {"update_link", update_link, METH_VARARGS, NULL},
+    {"pin", pin, METH_VARARGS, NULL},
+    {"get_pinned", get_pinned, METH_VARARGS, NULL},
+    {"run_iterator", run_iterator, METH_VARARGS, NULL},
+    {"possible_cpus", possible_cpus, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module)
+{
+    PyObject *type;
+    int error;
+
+    libbpf_set_print(keep_words);
+    type = PyType_FromModuleAndSpec(module, &object_spec, NULL);
+    if (!type)
+        return -1;
+    error = PyModule_AddObjectRef(module, "Object", type);
+    Py_DECREF(type);
+    if (error)
+        return -1;
+    if (PyModule_AddIntConstant(module, "MAP_TYPE_ARRAY", BPF_MAP_TYPE_ARRAY) ||
+        PyModule_AddIntConstant(module, "MAP_TYPE_PERCPU_ARRAY", BPF_MAP_TYPE_PERCPU_ARRAY) ||
+        PyModule_AddIntConstant(module, "MAP_TYPE_SOCKMAP", BPF_MAP_TYPE_SOCKMAP))
+        return -1;
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+static struct PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "nodeagent.capture._libbpf",
+    .m_size = 0,
+    .m_methods = functions,
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__libbpf(void)
+{
+    return PyModuleDef_Init(&module_definition);
+}

@@ -1,0 +1,59 @@
+"""The part of libbpf that the capture needs.
+
+Every function raises OSError with errno and libbpf's own words. Descriptors that are returned are
+close-on-exec and the caller's to close; descriptors that are passed stay the caller's.
+"""
+
+from typing import Final
+
+MAP_TYPE_ARRAY: Final[int]
+MAP_TYPE_PERCPU_ARRAY: Final[int]
+MAP_TYPE_SOCKMAP: Final[int]
+
+class Object:
+    """A BPF object file in memory: open, set constants and maps, load once, take descriptors."""
+
+    def __init__(self, data: bytes, name: str) -> None: ...
+    def set_constant(self, name: str, value: bytes) -> None:
+        """Set a `const volatile` variable before loading.
+
+        Raises KeyError if there is none of that name, ValueError if its size is another.
+        """
+    def reuse_map(self, name: str, fd: int) -> None:
+        """Use an existing map instead of creating one. Raises OSError if its shape differs."""
+    def load(self) -> None: ...
+    def program(self, name: str) -> int: ...
+    def map(self, name: str) -> int: ...
+    def close(self) -> None:
+        """Close the object's own descriptors; what was attached or pinned stays."""
+
+def create_map(
+    kind: int, name: str, key_size: int, value_size: int, max_entries: int, /
+) -> int: ...
+def update_map(fd: int, key: bytes, value: bytes, /) -> None:
+    """Set an entry. Sizes of `key` and `value` must be those of the map."""
+
+def delete_map(fd: int, key: bytes, /) -> None: ...
+def read_map(fd: int, key: bytes, size: int, /) -> bytes:
+    """Return an entry; `size` must be at least what the kernel writes."""
+
+def map_info(fd: int, /) -> tuple[int, int, int, int]:
+    """Return type, key size, value size and number of entries."""
+
+def program_id(fd: int, /) -> int: ...
+def link_info(fd: int, /) -> tuple[int, int]:
+    """Return program id and inode of the network namespace, 0 when the namespace is gone.
+
+    Raises ValueError for a link of another kind.
+    """
+
+def link_netns(program: int, netns: int, /) -> int:
+    """Attach an sk_lookup program to a network namespace. Returns the link."""
+
+def update_link(link: int, program: int, /) -> None: ...
+def pin(fd: int, path: str, /) -> None: ...
+def get_pinned(path: str, /) -> int: ...
+def run_iterator(program: int, /) -> None:
+    """Run an iterator program over what it iterates, in this thread's network namespace."""
+
+def possible_cpus() -> int: ...

@@ -1,0 +1,265 @@
+"""One pod's capture at work: reads what is there, does what the plan says, undoes it on failure.
+
+This module owns the order of system calls inside one namespace. It promises that `apply` either
+does everything or leaves the namespace as it was, and that nothing it opens outlives `close`. It
+decides nothing: plan.py does. All methods block, and run inside the namespace on a thread that is
+there, one at a time for each pod.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+from pyroute2 import IPRoute
+
+from nodeagent.capture import _libbpf, actions, netlink, older
+from nodeagent.capture import plan as planning
+from nodeagent.capture.layout import PORTS, SLOTS, pack_settings
+from nodeagent.capture.listeners import is_listening, open_listener, sock_cookie
+from nodeagent.capture.model import Enforcement
+from nodeagent.capture.objects import PodObjects, Record
+from nodeagent.pods import NetnsHandle
+from nodeagent.pods.interfaces import collect_interfaces
+
+__all__ = ["PodExecutor"]
+
+SYSCTLS: Final = Path("/proc/sys/net/ipv4")
+IPV6_ON_LO: Final = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+
+
+class PodExecutor:
+    """The capture of one pod. `marker` returns the descriptor of the iterator program."""
+
+    def __init__(
+        self,
+        uid: str,
+        netns: NetnsHandle,
+        addresses: tuple[str, ...],
+        enforcement: Enforcement | None,
+        objects: PodObjects,
+        marker: Callable[[], int | None],
+    ) -> None:
+        self.uid = uid
+        self.netns = netns
+        self.addresses = addresses
+        self.enforcement = enforcement
+        self.objects = objects
+        self.listeners: list[socket.socket | None] = [None] * SLOTS
+        self._marker = marker
+        self._connected = False
+        self._local: tuple[str, ...] = addresses
+
+    # --- reading ---
+
+    def read(self, route: IPRoute) -> planning.Found:
+        """Return what the namespace and the pins have now. Raises OSError."""
+        interfaces = collect_interfaces(route)
+        self._local = planning.local_addresses(self.addresses, interfaces)
+        clsact = netlink.read_clsact(route)
+        capture, programs = self.objects.program_ids(self._local)
+        return planning.Found(
+            interfaces=interfaces,
+            families=_families(),
+            rules=netlink.read_rules(route),
+            routes=netlink.read_routes(route),
+            sysctls={name: _read_sysctl(name) for name in planning.wanted_sysctls(interfaces)},
+            clsact=clsact,
+            filters=netlink.read_filters(route, clsact),
+            link=self.objects.link(),
+            capture=capture,
+            programs=programs,
+            slots=self.objects.slots(),
+            listening=tuple(None if s is None else is_listening(s) for s in self.listeners),
+            settings=self.objects.settings(),
+            connected=self._connected,
+        )
+
+    def wanted(self, found: planning.Found) -> planning.Wanted:
+        """Return what enrolment should leave. An unknown enforcement stays as it is in force."""
+        return planning.Wanted(
+            addresses=self.addresses,
+            settings=self.settings()
+            or found.settings
+            or pack_settings(strict_default=True, exceptions=()),
+            sockets=tuple(0 if s is None else sock_cookie(s) for s in self.listeners),
+        )
+
+    def settings(self) -> bytes:
+        """Return the guard's settings for the enforcement, empty while that is unknown."""
+        if self.enforcement is None:
+            return b""
+        return pack_settings(
+            strict_default=self.enforcement.strict_default,
+            exceptions=self.enforcement.exceptions(),
+        )
+
+    def note_connections(self) -> None:
+        """Look whether there are TCP sockets, before the first of ours is opened."""
+        self._connected = older.connected()
+
+    def remember(self, found: planning.Found) -> None:
+        """Pin a record of the namespace as it is before anything is changed, and the maps.
+
+        What an existing record says of the time before stays; devices that came later are added.
+        """
+        names = {device.index: device.name for device in found.interfaces.devices}
+        sysctls = {name: value for name, value in found.sysctls.items() if value}
+        clsact = frozenset(names[i] for i in found.clsact if i in names)
+        old = self.objects.record()
+        if old is not None:
+            clsact = old.clsact | {
+                name for name in clsact if f"conf/{name}/rp_filter" not in old.sysctls
+            }
+            sysctls |= old.sysctls
+        record = Record(
+            uid=self.uid,
+            netns_cookie=self.netns.cookie,
+            netns_path=str(self.netns.path),
+            addresses=self.addresses,
+            sysctls=sysctls,
+            clsact=clsact,
+        )
+        if record != old:
+            self.objects.create(record)
+
+    # --- doing ---
+
+    def apply(self, route: IPRoute, steps: Iterable[actions.Action]) -> None:
+        """Do all, or undo what was done and raise the first error."""
+        done: list[actions.Action] = []
+        try:
+            for action in steps:
+                self.do(route, action)
+                done.append(action)
+        except Exception as error:
+            for action in reversed(done):
+                undo = actions.inverse(action)
+                if undo is not None:
+                    try:
+                        self.do(route, undo)
+                    except OSError as second:
+                        error.add_note(f"and could not be undone: {action}: {second}")
+            raise
+
+    def do(self, route: IPRoute, action: actions.Action) -> None:  # noqa: C901, PLR0912 - a table
+        """Do one thing. Raises OSError, PortTakenError."""
+        match action:
+            case actions.OpenListener(slot):
+                self._open(slot)
+            case actions.FillSlot(slot):
+                listener = self.listeners[slot]
+                if listener is not None:
+                    self.objects.fill_slot(slot, listener.fileno())
+            case actions.WriteSettings(value):
+                self.objects.write_settings(value)
+            case actions.SetSysctl(name, value):
+                _write_sysctl(name, value)
+            case actions.AttachLink():
+                self.objects.attach(self.netns.fd, self._local)
+            case actions.Detach():
+                self.objects.detach()
+            case actions.AddRule(rule):
+                netlink.add_rule(route, rule)
+            case actions.DeleteRule(rule):
+                netlink.delete_rule(route, rule)
+            case actions.AddRoute(item):
+                netlink.add_route(route, item)
+            case actions.DeleteRoute(item):
+                netlink.delete_route(route, item)
+            case actions.MarkOlder():
+                marker = self._marker()
+                if marker is not None:
+                    _libbpf.run_iterator(marker)
+            case actions.AddClsact(device):
+                netlink.add_clsact(route, device.index)
+            case actions.DeleteClsact(index):
+                netlink.delete_clsact(route, index)
+            case actions.AddFilter(device, direction):
+                program = self.objects.guard(direction, self._local)
+                netlink.put_filter(route, device.index, direction, program)
+            case actions.DeleteFilter(item):
+                netlink.delete_filter(route, item)
+
+    def prune(self) -> None:
+        """Unpin programs that were replaced; call after a whole `apply`."""
+        self.objects.prune(self._local)
+
+    def cut(self) -> int:
+        """End older connections on ports that take mutual TLS only. Returns how many."""
+        if self.enforcement is None or not self.enforcement.any_strict:
+            return 0
+        return older.cut(frozenset(self._local), self.enforcement.is_strict)
+
+    def _open(self, slot: int) -> None:
+        opened = open_listener(PORTS[slot])
+        old, self.listeners[slot] = self.listeners[slot], opened
+        if old is not None:
+            old.close()
+
+    def release_listeners(self) -> None:
+        """Close the listening sockets; the kernel empties their slots."""
+        for sock in self.listeners:
+            if sock is not None:
+                sock.close()
+        self.listeners = [None] * SLOTS
+
+    def close(self) -> None:
+        """Close sockets, descriptors and the namespace; the capture stays."""
+        self.release_listeners()
+        self.objects.close()
+        self.netns.close()
+
+    # --- removing ---
+
+    def remove(self) -> None:
+        """Take everything out of the namespace. Goes on after errors, and then raises them all.
+
+        The pins, and with them the record, stay until the rest has succeeded.
+        """
+        record = self.objects.record()
+        errors: list[OSError] = []
+        with IPRoute() as route:
+            found = self.read(route)
+            before = dict(record.sysctls) if record else {}
+            clsact = record.clsact if record else frozenset()
+            for action in planning.removal(found, before, clsact):
+                try:
+                    self.do(route, action)
+                except OSError as error:
+                    errors.append(OSError(error.errno, f"{action}: {error}"))
+        if errors:
+            raise ExceptionGroup(f"pod {self.uid} could not be released completely", errors)
+        self.objects.remove()
+        self.close()
+
+
+def _families() -> frozenset[int]:
+    usable = {int(socket.AF_INET)}
+    with contextlib.suppress(FileNotFoundError):
+        if IPV6_ON_LO.read_text(encoding="ascii").strip() == "0":
+            usable.add(int(socket.AF_INET6))
+    return frozenset(usable)
+
+
+def _read_sysctl(name: str) -> str:
+    try:
+        return (SYSCTLS / name).read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _write_sysctl(name: str, value: str) -> None:
+    try:
+        (SYSCTLS / name).write_text(value, encoding="ascii")
+    except FileNotFoundError:
+        return  # the device has gone, and the sysctl with it
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot set sysctl {SYSCTLS / name}: {error.strerror} "
+            "(is /proc/sys writable for the agent?)",
+        ) from None

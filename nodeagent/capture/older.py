@@ -1,0 +1,168 @@
+"""Connections of a pod that are older than its enrolment: counting them and cutting them.
+
+This module owns sock_diag (sock_diag(7)). It promises to cut only connections that the capture has
+marked as older, that leave the pod, and whose local port takes mutual TLS only; both ends then see
+a reset. It may not touch the tunnel's connections. All functions run inside the namespace.
+
+Plain netlink and not pyroute2: its DiagSocket neither destroys sockets nor reports errors (0.9).
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from nodeagent.capture.layout import MARK_OLDER
+
+__all__ = ["Connection", "connected", "cut", "probe_destroy", "to_cut"]
+
+NETLINK_SOCK_DIAG: Final = 4
+SOCK_DIAG_BY_FAMILY: Final = 20
+SOCK_DESTROY: Final = 21
+NLMSG_ERROR: Final = 2
+NLMSG_DONE: Final = 3
+NLM_F_REQUEST: Final = 0x1
+NLM_F_ACK: Final = 0x4
+NLM_F_DUMP: Final = 0x300
+INET_DIAG_MARK: Final = 15
+
+MADE: Final = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
+"""ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING (include/net/tcp_states.h)."""
+
+RECEIVE_SIZE: Final = 256 * 1024
+"""Bytes of one receive: the kernel fills at most 32 KiB of a dump into one message."""
+
+_HEADER: Final = struct.Struct("=IHHII")
+_REQUEST: Final = struct.Struct("=BBBBI48s")
+_ANSWER: Final = struct.Struct("=BBBB48s20s")
+_ATTRIBUTE: Final = struct.Struct("=HH")
+
+
+class Connection(NamedTuple):
+    """One TCP connection as sock_diag shows it; `key` names it to the kernel."""
+
+    family: int
+    key: bytes
+    local_port: int
+    remote: str
+    mark: int
+
+
+def connected() -> bool:
+    """Whether the calling thread's namespace has any TCP socket, listening ones included."""
+    for name in ("sockstat", "sockstat6"):
+        try:
+            text = Path(f"/proc/thread-self/net/{name}").read_text(encoding="ascii")
+        except FileNotFoundError:
+            continue
+        for line in text.splitlines():
+            fields = line.split()
+            if fields[0] in ("TCP:", "TCP6:") and int(fields[2]):
+                return True
+    return False
+
+
+def to_cut(
+    connections: Iterable[Connection], own: frozenset[str], is_strict: Callable[[int], bool]
+) -> list[Connection]:
+    """Return the connections that may not live on. Pure."""
+    return [item for item in connections if _must_end(item, own, is_strict)]
+
+
+def _must_end(
+    connection: Connection, own: frozenset[str], is_strict: Callable[[int], bool]
+) -> bool:
+    if connection.mark != MARK_OLDER or connection.remote in own:
+        return False
+    inside = ipaddress.ip_address(connection.remote).is_loopback
+    return not inside and is_strict(connection.local_port)
+
+
+def cut(own: frozenset[str], is_strict: Callable[[int], bool]) -> int:
+    """End the older connections that may not live on. Returns how many. Raises OSError."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+        sock.bind((0, 0))
+        found = [c for family in (socket.AF_INET, socket.AF_INET6) for c in _dump(sock, family)]
+        ended = 0
+        for connection in to_cut(found, own, is_strict):
+            ended += _destroy(sock, connection)
+        return ended
+
+
+def _send(sock: socket.socket, kind: int, flags: int, family: int, key: bytes) -> None:
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, MADE, key)
+    length = _HEADER.size + len(body)
+    sock.send(_HEADER.pack(length, kind, NLM_F_REQUEST | flags, 0, 0) + body)
+
+
+def _messages(sock: socket.socket) -> Iterator[tuple[int, bytes]]:
+    while True:
+        data = sock.recv(RECEIVE_SIZE)
+        offset = 0
+        while offset < len(data):
+            length, kind, _flags, _sequence, _port = _HEADER.unpack_from(data, offset)
+            yield kind, data[offset + _HEADER.size : offset + length]
+            offset += (length + 3) & ~3
+
+
+def _error(body: bytes) -> int:
+    return -int(struct.unpack_from("=i", body)[0]) if len(body) >= 4 else 0  # noqa: PLR2004
+
+
+def _dump(sock: socket.socket, family: int) -> Iterator[Connection]:
+    _send(sock, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, bytes(48))
+    for kind, body in _messages(sock):
+        if kind in (NLMSG_DONE, NLMSG_ERROR):
+            code = _error(body)
+            if code not in (0, errno.ENOENT):  # ENOENT: a kernel without this family
+                raise OSError(code, f"sock_diag dump: {os.strerror(code)}")
+            return
+        connection = _parse(body)
+        if connection is not None:
+            yield connection
+
+
+def _parse(body: bytes) -> Connection | None:
+    family, _state, _timer, _retransmits, key, _rest = _ANSWER.unpack_from(body)
+    local_port, _remote_port = struct.unpack_from("!HH", key)
+    packed = key[20:36]
+    if family == socket.AF_INET:
+        remote = str(ipaddress.IPv4Address(packed[:4]))
+    else:
+        six = ipaddress.IPv6Address(packed)
+        remote = str(six.ipv4_mapped or six)
+    offset, mark = _ANSWER.size, 0
+    while offset + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, offset)
+        if length < _ATTRIBUTE.size:
+            return None
+        if kind == INET_DIAG_MARK:
+            mark = struct.unpack_from("=I", body, offset + _ATTRIBUTE.size)[0]
+        offset += (length + 3) & ~3
+    return Connection(family, key, local_port, remote, mark)
+
+
+def _try_destroy(sock: socket.socket, family: int, key: bytes) -> int:
+    _send(sock, SOCK_DESTROY, NLM_F_ACK, family, key)
+    _kind, body = next(_messages(sock))
+    return _error(body)
+
+
+def _destroy(sock: socket.socket, connection: Connection) -> bool:
+    code = _try_destroy(sock, connection.family, connection.key)
+    if code not in (0, errno.ENOENT):  # ENOENT: it has ended by itself
+        raise OSError(code, f"sock_diag destroy: {os.strerror(code)}")
+    return code == 0
+
+
+def probe_destroy() -> int:
+    """Return the errno of ending a connection that does not exist: ENOENT where it works."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+        sock.bind((0, 0))
+        return _try_destroy(sock, socket.AF_INET, bytes(48))

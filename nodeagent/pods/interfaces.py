@@ -1,0 +1,133 @@
+"""What a pod's namespace has in the way of devices and addresses.
+
+This module owns reading links and addresses through pyroute2. It promises values only: canonical
+addresses, never IPv4-mapped, and only those that are ready for use (IPv6 addresses still in
+duplicate detection are not). It may not change anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from typing import Final
+
+import msgspec
+from pyroute2 import IPRoute
+
+from nodeagent.pods.netns import NetnsHandle
+from nodeagent.pods.threads import NamespaceThreads
+
+__all__ = [
+    "LO_INDEX",
+    "Address",
+    "AddressesMissingError",
+    "Device",
+    "Interfaces",
+    "collect_interfaces",
+    "read_interfaces",
+    "wait_for_addresses",
+]
+
+LO_INDEX: Final = 1
+"""Index of `lo` in every namespace: LOOPBACK_IFINDEX of the kernel."""
+
+ADDRESS_WAIT: Final = 10.0
+"""Seconds in which a new pod's addresses should be ready. Duplicate detection takes two at most,
+and whoever made the namespace configures it in well under one."""
+
+ADDRESS_POLL: Final = 0.05
+"""Seconds between two looks: unnoticed beside what a pod needs to start."""
+
+IFF_UP: Final = 0x1
+IFA_F_UNUSABLE: Final = 0x40 | 0x08
+"""linux/if_addr.h: IFA_F_TENTATIVE, IFA_F_DADFAILED."""
+
+
+class Device(msgspec.Struct, frozen=True, order=True):
+    """A network device that is up."""
+
+    index: int
+    name: str
+
+
+class Address(msgspec.Struct, frozen=True, order=True):
+    """An address that is ready for use. `text` is canonical; link-local ones are left out."""
+
+    device: int
+    text: str
+
+
+class Interfaces(msgspec.Struct, frozen=True):
+    """Devices that are up, `lo` left out, and the addresses on them."""
+
+    devices: tuple[Device, ...]
+    addresses: tuple[Address, ...]
+
+    def missing(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """Return those of `wanted` that no device carries."""
+        there = {address.text for address in self.addresses}
+        return tuple(text for text in wanted if text not in there)
+
+
+class AddressesMissingError(Exception):
+    """A workload's addresses are not in its namespace. `missing` names them."""
+
+    def __init__(self, path: str, missing: tuple[str, ...], found: Interfaces) -> None:
+        there = ", ".join(address.text for address in found.addresses) or "none"
+        super().__init__(
+            f"network namespace {path} has not the workload's address {', '.join(missing)} "
+            f"(it has: {there}): correct the WorkloadEntry, or configure the namespace"
+        )
+        self.missing = missing
+
+
+def collect_interfaces(route: IPRoute) -> Interfaces:
+    """Read through an open socket that was made inside the namespace. Raises OSError."""
+    devices = {
+        link["index"]: link.get_attr("IFLA_IFNAME")
+        for link in route.get_links()
+        if link["index"] != LO_INDEX and link["flags"] & IFF_UP
+    }
+    addresses: set[Address] = set()
+    for message in route.get_addr():
+        flags = message.get_attr("IFA_FLAGS") or message["flags"]
+        # IFA_ADDRESS is the peer's on a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
+        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
+        if flags & IFA_F_UNUSABLE or message["index"] not in devices or text is None:
+            continue
+        parsed = ipaddress.ip_address(text)
+        if not (parsed.version == 6 and parsed.is_link_local):  # noqa: PLR2004
+            addresses.add(Address(message["index"], str(parsed)))
+    return Interfaces(
+        tuple(sorted(Device(index, name) for index, name in devices.items())),
+        tuple(sorted(addresses)),
+    )
+
+
+def _read() -> Interfaces:
+    with IPRoute() as route:
+        return collect_interfaces(route)
+
+
+async def read_interfaces(threads: NamespaceThreads, netns: NetnsHandle) -> Interfaces:
+    """Return what is in the namespace now. Raises OSError."""
+    return await threads.run(netns.fd, _read)
+
+
+async def wait_for_addresses(
+    threads: NamespaceThreads,
+    netns: NetnsHandle,
+    wanted: tuple[str, ...],
+    seconds: float = ADDRESS_WAIT,
+) -> Interfaces:
+    """Return once all addresses are ready. Raises AddressesMissingError after `seconds`."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while True:
+        found = await read_interfaces(threads, netns)
+        missing = found.missing(wanted)
+        if not missing:
+            return found
+        if loop.time() >= end:
+            raise AddressesMissingError(str(netns.path), missing, found)
+        await asyncio.sleep(ADDRESS_POLL)

@@ -129,6 +129,38 @@ class Builder:
         text = plan.hosts(self._plan, pod, captured=captured)
         self._layout.hosts(pod).write_text(text)
 
+    def add_pod(self, pod: PodPlan) -> None:
+        """Make one pod of the plan, which the record holds already, and start its programs."""
+        Topology(self._plan, self._layout).add_pod(pod)
+        self.write_hosts(pod)
+        if pod.pod.mesh:
+            self.write_workload(pod)
+        for app in pod.pod.apps:
+            self.start_app(pod, app)
+        for app in pod.pod.apps:
+            self.wait_app(pod, app)
+
+    def remove_pod(self, pod: PodPlan) -> None:
+        """Unmake one pod, first of all its programs."""
+        for app in pod.pod.apps:
+            record = self._state.processes.pop(f"{pod.uid}/{app.name}", None)
+            if record is not None:
+                processes.end_all([record])
+                record.reap()
+        space = self._layout.pod_space(pod)
+        processes.end_all(processes.members({namespaces.inode(space)}))
+        self.workload_file(pod).unlink(missing_ok=True)
+        Topology(self._plan, self._layout).remove_pod(pod)
+        self._layout.hosts(pod).unlink()
+
+    def workload_file(self, pod: PodPlan) -> Path:
+        return self._layout.config / f"workload.{pod.key}.yaml"
+
+    def write_workload(self, pod: PodPlan) -> None:
+        """Write what the mesh is told of a pod."""
+        document = plan.workload(self._plan, pod, self._layout)
+        replace_file(self.workload_file(pod), to_yaml([document]))
+
     def _record(self, name: str, record: ProcessRecord) -> None:
         self._state.processes[name] = record
         self._store.save(self._state)
@@ -248,6 +280,8 @@ def _remove(store: Store) -> None:
     with contextlib.suppress(LabError):
         recorded = list(store.load().processes.values())
     stuck = processes.end_all(recorded)
+    for one in recorded:
+        one.reap()
     living: set[tuple[int, int]] = set()
     if layout.spaces.is_dir():
         living = {namespaces.inode(path) for path in namespaces.mounted(layout.spaces)}

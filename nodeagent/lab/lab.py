@@ -22,7 +22,7 @@ import msgspec
 from nodeagent.lab import builder, plan, processes
 from nodeagent.lab.documents import replace_file, to_yaml
 from nodeagent.lab.launch import Place
-from nodeagent.lab.model import DEFAULT_BASE, LabSpec, Layout, NodePlan, PodPlan
+from nodeagent.lab.model import DEFAULT_BASE, LabSpec, Layout, NodePlan, Pod, PodPlan
 from nodeagent.lab.names import find_pod
 from nodeagent.lab.processes import ProcessRecord
 from nodeagent.lab.store import LabError, State, Store
@@ -203,9 +203,32 @@ class Lab:
             )
             state.plan = state.plan.with_pod(changed)
             self._store.save(state)
-            builder.Builder(self._store, state, _silent).write_hosts(changed)
-            document = plan.workload(state.plan, changed, self.layout)
-            replace_file(self.layout.config / f"workload.{found.key}.yaml", to_yaml([document]))
+            made = builder.Builder(self._store, state, _silent)
+            made.write_hosts(changed)
+            made.write_workload(changed)
+
+    def add_pod(self, pod: Pod) -> None:
+        """Make one pod more while everything runs. Raises LabError when there is one of its name.
+
+        Its service account, names and programs are as in a lab file; it is not checked as one.
+        """
+        with self._store.locked():
+            state = self._store.load()
+            if any(one.uid == pod.uid for one in state.plan.pods):
+                raise LabError(f"there is a pod {pod.uid} already")
+            state.plan = plan.add(state.plan, pod)
+            self._store.save(state)
+            made = builder.Builder(self._store, state, _silent)
+            made.add_pod(find_pod(state.plan, pod.uid))
+
+    def remove_pod(self, pod: str) -> None:
+        """Unmake a pod while everything runs: its programs, its namespace, and its workload."""
+        with self._store.locked():
+            state = self._store.load()
+            found = find_pod(state.plan, pod)
+            builder.Builder(self._store, state, _silent).remove_pod(found)
+            state.plan = state.plan.without_pod(found.uid)
+            self._store.save(state)
 
     # --- daemons ---------------------------------------------------------------------------------
 
@@ -241,6 +264,7 @@ class Lab:
         record = self.process(process, state)
         if processes.end_all([record]):
             raise LabError(f"{process} (process {record.pid}) would not end")
+        record.reap()
 
     def process(self, name: str, state: State | None = None) -> ProcessRecord:
         """Return the record of a process. Raises LabError."""

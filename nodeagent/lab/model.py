@@ -206,6 +206,10 @@ class LabPlan(_Base, frozen=True, kw_only=True):
     def pods_of(self, node: NodePlan) -> list[PodPlan]:
         return [pod for pod in self.pods if pod.pod.node == node.name]
 
+    def without_pod(self, uid: str) -> LabPlan:
+        """Return the plan without a pod."""
+        return msgspec.structs.replace(self, pods=tuple(p for p in self.pods if p.uid != uid))
+
     def with_pod(self, changed: PodPlan) -> LabPlan:
         """Return the plan with one pod replaced by another of the same uid."""
         pods = tuple(changed if one.uid == changed.uid else one for one in self.pods)

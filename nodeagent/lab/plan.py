@@ -14,6 +14,8 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
+import msgspec
+
 from nodeagent.lab.model import (
     LabPlan,
     LabSpec,
@@ -60,6 +62,16 @@ def make(spec: LabSpec) -> LabPlan:
             addresses = pod.addresses or tuple(str(next(each)) for each in free)
             pods.append(PodPlan(index=len(pods) + 1, pod=pod, addresses=addresses))
     return LabPlan(spec=spec, nodes=nodes, pods=tuple(pods), services=tuple(_services(spec)))
+
+
+def add(plan: LabPlan, pod: Pod) -> LabPlan:
+    """Return the plan with one pod more, whose node exists; everything else keeps its place."""
+    node = next(each for each in plan.nodes if each.name == pod.node)
+    taken = [msgspec.structs.replace(one.pod, addresses=one.addresses) for one in plan.pods]
+    addresses = pod.addresses or tuple(str(next(each)) for each in _free(node, taken))
+    index = max((one.index for one in plan.pods), default=0) + 1
+    added = PodPlan(index=index, pod=pod, addresses=addresses)
+    return msgspec.structs.replace(plan, pods=(*plan.pods, added))
 
 
 def _node(index: int, spec: LabSpec) -> NodePlan:

@@ -69,7 +69,7 @@ class ProcessRecord(msgspec.Struct, frozen=True):
         return None
 
     def reap(self) -> None:
-        """Let go of it if it is a child of this process that has ended."""
+        """Let go of it if it has ended and `start` made it in this very process."""
         fields = _stat(self.pid)
         if fields is None or int(fields[START_TIME_FIELD]) != self.start:
             return
@@ -113,7 +113,7 @@ def environment() -> dict[str, str]:
 
 def launch_argv(place: launch.Place, argv: Iterable[str]) -> list[str]:
     """Return the command that runs `argv` in `place`."""
-    script = str(Path(launch.__file__).resolve())
+    script = launch.launch_script()
     return [sys.executable, "-I", "-S", script, json.dumps(place._asdict()), *argv]
 
 
@@ -175,12 +175,11 @@ def members(namespaces: set[tuple[int, int]]) -> list[ProcessRecord]:
 
 
 def end_all(records: Iterable[ProcessRecord], grace: float = GRACE_SECONDS) -> list[ProcessRecord]:
-    """End these processes, politely first, and wait until they have ended.
+    """End these processes, politely first, and wait until they have ended (if only as zombies).
 
-    Children of this process are reaped. Returns those that would not end.
+    Returns those that would not end.
     """
-    everyone = list(records)
-    opened = {one: descriptor for one in everyone if (descriptor := one.open()) is not None}
+    opened = {one: descriptor for one in records if (descriptor := one.open()) is not None}
     try:
         _signal(opened.values(), signal.SIGTERM)
         left = _wait(opened, grace)
@@ -191,8 +190,6 @@ def end_all(records: Iterable[ProcessRecord], grace: float = GRACE_SECONDS) -> l
     finally:
         for descriptor in opened.values():
             os.close(descriptor)
-        for one in everyone:
-            one.reap()
 
 
 def _signal(descriptors: Iterable[int], number: signal.Signals) -> None:

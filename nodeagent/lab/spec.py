@@ -203,7 +203,9 @@ class _Checker:
         self._unique("services", [service.uid for service in spec.services], "name")
         if len(spec.nodes) > MAX_NODES:
             self._error(f"more than {MAX_NODES} nodes", "nodes")
-        known = {node.name: index for index, node in enumerate(spec.nodes, 1)}
+        known: dict[str, int] = {}
+        for index, node in enumerate(spec.nodes, 1):
+            known.setdefault(node.name, index)
         seen: dict[str, str] = {}
         for index, pod in enumerate(spec.pods):
             self._pod(index, pod, known, seen)

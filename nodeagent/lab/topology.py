@@ -97,6 +97,11 @@ def _enslave(link: IPRoute, bridge: str, name: str) -> None:
     link.link("set", index=_index(link, name), master=_index(link, bridge), state="up")
 
 
+def _unplug(port: str) -> None:
+    with IPRoute() as link:
+        link.link("del", index=_index(link, port))
+
+
 class Topology:
     """Builds the namespaces of one plan below one directory, and removes them."""
 
@@ -122,11 +127,15 @@ class Topology:
         node = self._plan.node_of(pod)
         space = self._layout.pod_space(pod)
         namespaces.create(space)
+        # Before there is an interface: it takes its own settings from the namespace's.
+        namespaces.run_in(space, self._prepare_pod)
         namespaces.run_in(self._layout.node_space(node.name), partial(self._plug_pod, pod))
         namespaces.run_in(space, partial(self._build_pod, node, pod))
 
     def remove_pod(self, pod: PodPlan) -> None:
-        """Unmount one pod's namespace: with its last process it is gone, and its link with it."""
+        """Unplug one pod and let go of its namespace, which ends with the last process in it."""
+        node = self._plan.node_of(pod)
+        namespaces.run_in(self._layout.node_space(node.name), partial(_unplug, pod.port))
         namespaces.remove(self._layout.pod_space(pod))
 
     def _build_fabric(self) -> None:
@@ -169,10 +178,12 @@ class Topology:
             _veth(link, pod.port, "eth0", self._layout.pod_space(pod), self._plan.spec.mtu)
             _enslave(link, "pods", pod.port)
 
-    def _build_pod(self, node: NodePlan, pod: PodPlan) -> None:
+    def _prepare_pod(self) -> None:
         _sysctls(ADDRESSES_AT_ONCE | POD)
         if self._plan.spec.congestion_control:
             _sysctls({CONGESTION_CONTROL: self._plan.spec.congestion_control})
+
+    def _build_pod(self, node: NodePlan, pod: PodPlan) -> None:
         gateways = [ipaddress.ip_interface(text) for text in node.gateways]
         with IPRoute() as link:
             link.link("set", index=LOOPBACK, state="up")

@@ -167,18 +167,21 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
 def _read(file: str) -> bytes:
     """Return the bytes of a regular file that not everybody may write, or raise ConfigError."""
     try:
-        # Not blocking: a FIFO in its place must not hang the start.
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        with open(file, "rb", opener=_opener) as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise ConfigError(file, 0, 0, "", "is not a regular file")
+            if mode & stat.S_IWOTH:
+                raise ConfigError(file, 0, 0, "", "anybody may write it: run chmod o-w on it")
+            data = stream.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(file, 0, 0, "", f"cannot be read: {reason}") from None
-    with os.fdopen(fd, "rb") as stream:
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode):
-            raise ConfigError(file, 0, 0, "", "is not a regular file")
-        if mode & stat.S_IWOTH:
-            raise ConfigError(file, 0, 0, "", "anybody may write it: run chmod o-w on it")
-        data = stream.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ConfigError(file, 0, 0, "", f"larger than {_MAX_BYTES} bytes")
     return data
+
+
+def _opener(path: str, flags: int) -> int:
+    # Not blocking: a FIFO in its place must not hang the start.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)

@@ -60,6 +60,7 @@ _DNS_LABEL: Final = re.compile(r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?")
 _QUALIFIED: Final = re.compile(r"[A-Za-z0-9](?:[-A-Za-z0-9_.]*[A-Za-z0-9])?")
 _LOCALITY: Final = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]*(?:/[A-Za-z0-9][-A-Za-z0-9_.]*){0,2}")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_LEADING_ZERO: Final = re.compile(r"(?:^|\.)0[0-9]+(?:\.|$)")
 _TIMESTAMP: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?"
     r"(?:Z|[+-][0-9]{2}:[0-9]{2})"
@@ -225,8 +226,9 @@ def address(value: str) -> str:
         raise ValueError(f"{quote(value)} is a network: write one address without a mask")
     try:
         parsed = ipaddress.ip_address(plain)
-    except ValueError as error:
-        hint = ": leading zeros are not permitted" if "eading zeros" in str(error) else ""
+    except ValueError:
+        # Some programs read 010 as 8, others as 10.
+        hint = ", without leading zeros" if _LEADING_ZERO.search(plain) else ""
         raise ValueError(_no_address(value) + hint) from None
     if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
         parsed = parsed.ipv4_mapped

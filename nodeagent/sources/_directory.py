@@ -21,7 +21,15 @@ import msgspec
 
 from nodeagent.api import ConfigError
 
-__all__ = ["MAX_FILES", "Listing", "Signature", "list_directory", "read_file", "unreadable"]
+__all__ = [
+    "MAX_FILES",
+    "Listing",
+    "Signature",
+    "list_directory",
+    "opener",
+    "read_file",
+    "unreadable",
+]
 
 MAX_FILES: Final = 1_000
 """Files of the directory; each may have one MiB, and all are looked at twice a second."""
@@ -68,7 +76,7 @@ def _error(path: Path, reason: str) -> ConfigError:
 def list_directory(directory: Path) -> Listing:
     """Return the files of `directory`. Never raises."""
     try:
-        root = directory.resolve(strict=True)
+        root = _resolve(directory)
         found = root.stat()
         _check_directory(root, found)
         names = _names(root)
@@ -79,6 +87,10 @@ def list_directory(directory: Path) -> Listing:
     files: dict[str, Signature] = {}
     errors: dict[str, ConfigError] = {}
     for name in names:
+        if not name.isprintable():
+            # Control characters would forge lines in logs, and bytes that are no text break them.
+            errors[name] = _error(directory / ascii(name), "has a name that is no text: rename it")
+            continue
         try:
             files[name] = _signature(root, name)
         except _RefusedError as refused:
@@ -93,14 +105,11 @@ def read_file(directory: Path, name: str) -> tuple[bytes, Signature] | None:
 
     Raises OSError if it cannot be read, or is not what `list_directory` would accept.
     """
-    root = directory.resolve(strict=True)
+    root = _resolve(directory)
     try:
         signature = _signature(root, name)
-        fd = os.open(
-            signature.path,
-            os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY,
-        )
-        with os.fdopen(fd, "rb") as stream:
+        with open(signature.path, "rb", opener=opener) as stream:
+            fd = stream.fileno()
             # A directory on the way may have become a link since it was resolved: ask the kernel
             # where this descriptor really is.
             path = Path(f"/proc/self/fd/{fd}").readlink()
@@ -115,9 +124,19 @@ def read_file(directory: Path, name: str) -> tuple[bytes, Signature] | None:
     return (data, signature) if len(known) == 1 else None
 
 
+def opener(path: str, flags: int) -> int:
+    """Open for `open`: follow no link in the last place, and wait for nobody."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 def unreadable(error: OSError) -> str:
     """Return the reason that an error says of a file."""
     return f"cannot be read: {error.strerror or error}"
+
+
+def _resolve(path: Path) -> Path:
+    # Path.resolve raises RuntimeError for a loop of links; this raises OSError like the rest.
+    return Path(os.path.realpath(path, strict=True))
 
 
 def _names(root: Path) -> list[str]:
@@ -132,7 +151,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _signature(root: Path, name: str) -> Signature:
-    path = (root / name).resolve(strict=True)
+    path = _resolve(root / name)
     _check_inside(root, path)
     found = path.lstat()
     _check_file(path, found)

@@ -17,6 +17,8 @@ from typing import Final
 
 import msgspec
 
+from nodeagent.sources._directory import opener
+
 __all__ = ["LastGood"]
 
 _FORMAT: Final = 1
@@ -46,16 +48,12 @@ class LastGood:
         Raises OSError if what is stored cannot be believed.
         """
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(self.path, "rb", opener=opener) as stream:
+                found = os.fstat(stream.fileno())
+                _check_ours(found)
+                data = stream.read()
         except FileNotFoundError:
             return {}
-        with os.fdopen(fd, "rb") as stream:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
-                raise OSError("is not a file of this program: remove it")
-            if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise OSError("others may have written it: remove it")
-            data = stream.read()
         try:
             stored = msgspec.msgpack.decode(data, type=_Stored)
         except (msgspec.DecodeError, RecursionError) as error:
@@ -90,3 +88,10 @@ class LastGood:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _check_ours(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
+        raise OSError("is not a file of this program: remove it")
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError("others may have written it: remove it")

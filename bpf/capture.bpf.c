@@ -40,27 +40,24 @@ struct flow {
     bool on_lo;
 };
 
+static __always_inline bool is_inside(const struct address *a) {
+    return is_loopback(a) || is_own(&config, a);
+}
+
 /* Return the slot that takes the connection, or SLOTS if it stays inside the pod. */
-static __always_inline __u32 classify(const struct flow *flow)
-{
-    if (flow->on_lo) {
-        /* The pod to itself, or the tunnel to the application. */
-        if (is_loopback(&flow->local) || is_own(&config, &flow->local))
-            return SLOTS;
-        return SLOT_OUTBOUND;
-    }
+static __always_inline __u32 classify(const struct flow *flow) {
+    /* The pod to itself, or, on `lo`, the tunnel to the application. */
+    if (flow->on_lo) return is_inside(&flow->local) ? SLOTS : SLOT_OUTBOUND;
     /*
-	 * The pod to its own address is reported with the address's device. Packets from the wire
-	 * that claim such a source were dropped by the guard.
-	 */
-    if (same(&flow->local, &flow->remote) ||
-        (is_own(&config, &flow->local) && is_own(&config, &flow->remote)))
+     * The pod to its own address is reported with the address's device. Packets from the wire
+     * that claim such a source were dropped by the guard. Equal addresses are link-local ones.
+     */
+    if (same(&flow->local, &flow->remote) || (is_inside(&flow->local) && is_inside(&flow->remote)))
         return SLOTS;
     return flow->local_port == HBONE_PORT ? SLOT_HBONE : SLOT_INBOUND;
 }
 
-static __always_inline int hand_over(struct bpf_sk_lookup *ctx, __u32 slot)
-{
+static __always_inline int hand_over(struct bpf_sk_lookup *ctx, __u32 slot) {
     struct bpf_sock *sk = bpf_map_lookup_elem(&slots, &slot);
     long error;
 
@@ -76,13 +73,11 @@ static __always_inline int hand_over(struct bpf_sk_lookup *ctx, __u32 slot)
 }
 
 SEC("sk_lookup")
-int capture(struct bpf_sk_lookup *ctx)
-{
+int capture(struct bpf_sk_lookup *ctx) {
     struct flow flow = {};
     __u32 slot;
 
-    if (ctx->protocol != IPPROTO_TCP)
-        return SK_PASS;
+    if (ctx->protocol != IPPROTO_TCP) return SK_PASS;
     flow.local_port = ctx->local_port;
     flow.on_lo = ctx->ingress_ifindex == LO_IFINDEX;
     if (ctx->family == AF_INET) {

@@ -69,9 +69,9 @@ struct tcp {
 };
 _Static_assert(sizeof(struct tcp) == 20, "RFC 9293");
 
-#define TCP_SYN          0x02
-#define TCP_RST          0x04
-#define TCP_ACK          0x10
+#define TCP_SYN 0x02
+#define TCP_RST 0x04
+#define TCP_ACK 0x10
 #define FRAGMENT_OFFSET4 0x1fff
 #define FRAGMENT_OFFSET6 0xfff8
 
@@ -101,54 +101,44 @@ struct packet {
     bool bare_reset; /* RST without a byte of payload */
 };
 
-static __always_inline long load(struct __sk_buff *skb, __u32 offset, void *to, __u32 size)
-{
+static __always_inline long load(struct __sk_buff *skb, __u32 offset, void *to, __u32 size) {
     return bpf_skb_load_bytes_relative(skb, offset, to, size, BPF_HDR_START_NET);
 }
 
 static __always_inline enum kind parse_tcp(struct __sk_buff *skb, __u32 offset, __u32 end,
-                                           struct packet *packet)
-{
+                                           struct packet *packet) {
     __u32 header;
 
-    if (load(skb, offset, &packet->tcp, sizeof(packet->tcp)))
-        return UNREADABLE;
+    if (load(skb, offset, &packet->tcp, sizeof(packet->tcp))) return UNREADABLE;
     header = (packet->tcp.offset >> 4) * 4;
     packet->bare_reset =
         (packet->tcp.flags & TCP_RST) && !(packet->tcp.flags & TCP_SYN) && offset + header == end;
     return TCP;
 }
 
-static __always_inline enum kind parse_ip4(struct __sk_buff *skb, struct packet *packet)
-{
+static __always_inline enum kind parse_ip4(struct __sk_buff *skb, struct packet *packet) {
     struct ip4 ip;
     __u32 header;
 
-    if (load(skb, 0, &ip, sizeof(ip)))
-        return UNREADABLE;
+    if (load(skb, 0, &ip, sizeof(ip))) return UNREADABLE;
     header = (ip.version_ihl & 0x0f) * 4;
-    if (ip.protocol != IPPROTO_TCP)
-        return NOT_TCP;
+    if (ip.protocol != IPPROTO_TCP) return NOT_TCP;
     packet->source = mapped(ip.source);
     packet->destination = mapped(ip.destination);
     packet->ip4 = true;
-    if (header < sizeof(ip))
-        return UNREADABLE;
-    if (ip.fragment & bpf_htons(FRAGMENT_OFFSET4))
-        return LATER_FRAGMENT;
+    if (header < sizeof(ip)) return UNREADABLE;
+    if (ip.fragment & bpf_htons(FRAGMENT_OFFSET4)) return LATER_FRAGMENT;
     return parse_tcp(skb, header, bpf_ntohs(ip.length), packet);
 }
 
-static __always_inline enum kind parse_ip6(struct __sk_buff *skb, struct packet *packet)
-{
+static __always_inline enum kind parse_ip6(struct __sk_buff *skb, struct packet *packet) {
     struct ip6_extension extension;
     __u32 offset = sizeof(struct ip6);
     bool later = false;
     struct ip6 ip;
     __u8 next;
 
-    if (load(skb, 0, &ip, sizeof(ip)))
-        return UNREADABLE;
+    if (load(skb, 0, &ip, sizeof(ip))) return UNREADABLE;
     packet->source = ip.source;
     packet->destination = ip.destination;
     next = ip.next;
@@ -161,8 +151,7 @@ static __always_inline enum kind parse_ip6(struct __sk_buff *skb, struct packet 
             next != IPPROTO_FRAGMENT && next != IPPROTO_AH)
             return NOT_TCP;
         /* What follows a later fragment's header is payload: no header to walk into. */
-        if (later || load(skb, offset, &extension, sizeof(extension)))
-            return UNREADABLE;
+        if (later || load(skb, offset, &extension, sizeof(extension))) return UNREADABLE;
         if (next == IPPROTO_FRAGMENT) {
             later = extension.fragment & bpf_htons(FRAGMENT_OFFSET6);
             offset += 8;
@@ -176,60 +165,48 @@ static __always_inline enum kind parse_ip6(struct __sk_buff *skb, struct packet 
     return UNREADABLE;
 }
 
-static __always_inline enum kind parse(struct __sk_buff *skb, struct packet *packet)
-{
-    if (skb->protocol == bpf_htons(ETH_P_IP))
-        return parse_ip4(skb, packet);
-    if (skb->protocol == bpf_htons(ETH_P_IPV6))
-        return parse_ip6(skb, packet);
+static __always_inline enum kind parse(struct __sk_buff *skb, struct packet *packet) {
+    if (skb->protocol == bpf_htons(ETH_P_IP)) return parse_ip4(skb, packet);
+    if (skb->protocol == bpf_htons(ETH_P_IPV6)) return parse_ip6(skb, packet);
     return NOT_TCP;
 }
 
-static __always_inline const struct guard_settings *get_settings(void)
-{
+static __always_inline const struct guard_settings *get_settings(void) {
     __u32 key = 0;
 
     return bpf_map_lookup_elem(&settings, &key);
 }
 
 /* Whether a local port (network byte order) takes mutual TLS only. */
-static __always_inline bool is_strict(__be16 port)
-{
+static __always_inline bool is_strict(__be16 port) {
     const struct guard_settings *now = get_settings();
     __u16 host = bpf_ntohs(port);
 
-    if (!now)
-        return true;
+    if (!now) return true;
     for (__u32 i = 0; i < MAX_EXCEPTIONS; i++) {
-        if (i >= now->count)
-            break;
-        if (now->exception[i] == host)
-            return !now->strict_default;
+        if (i >= now->count) break;
+        if (now->exception[i] == host) return !now->strict_default;
     }
     return now->strict_default;
 }
 
-static __always_inline bool any_strict(void)
-{
+static __always_inline bool any_strict(void) {
     const struct guard_settings *now = get_settings();
 
     return !now || now->strict_default || now->count;
 }
 
-static __always_inline int drop(__u32 why)
-{
+static __always_inline int drop(__u32 why) {
     count(why);
     return TC_ACT_SHOT;
 }
 
 SEC("tc")
-int guard_egress(struct __sk_buff *skb)
-{
+int guard_egress(struct __sk_buff *skb) {
     struct packet packet = {};
 
     /* TC_ACT_UNSPEC and not OK: filters of others after this one still have their say. */
-    if (skb->mark == MARK_TUNNEL)
-        return TC_ACT_UNSPEC;
+    if (skb->mark == MARK_TUNNEL) return TC_ACT_UNSPEC;
     switch (parse(skb, &packet)) {
     case NOT_TCP:
         return TC_ACT_UNSPEC;
@@ -240,19 +217,15 @@ int guard_egress(struct __sk_buff *skb)
     case TCP:
         break;
     }
-    if ((packet.tcp.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
-        return drop(COUNT_EGRESS_BYPASS);
-    if (skb->mark == MARK_DELIVERY)
-        return drop(COUNT_EGRESS_DELIVERY);
+    if ((packet.tcp.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) return drop(COUNT_EGRESS_BYPASS);
+    if (skb->mark == MARK_DELIVERY) return drop(COUNT_EGRESS_DELIVERY);
     /* Tells the peer that the connection is over, and carries nothing else. */
-    if (packet.bare_reset)
-        return TC_ACT_UNSPEC;
+    if (packet.bare_reset) return TC_ACT_UNSPEC;
     return is_strict(packet.tcp.source) ? drop(COUNT_EGRESS_OLDER) : TC_ACT_UNSPEC;
 }
 
 /* Return the mark of the socket that would take the packet, MARK_TUNNEL if there is none. */
-static __always_inline __u32 taker(struct __sk_buff *skb, const struct packet *packet)
-{
+static __always_inline __u32 taker(struct __sk_buff *skb, const struct packet *packet) {
     struct bpf_sock_tuple tuple = {};
     struct bpf_sock *sk;
     __u32 mark;
@@ -271,16 +244,14 @@ static __always_inline __u32 taker(struct __sk_buff *skb, const struct packet *p
         sk = bpf_sk_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
     }
     /* No socket, or only TIME_WAIT: no application hears the packet. */
-    if (!sk)
-        return MARK_TUNNEL;
+    if (!sk) return MARK_TUNNEL;
     mark = sk->mark;
     bpf_sk_release(sk);
     return mark;
 }
 
 SEC("tc")
-int guard_ingress(struct __sk_buff *skb)
-{
+int guard_ingress(struct __sk_buff *skb) {
     struct packet packet = {};
     __u32 mark;
 
@@ -298,13 +269,10 @@ int guard_ingress(struct __sk_buff *skb)
         same(&packet.source, &packet.destination))
         return drop(COUNT_INGRESS_SPOOFED);
     mark = taker(skb, &packet);
-    if (mark == MARK_TUNNEL)
-        return TC_ACT_UNSPEC;
+    if (mark == MARK_TUNNEL) return TC_ACT_UNSPEC;
     /* The application's side of a delivery: its peer is the tunnel, on `lo`. */
-    if (mark == MARK_DELIVERY)
-        return drop(COUNT_INGRESS_DELIVERY);
-    if (packet.bare_reset)
-        return TC_ACT_UNSPEC;
+    if (mark == MARK_DELIVERY) return drop(COUNT_INGRESS_DELIVERY);
+    if (packet.bare_reset) return TC_ACT_UNSPEC;
     return is_strict(packet.tcp.destination) ? drop(COUNT_INGRESS_OLDER) : TC_ACT_UNSPEC;
 }
 

@@ -38,26 +38,21 @@ enum {
     CLOSING = 11,
 };
 
-static __always_inline bool is_made(unsigned char state)
-{
+static __always_inline bool is_made(unsigned char state) {
     return state == ESTABLISHED || state == FIN_WAIT1 || state == FIN_WAIT2 ||
            state == CLOSE_WAIT || state == LAST_ACK || state == CLOSING;
 }
 
 SEC("iter/tcp")
-int mark_older(struct bpf_iter__tcp *ctx)
-{
+int mark_older(struct bpf_iter__tcp *ctx) {
     struct sock_common *common = ctx->sk_common;
     struct tcp_sock *tcp;
     int mark = 0;
 
-    if (!common || !is_made(common->skc_state))
-        return 0;
+    if (!common || !is_made(common->skc_state)) return 0;
     tcp = bpf_skc_to_tcp_sock(common);
-    if (!tcp || bpf_getsockopt(tcp, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)))
-        return 0;
-    if (mark == MARK_TUNNEL || mark == MARK_DELIVERY || mark == MARK_OLDER)
-        return 0;
+    if (!tcp || bpf_getsockopt(tcp, SOL_SOCKET, SO_MARK, &mark, sizeof(mark))) return 0;
+    if (mark == MARK_TUNNEL || mark == MARK_DELIVERY || mark == MARK_OLDER) return 0;
     mark = MARK_OLDER;
     bpf_setsockopt(tcp, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
     return 0;

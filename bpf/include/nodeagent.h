@@ -59,21 +59,21 @@ struct guard_settings {
 _Static_assert(sizeof(struct guard_settings) == 8 + 2 * MAX_EXCEPTIONS, "layout.py: SETTINGS");
 
 /* Every counter, in the order of its number. The names are those of `Capture.counters()`. */
-#define COUNTERS(X)                                                                                \
-    X(CAPTURED_OUTBOUND, captured_outbound)                                                        \
-    X(CAPTURED_INBOUND, captured_inbound)                                                          \
-    X(CAPTURED_HBONE, captured_hbone)                                                              \
-    X(CLOSED_OUTBOUND, closed_outbound)                                                            \
-    X(CLOSED_INBOUND, closed_inbound)                                                              \
-    X(CLOSED_HBONE, closed_hbone)                                                                  \
-    X(EGRESS_BYPASS, egress_bypass)                                                                \
-    X(EGRESS_DELIVERY, egress_delivery)                                                            \
-    X(EGRESS_OLDER, egress_older)                                                                  \
-    X(EGRESS_FRAGMENT, egress_fragment)                                                            \
-    X(EGRESS_UNREADABLE, egress_unreadable)                                                        \
-    X(INGRESS_SPOOFED, ingress_spoofed)                                                            \
-    X(INGRESS_DELIVERY, ingress_delivery)                                                          \
-    X(INGRESS_OLDER, ingress_older)                                                                \
+#define COUNTERS(X)                         \
+    X(CAPTURED_OUTBOUND, captured_outbound) \
+    X(CAPTURED_INBOUND, captured_inbound)   \
+    X(CAPTURED_HBONE, captured_hbone)       \
+    X(CLOSED_OUTBOUND, closed_outbound)     \
+    X(CLOSED_INBOUND, closed_inbound)       \
+    X(CLOSED_HBONE, closed_hbone)           \
+    X(EGRESS_BYPASS, egress_bypass)         \
+    X(EGRESS_DELIVERY, egress_delivery)     \
+    X(EGRESS_OLDER, egress_older)           \
+    X(EGRESS_FRAGMENT, egress_fragment)     \
+    X(EGRESS_UNREADABLE, egress_unreadable) \
+    X(INGRESS_SPOOFED, ingress_spoofed)     \
+    X(INGRESS_DELIVERY, ingress_delivery)   \
+    X(INGRESS_OLDER, ingress_older)         \
     X(INGRESS_UNREADABLE, ingress_unreadable)
 
 enum counter {
@@ -94,29 +94,23 @@ struct {
     __type(value, __u64);
 } counters SEC(".maps");
 
-static __always_inline void count(__u32 number)
-{
+static __always_inline void count(__u32 number) {
     __u64 *value = bpf_map_lookup_elem(&counters, &number);
 
-    if (value)
-        *value += 1;
+    if (value) *value += 1;
 }
 
-static __always_inline struct address mapped(__u32 ip4)
-{
+static __always_inline struct address mapped(__u32 ip4) {
     return (struct address){.word = {0, 0, bpf_htonl(0xffff), ip4}};
 }
 
-static __always_inline bool same(const struct address *a, const struct address *b)
-{
+static __always_inline bool same(const struct address *a, const struct address *b) {
     return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
            a->word[3] == b->word[3];
 }
 
-static __always_inline bool is_loopback(const struct address *a)
-{
-    if (a->word[0] || a->word[1])
-        return false;
+static __always_inline bool is_loopback(const struct address *a) {
+    if (a->word[0] || a->word[1]) return false;
     if (a->word[2] == bpf_htonl(0xffff))
         return (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
     return a->word[2] == 0 && a->word[3] == bpf_htonl(1);
@@ -124,11 +118,9 @@ static __always_inline bool is_loopback(const struct address *a)
 
 /* Whether `a` is one of the pod's addresses. */
 static __always_inline bool is_own(const volatile struct pod_config *config,
-                                   const struct address *a)
-{
+                                   const struct address *a) {
     for (__u32 i = 0; i < MAX_ADDRESSES; i++) {
-        if (i >= config->count)
-            break;
+        if (i >= config->count) break;
         if (config->address[i].word[3] == a->word[3] && config->address[i].word[2] == a->word[2] &&
             config->address[i].word[1] == a->word[1] && config->address[i].word[0] == a->word[0])
             return true;

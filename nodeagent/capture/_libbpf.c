@@ -34,24 +34,20 @@
 static _Thread_local char words[WORDS_SIZE];
 static _Thread_local size_t words_used;
 
-static int keep_words(enum libbpf_print_level level, const char *format, va_list arguments)
-{
+static int keep_words(enum libbpf_print_level level, const char *format, va_list arguments) {
     char line[WORDS_SIZE];
     size_t skip, size, excess;
     va_list again;
     char *whole;
     int length;
 
-    if (level != LIBBPF_WARN)
-        return 0;
+    if (level != LIBBPF_WARN) return 0;
     va_copy(again, arguments);
     length = vsnprintf(line, sizeof(line), format, arguments);
     whole = NULL;
-    if (length >= (int)sizeof(line) && vasprintf(&whole, format, again) < 0)
-        whole = NULL;
+    if (length >= (int)sizeof(line) && vasprintf(&whole, format, again) < 0) whole = NULL;
     va_end(again);
-    if (length <= 0)
-        return 0;
+    if (length <= 0) return 0;
     size = whole ? (size_t)length : strlen(line);
     skip = size >= WORDS_SIZE ? size - (WORDS_SIZE - 1) : 0;
     size -= skip;
@@ -65,32 +61,27 @@ static int keep_words(enum libbpf_print_level level, const char *format, va_list
 }
 
 /* Raise OSError for `error` (positive errno): "what: strerror: libbpf's words". Returns NULL. */
-static PyObject *fail(int error, const char *what)
-{
+static PyObject *fail(int error, const char *what) {
     PyObject *text, *said, *arguments;
 
     while (words_used && (words[words_used - 1] == '\n' || words[words_used - 1] == ' '))
         words_used--;
     said = PyUnicode_DecodeUTF8(words, (Py_ssize_t)words_used, "replace");
     words_used = 0;
-    if (!said)
-        return NULL;
+    if (!said) return NULL;
     text = PyUnicode_GetLength(said)
                ? PyUnicode_FromFormat("%s: %s: %U", what, strerror(error), said)
                : PyUnicode_FromFormat("%s: %s", what, strerror(error));
     Py_DECREF(said);
-    if (!text)
-        return NULL;
+    if (!text) return NULL;
     arguments = Py_BuildValue("(iN)", error, text);
-    if (!arguments)
-        return NULL;
+    if (!arguments) return NULL;
     PyErr_SetObject(PyExc_OSError, arguments);
     Py_DECREF(arguments);
     return NULL;
 }
 
-static PyObject *own_copy(int fd, const char *what)
-{
+static PyObject *own_copy(int fd, const char *what) {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 
     return copy < 0 ? fail(errno, what) : PyLong_FromLong(copy);
@@ -104,16 +95,13 @@ typedef struct {
     bool loaded;
 } Object;
 
-static int object_open(Object *self)
-{
-    if (self->object)
-        return 0;
+static int object_open(Object *self) {
+    if (self->object) return 0;
     PyErr_SetString(PyExc_ValueError, "the BPF object is closed");
     return -1;
 }
 
-static PyObject *object_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
-{
+static PyObject *object_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     static char *names[] = {"data", "name", NULL};
     LIBBPF_OPTS(bpf_object_open_opts, options);
     struct bpf_object *object;
@@ -122,15 +110,13 @@ static PyObject *object_new(PyTypeObject *type, PyObject *arguments, PyObject *k
     char *name;
     int error;
 
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "y*s", names, &data, &name))
-        return NULL;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "y*s", names, &data, &name)) return NULL;
     words_used = 0;
     options.object_name = name;
     object = bpf_object__open_mem(data.buf, (size_t)data.len, &options);
     error = errno;
     PyBuffer_Release(&data);
-    if (!object)
-        return fail(error, name);
+    if (!object) return fail(error, name);
     self = (Object *)type->tp_alloc(type, 0);
     if (!self) {
         bpf_object__close(object);
@@ -141,8 +127,7 @@ static PyObject *object_new(PyTypeObject *type, PyObject *arguments, PyObject *k
     return (PyObject *)self;
 }
 
-static PyObject *object_close(Object *self, PyObject *unused)
-{
+static PyObject *object_close(Object *self, PyObject *unused) {
     struct bpf_object *object = self->object;
 
     self->object = NULL;
@@ -154,8 +139,7 @@ static PyObject *object_close(Object *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static void object_dealloc(Object *self)
-{
+static void object_dealloc(Object *self) {
     PyTypeObject *type = Py_TYPE(self);
 
     bpf_object__close(self->object);
@@ -163,18 +147,15 @@ static void object_dealloc(Object *self)
     Py_DECREF(type);
 }
 
-static struct bpf_map *find_map(Object *self, const char *name)
-{
+static struct bpf_map *find_map(Object *self, const char *name) {
     struct bpf_map *map = bpf_object__find_map_by_name(self->object, name);
 
-    if (!map)
-        PyErr_Format(PyExc_KeyError, "the BPF object has no map %s", name);
+    if (!map) PyErr_Format(PyExc_KeyError, "the BPF object has no map %s", name);
     return map;
 }
 
 /* Find `variable` in the read-only data. Returns 0, or -1 with an exception set. */
-static int find_variable(Object *self, const char *variable, __u32 *offset, __u32 *size)
-{
+static int find_variable(Object *self, const char *variable, __u32 *offset, __u32 *size) {
     const struct btf *btf = bpf_object__btf(self->object);
     const struct btf_var_secinfo *part;
     const struct btf_type *section;
@@ -198,8 +179,7 @@ static int find_variable(Object *self, const char *variable, __u32 *offset, __u3
     return -1;
 }
 
-static PyObject *object_set_constant(Object *self, PyObject *arguments)
-{
+static PyObject *object_set_constant(Object *self, PyObject *arguments) {
     const char *variable;
     struct bpf_map *map;
     __u32 offset, size;
@@ -208,12 +188,10 @@ static PyObject *object_set_constant(Object *self, PyObject *arguments)
     size_t whole;
     char *data;
 
-    if (object_open(self) || !PyArg_ParseTuple(arguments, "sy*", &variable, &value))
-        return NULL;
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "sy*", &variable, &value)) return NULL;
     result = NULL;
     map = find_map(self, ".rodata");
-    if (!map || find_variable(self, variable, &offset, &size))
-        goto cleanup;
+    if (!map || find_variable(self, variable, &offset, &size)) goto cleanup;
     /* Unlike bpf_map__set_initial_value this leaves the section's other constants alone. */
     data = (char *)bpf_map__initial_value(map, &whole);
     if (self->loaded || !data || value.len != (Py_ssize_t)size || offset + size > whole) {
@@ -228,64 +206,51 @@ cleanup:
     return result;
 }
 
-static PyObject *object_reuse_map(Object *self, PyObject *arguments)
-{
+static PyObject *object_reuse_map(Object *self, PyObject *arguments) {
     struct bpf_map *map;
     const char *name;
     int fd, error;
 
-    if (object_open(self) || !PyArg_ParseTuple(arguments, "si", &name, &fd))
-        return NULL;
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "si", &name, &fd)) return NULL;
     map = find_map(self, name);
-    if (!map)
-        return NULL;
+    if (!map) return NULL;
     words_used = 0;
     error = bpf_map__reuse_fd(map, fd);
-    if (error)
-        return fail(-error, name);
+    if (error) return fail(-error, name);
     Py_RETURN_NONE;
 }
 
-static PyObject *object_load(Object *self, PyObject *unused)
-{
+static PyObject *object_load(Object *self, PyObject *unused) {
     int error;
 
-    if (object_open(self))
-        return NULL;
+    if (object_open(self)) return NULL;
     words_used = 0;
     Py_BEGIN_ALLOW_THREADS;
     error = bpf_object__load(self->object);
     Py_END_ALLOW_THREADS;
-    if (error)
-        return fail(-error, bpf_object__name(self->object));
+    if (error) return fail(-error, bpf_object__name(self->object));
     self->loaded = true;
     Py_RETURN_NONE;
 }
 
-static PyObject *object_program(Object *self, PyObject *arguments)
-{
+static PyObject *object_program(Object *self, PyObject *arguments) {
     struct bpf_program *program;
     const char *name;
 
-    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name))
-        return NULL;
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name)) return NULL;
     program = bpf_object__find_program_by_name(self->object, name);
-    if (!program)
-        return PyErr_Format(PyExc_KeyError, "the BPF object has no program %s", name);
+    if (!program) return PyErr_Format(PyExc_KeyError, "the BPF object has no program %s", name);
     words_used = 0;
     return own_copy(bpf_program__fd(program), name);
 }
 
-static PyObject *object_map(Object *self, PyObject *arguments)
-{
+static PyObject *object_map(Object *self, PyObject *arguments) {
     struct bpf_map *map;
     const char *name;
 
-    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name))
-        return NULL;
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name)) return NULL;
     map = find_map(self, name);
-    if (!map)
-        return NULL;
+    if (!map) return NULL;
     words_used = 0;
     return own_copy(bpf_map__fd(map), name);
 }
@@ -316,8 +281,7 @@ static PyType_Spec object_spec = {
 
 /* --- single calls ----------------------------------------------------------------------------- */
 
-static PyObject *create_map(PyObject *module, PyObject *arguments)
-{
+static PyObject *create_map(PyObject *module, PyObject *arguments) {
     unsigned type, key_size, value_size, entries;
     const char *name;
     int fd;
@@ -329,46 +293,38 @@ static PyObject *create_map(PyObject *module, PyObject *arguments)
     return fd < 0 ? fail(-fd, name) : PyLong_FromLong(fd);
 }
 
-static PyObject *update_map(PyObject *module, PyObject *arguments)
-{
+static PyObject *update_map(PyObject *module, PyObject *arguments) {
     Py_buffer key, value;
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "iy*y*", &fd, &key, &value))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "iy*y*", &fd, &key, &value)) return NULL;
     words_used = 0;
     error = bpf_map_update_elem(fd, key.buf, value.buf, BPF_ANY);
     PyBuffer_Release(&key);
     PyBuffer_Release(&value);
-    if (error)
-        return fail(-error, "map update");
+    if (error) return fail(-error, "map update");
     Py_RETURN_NONE;
 }
 
-static PyObject *delete_map(PyObject *module, PyObject *arguments)
-{
+static PyObject *delete_map(PyObject *module, PyObject *arguments) {
     Py_buffer key;
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "iy*", &fd, &key))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "iy*", &fd, &key)) return NULL;
     words_used = 0;
     error = bpf_map_delete_elem(fd, key.buf);
     PyBuffer_Release(&key);
-    if (error)
-        return fail(-error, "map delete");
+    if (error) return fail(-error, "map delete");
     Py_RETURN_NONE;
 }
 
-static PyObject *read_map(PyObject *module, PyObject *arguments)
-{
+static PyObject *read_map(PyObject *module, PyObject *arguments) {
     unsigned size;
     PyObject *value;
     Py_buffer key;
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "iy*I", &fd, &key, &size))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "iy*I", &fd, &key, &size)) return NULL;
     words_used = 0;
     value = PyBytes_FromStringAndSize(NULL, size);
     error = value ? bpf_map_lookup_elem(fd, key.buf, PyBytes_AS_STRING(value)) : 0;
@@ -380,115 +336,94 @@ static PyObject *read_map(PyObject *module, PyObject *arguments)
     return value;
 }
 
-static PyObject *map_info(PyObject *module, PyObject *arguments)
-{
+static PyObject *map_info(PyObject *module, PyObject *arguments) {
     struct bpf_map_info info = {0};
     __u32 size = sizeof(info);
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
     words_used = 0;
     error = bpf_obj_get_info_by_fd(fd, &info, &size);
-    if (error)
-        return fail(-error, "map info");
+    if (error) return fail(-error, "map info");
     return Py_BuildValue("(IIII)", info.type, info.key_size, info.value_size, info.max_entries);
 }
 
-static PyObject *program_id(PyObject *module, PyObject *arguments)
-{
+static PyObject *program_id(PyObject *module, PyObject *arguments) {
     struct bpf_prog_info info = {0};
     __u32 size = sizeof(info);
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
     words_used = 0;
     error = bpf_obj_get_info_by_fd(fd, &info, &size);
     return error ? fail(-error, "program info") : PyLong_FromUnsignedLong(info.id);
 }
 
-static PyObject *link_info(PyObject *module, PyObject *arguments)
-{
+static PyObject *link_info(PyObject *module, PyObject *arguments) {
     struct bpf_link_info info = {0};
     __u32 size = sizeof(info);
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
     words_used = 0;
     error = bpf_obj_get_info_by_fd(fd, &info, &size);
-    if (error)
-        return fail(-error, "link info");
+    if (error) return fail(-error, "link info");
     if (info.type != BPF_LINK_TYPE_NETNS)
         return PyErr_Format(PyExc_ValueError, "link of type %u belongs to no network namespace",
                             info.type);
     return Py_BuildValue("(II)", info.prog_id, info.netns.netns_ino);
 }
 
-static PyObject *link_netns(PyObject *module, PyObject *arguments)
-{
+static PyObject *link_netns(PyObject *module, PyObject *arguments) {
     int program, netns, fd;
 
-    if (!PyArg_ParseTuple(arguments, "ii", &program, &netns))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "ii", &program, &netns)) return NULL;
     words_used = 0;
     fd = bpf_link_create(program, netns, BPF_SK_LOOKUP, NULL);
     return fd < 0 ? fail(-fd, "attach sk_lookup") : PyLong_FromLong(fd);
 }
 
-static PyObject *update_link(PyObject *module, PyObject *arguments)
-{
+static PyObject *update_link(PyObject *module, PyObject *arguments) {
     int link, program, error;
 
-    if (!PyArg_ParseTuple(arguments, "ii", &link, &program))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "ii", &link, &program)) return NULL;
     words_used = 0;
     error = bpf_link_update(link, program, NULL);
-    if (error)
-        return fail(-error, "link update");
+    if (error) return fail(-error, "link update");
     Py_RETURN_NONE;
 }
 
-static PyObject *pin(PyObject *module, PyObject *arguments)
-{
+static PyObject *pin(PyObject *module, PyObject *arguments) {
     const char *path;
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "is", &fd, &path))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "is", &fd, &path)) return NULL;
     words_used = 0;
     error = bpf_obj_pin(fd, path);
-    if (error)
-        return fail(-error, path);
+    if (error) return fail(-error, path);
     Py_RETURN_NONE;
 }
 
-static PyObject *get_pinned(PyObject *module, PyObject *arguments)
-{
+static PyObject *get_pinned(PyObject *module, PyObject *arguments) {
     const char *path;
     int fd;
 
-    if (!PyArg_ParseTuple(arguments, "s", &path))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "s", &path)) return NULL;
     words_used = 0;
     fd = bpf_obj_get(path);
     return fd < 0 ? fail(-fd, path) : PyLong_FromLong(fd);
 }
 
-static PyObject *run_iterator(PyObject *module, PyObject *arguments)
-{
+static PyObject *run_iterator(PyObject *module, PyObject *arguments) {
     int program, link, iterator, error;
     char sink[512];
     ssize_t got;
 
-    if (!PyArg_ParseTuple(arguments, "i", &program))
-        return NULL;
+    if (!PyArg_ParseTuple(arguments, "i", &program)) return NULL;
     words_used = 0;
     error = 0;
     link = bpf_link_create(program, 0, BPF_TRACE_ITER, NULL);
-    if (link < 0)
-        return fail(-link, "attach iterator");
+    if (link < 0) return fail(-link, "attach iterator");
     iterator = bpf_iter_create(link);
     if (iterator < 0) {
         error = -iterator;
@@ -504,19 +439,16 @@ static PyObject *run_iterator(PyObject *module, PyObject *arguments)
             break;
         }
     }
-    if (!error && got != 0)
-        error = ETIME;
+    if (!error && got != 0) error = ETIME;
     Py_END_ALLOW_THREADS;
     close(iterator);
 cleanup:
     close(link);
-    if (error)
-        return fail(error, "run iterator");
+    if (error) return fail(error, "run iterator");
     Py_RETURN_NONE;
 }
 
-static PyObject *possible_cpus(PyObject *module, PyObject *unused)
-{
+static PyObject *possible_cpus(PyObject *module, PyObject *unused) {
     int count = libbpf_num_possible_cpus();
 
     words_used = 0;
@@ -540,19 +472,16 @@ static PyMethodDef functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static int module_exec(PyObject *module)
-{
+static int module_exec(PyObject *module) {
     PyObject *type;
     int error;
 
     libbpf_set_print(keep_words);
     type = PyType_FromModuleAndSpec(module, &object_spec, NULL);
-    if (!type)
-        return -1;
+    if (!type) return -1;
     error = PyModule_AddObjectRef(module, "Object", type);
     Py_DECREF(type);
-    if (error)
-        return -1;
+    if (error) return -1;
     if (PyModule_AddIntConstant(module, "MAP_TYPE_ARRAY", BPF_MAP_TYPE_ARRAY) ||
         PyModule_AddIntConstant(module, "MAP_TYPE_PERCPU_ARRAY", BPF_MAP_TYPE_PERCPU_ARRAY) ||
         PyModule_AddIntConstant(module, "MAP_TYPE_SOCKMAP", BPF_MAP_TYPE_SOCKMAP))
@@ -573,7 +502,6 @@ static struct PyModuleDef module_definition = {
     .m_slots = module_slots,
 };
 
-PyMODINIT_FUNC PyInit__libbpf(void)
-{
+PyMODINIT_FUNC PyInit__libbpf(void) {
     return PyModuleDef_Init(&module_definition);
 }

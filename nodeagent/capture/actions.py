@@ -22,8 +22,10 @@ __all__ = [
     "FILTER_NAME",
     "FILTER_PRIORITY",
     "INGRESS",
+    "JUMP",
     "KINDS",
-    "MAIN",
+    "LOOKUP",
+    "NOTHING",
     "PREFERENCES",
     "TCP",
     "Action",
@@ -52,10 +54,12 @@ EGRESS: Final = "egress"
 INGRESS: Final = "ingress"
 DIRECTIONS: Final = (EGRESS, INGRESS)
 
-MAIN: Final = 254
-"""Routing table `main` (RT_TABLE_MAIN)."""
+LOOKUP: Final = 1
+JUMP: Final = 2
+NOTHING: Final = 3
+"""Actions of rules: FR_ACT_TO_TBL, FR_ACT_GOTO, FR_ACT_NOP (linux/fib_rules.h)."""
 
-PREFERENCES: Final = range(98, 102)
+PREFERENCES: Final = range(98, 103)
 """Priorities of our rules: nobody else's may be there."""
 
 TCP: Final = 6
@@ -68,22 +72,35 @@ FILTER_NAME: Final = "nodeagent"
 
 
 class Rule(msgspec.Struct, frozen=True, order=True):
-    """A policy routing rule. `other` describes selectors and actions that ours never have."""
+    """A policy routing rule. `other` describes selectors and flags that ours never have.
+
+    `table` is 0 unless the action is a lookup, `target` 0 unless it is a jump.
+    """
 
     family: int
     preference: int
-    table: int
+    action: int
+    table: int = 0
+    target: int = 0
     mark: int = 0
     mask: int = 0
-    invert: bool = False
     interface: str = ""
     protocol: int = 0
     other: str = ""
 
+    @property
+    def diverts(self) -> bool:
+        """Whether it turns the pod's own connections to the tunnel."""
+        return self.table == TABLE and not self.mask
+
     def __str__(self) -> str:
         family = "-6 " if self.family == socket.AF_INET6 else ""
-        negated = "not " if self.invert else ""
-        return f"{family}rule {self.preference}: {negated}fwmark {self.mark:#x} table {self.table}"
+        mark = f" fwmark {self.mark:#x}" if self.mask else ""
+        protocol = f" ipproto {self.protocol}" if self.protocol else ""
+        where = f" table {self.table}" if self.table else ""
+        jump = f" goto {self.target}" if self.target else ""
+        other = f" {self.other}" if self.other else ""
+        return f"{family}rule {self.preference}:{mark}{protocol}{where}{jump}{other}"
 
 
 class Route(msgspec.Struct, frozen=True, order=True):

@@ -21,6 +21,8 @@ from nodeagent.capture.actions import (
     FILTER_HANDLE,
     FILTER_NAME,
     FILTER_PRIORITY,
+    JUMP,
+    LOOKUP,
     PREFERENCES,
     Filter,
     Route,
@@ -47,8 +49,6 @@ PARENTS: Final = {"egress": 0xFFFFFFF3, "ingress": 0xFFFFFFF2}
 """TC_H_CLSACT with TC_H_MIN_EGRESS and TC_H_MIN_INGRESS (linux/pkt_sched.h)."""
 
 ETH_P_ALL: Final = 3
-FR_ACT_TO_TBL: Final = 1
-FIB_RULE_INVERT: Final = 2
 RTN_LOCAL: Final = 2
 RTPROT_STATIC: Final = 4
 TCA_BPF_ID: Final = 11
@@ -56,6 +56,7 @@ TCA_HEADER: Final = 4
 
 _RULE_ATTRIBUTES: Final = {
     "FRA_TABLE",
+    "FRA_GOTO",
     "FRA_PRIORITY",
     "FRA_FWMARK",
     "FRA_FWMASK",
@@ -81,21 +82,23 @@ def _forgiving(allowed: set[int], function: Any, *args: Any, **kwargs: Any) -> N
 
 
 def _rule(message: Any) -> Rule:  # noqa: ANN401 - pyroute2 is untyped
+    action = message["action"]
     other = [
         f"{name}={value}"
         for name, value in message["attrs"]
         if name not in _RULE_ATTRIBUTES and (name, value) != ("FRA_SUPPRESS_PREFIXLEN", 0xFFFFFFFF)
     ]
     other += [f"{name}={message[name]}" for name in ("src_len", "dst_len", "tos") if message[name]]
-    if message["action"] != FR_ACT_TO_TBL:
-        other.append(f"action={message['action']}")
+    # FIB_RULE_INVERT, FIB_RULE_UNRESOLVED (a jump to nowhere), FIB_RULE_PERMANENT and the like.
+    other += [f"flags={message['flags']}"] if message["flags"] else []
     return Rule(
         message["family"],
         message.get_attr("FRA_PRIORITY") or 0,
-        message.get_attr("FRA_TABLE") or message["table"],
+        action,
+        (message.get_attr("FRA_TABLE") or message["table"]) if action == LOOKUP else 0,
+        (message.get_attr("FRA_GOTO") or 0) if action == JUMP else 0,
         message.get_attr("FRA_FWMARK") or 0,
         message.get_attr("FRA_FWMASK") or 0,
-        bool(message["flags"] & FIB_RULE_INVERT),
         message.get_attr("FRA_IIFNAME") or "",
         message.get_attr("FRA_IP_PROTO") or 0,
         " ".join(other),
@@ -118,12 +121,14 @@ def _rule_request(rule: Rule) -> dict[str, Any]:
     request: dict[str, Any] = {
         "family": rule.family,
         "priority": rule.preference,
-        "table": rule.table,
+        "action": rule.action,
     }
+    if rule.table:
+        request["table"] = rule.table
+    if rule.target:
+        request["goto"] = rule.target
     if rule.mask:
         request |= {"fwmark": rule.mark, "fwmask": rule.mask}
-    if rule.invert:
-        request["flags"] = FIB_RULE_INVERT
     if rule.interface:
         request["iifname"] = rule.interface
     if rule.protocol:

@@ -18,7 +18,9 @@ from nodeagent.capture.actions import (
     FILTER_HANDLE,
     FILTER_NAME,
     FILTER_PRIORITY,
-    MAIN,
+    JUMP,
+    LOOKUP,
+    NOTHING,
     PREFERENCES,
     TCP,
     Action,
@@ -114,14 +116,24 @@ def local_addresses(workload: tuple[str, ...], interfaces: Interfaces) -> tuple[
 
 
 def wanted_rules(family: int) -> tuple[Rule, ...]:
-    """Return the rules of one family, the one that turns traffic away last."""
-    lo = "lo"
+    """Return the rules of one family, the one that turns connections away last.
+
+    Marked sockets jump behind it and follow the pod's own routing from there, whatever that is; if
+    it has no route for them they fail, and do not come back to the tunnel. A rule with `not` would
+    be shorter, and wrong: it inverts all selectors at once, and turns UDP away as well.
+    """
     full = 0xFFFFFFFF
+    end = PREFERENCES[-1]
+
+    def marked(preference: int, mark: int, action: int, table: int, target: int) -> Rule:
+        return Rule(family, preference, action, table, target, mark, full, interface="lo")
+
     return (
-        Rule(family, 98, MAIN, MARK_OLDER, full, interface=lo),
-        Rule(family, 99, TABLE, MARK_DELIVERY, full, interface=lo),
-        Rule(family, 100, MAIN, MARK_TUNNEL, full, interface=lo),
-        Rule(family, 101, TABLE, MARK_TUNNEL, full, invert=True, interface=lo, protocol=TCP),
+        Rule(family, end, NOTHING),
+        marked(98, MARK_OLDER, JUMP, 0, end),
+        marked(99, MARK_DELIVERY, LOOKUP, TABLE, 0),
+        marked(100, MARK_TUNNEL, JUMP, 0, end),
+        Rule(family, 101, LOOKUP, TABLE, interface="lo", protocol=TCP),
     )
 
 
@@ -206,8 +218,8 @@ def _routing(wanted: Wanted, found: Found) -> list[Action]:
     actions += [DeleteRoute(route) for route in sorted(found.routes - set(routes))]
     actions += [AddRoute(route) for route in routes if route not in found.routes]
     missing = [rule for rule in rules if rule not in found.rules]
-    diverting = [rule for rule in missing if rule.invert]
-    actions += [AddRule(rule) for rule in missing if not rule.invert]
+    diverting = [rule for rule in missing if rule.diverts]
+    actions += [AddRule(rule) for rule in missing if not rule.diverts]
     # Once the guard is there no connection of the pod can be older than the enrolment.
     if diverting and found.connected and not any(item.is_ours for item in found.filters):
         actions.append(MarkOlder())
@@ -257,7 +269,7 @@ def removal(found: Found, before: dict[str, str], clsact_before: frozenset[str])
     ours = {rule for family in (socket.AF_INET, socket.AF_INET6) for rule in wanted_rules(family)}
     actions += [
         DeleteRule(rule)
-        for rule in sorted(found.rules & ours, key=lambda rule: (not rule.invert, rule))
+        for rule in sorted(found.rules & ours, key=lambda rule: (not rule.diverts, rule))
     ]
     actions += [DeleteRoute(route) for route in sorted(found.routes) if _may_be_ours(route)]
     if found.link:

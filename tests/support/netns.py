@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Final, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 __all__ = ["Namespace", "namespace", "veth", "wait_until"]
 
@@ -114,6 +114,13 @@ class Namespace:
         sock.listen(128)
         return sock
 
+    def accept(self, listener: socket.socket) -> tuple[socket.socket, Any]:
+        """Return the next connection and its peer; closed with the namespace at the latest."""
+        accepted, peer = listener.accept()
+        accepted.settimeout(DEADLINE)
+        self._sockets.append(accepted)
+        return accepted, peer
+
     def connect(self, address: tuple[str, int], *, timeout: float = DEADLINE) -> socket.socket:
         """Return a TCP socket inside, connected to `address`. Raises OSError as connect does."""
         sock = self.make_socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
@@ -154,17 +161,18 @@ class Namespace:
         ).stdout
 
     def ip(self, *lines: str) -> None:
-        """Run lines of `ip -batch` inside, for example `ip("link set lo up", "-6 rule")`."""
-        done = subprocess.run(
-            ["ip", "-netns", self.name, "-batch", "-"],
-            input="\n".join(lines) + "\n",
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=DEADLINE,
-        )
-        if done.returncode:
-            raise RuntimeError(f"ip in {self.name}: {done.stderr.strip()}")
+        """Run lines of ip(8) inside, in order, for example `ip("link set lo up", "-6 rule")`."""
+        for six, group in itertools.groupby(lines, lambda line: line.startswith("-6 ")):
+            done = subprocess.run(
+                ["ip", *(["-6"] if six else []), "-netns", self.name, "-batch", "-"],
+                input="".join(line.removeprefix("-6 ") + "\n" for line in group),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=DEADLINE,
+            )
+            if done.returncode:
+                raise RuntimeError(f"ip in {self.name}: {done.stderr.strip()}")
 
     def sysctl(self, name: str, value: str | None = None) -> str:
         """Return the value of a sysctl such as "net.ipv4.ip_forward", after setting it if given."""
@@ -247,4 +255,6 @@ def veth(
             + (" nodad" if ipaddress.ip_interface(address).version == 6 else "")
             for address in addresses
         ]
+        # Link-local addresses, too, are then usable at once.
+        side.sysctl(f"net.ipv6.conf.{device}.accept_dad", "0")
         side.ip(*lines, f"link set {device} up")

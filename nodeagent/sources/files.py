@@ -156,7 +156,12 @@ class FilesSource:
         self._in_force, _ = admit({}, good, self._node)
 
     def _load(self, name: str, data: bytes) -> Loaded:
-        return load(data, str(self._directory / name), self._node)
+        path = str(self._directory / name)
+        if not data.strip():
+            # What a crash or a full disk leaves of a file must not take its policies out of force.
+            reason = "is empty: to remove its documents, delete the file"
+            return Loaded((), (ConfigError(path, 0, 0, "", reason),), ())
+        return load(data, path, self._node)
 
     def _look(self) -> SourceState:
         """Return the state, the same object if nothing has changed."""

@@ -182,6 +182,22 @@ def test_sources_bad_file_leaves_its_last_good_version_and_others_alone(folder: 
     run(source(folder), body)
 
 
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_sources_emptied_file_is_not_a_removal(folder: Path, text: str) -> None:
+    """A crash or a full disk empties files; only deleting the file removes its documents."""
+    put(folder / "a.yaml", peer("n/a", "STRICT"))
+
+    async def body(reader: Reader) -> None:
+        await reader.names("a")
+        put(folder / "a.yaml", text)
+        state = await reader.problem("is empty")
+        assert names(state) == ["a"]
+        put(folder / "a.yaml", "# nothing for now\n")
+        await reader.names()
+
+    run(source(folder), body)
+
+
 def test_sources_new_bad_file_changes_nothing_for_others(folder: Path) -> None:
     put(folder / "a.yaml", peer("n/a", "STRICT"))
     put(folder / "b.yaml", "kind: [")

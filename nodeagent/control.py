@@ -93,6 +93,7 @@ class ZtunnelStatus(msgspec.Struct, frozen=True):
     wanted_version: int = 0
     acknowledged_version: int = 0
     rejected: Rejected | None = None
+    rejections: int = 0
     oversized: tuple[str, ...] = ()
 
 
@@ -125,6 +126,7 @@ class ControlServer:
         self.version = first_version
         self.state: published.State = {}
         self.pods: dict[str, PodDescriptors] = {}
+        self.rejections = 0
         self.before_snapshot = before_snapshot
         self._session: _Session | None = None
         self._strangers = 0
@@ -181,7 +183,9 @@ class ControlServer:
     def status(self) -> ZtunnelStatus:
         session = self._session
         if session is None:
-            return ZtunnelStatus(connected=False, wanted_version=self.version)
+            return ZtunnelStatus(
+                connected=False, wanted_version=self.version, rejections=self.rejections
+            )
         return ZtunnelStatus(
             connected=True,
             pid=session.pid,
@@ -189,6 +193,7 @@ class ControlServer:
             wanted_version=self.version,
             acknowledged_version=session.acknowledged_version,
             rejected=session.rejected,
+            rejections=self.rejections,
             oversized=tuple("/".join(key) for key in session.oversized),
         )
 
@@ -224,6 +229,9 @@ class ControlServer:
             if session is None:
                 return
             await self._converse(session)
+        except asyncio.CancelledError:
+            reason = "nodeagent ends"
+            raise
         except Closed:
             pass
         except protocol.ProtocolError as error:
@@ -458,6 +466,7 @@ class _Session:
         if ack.error:
             log.error("ztunnel rejected a change", version=version, error=ack.error)
             self.rejected = Rejected(version, ack.error)
+            self._server.rejections += 1
             self._server.on_change()
             return
         await self._accept(state, version)

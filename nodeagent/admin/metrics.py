@@ -11,7 +11,14 @@ import platform
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
@@ -33,6 +40,8 @@ class Metrics:
 
     def __init__(self, version: str, status: Callable[[], Status]) -> None:
         """`status` returns the present picture without waiting for anybody."""
+        # A second series for each, with the time of its birth, that no dashboard reads.
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         build = Gauge(
             "nodeagent_build_info",
@@ -57,11 +66,6 @@ class Metrics:
             "nodeagent_enrolment_failures",
             "Attempts to enrol, audit or remove a pod that failed.",
             ("workload",),
-            registry=self.registry,
-        )
-        self.rejections = Counter(
-            "nodeagent_ztunnel_rejections",
-            "Changes that ztunnel refused.",
             registry=self.registry,
         )
         self._status = status
@@ -107,6 +111,9 @@ def _seam(status: Status) -> Iterable[Metric]:
         "1 while ztunnel has the newest state in force.",
         ztunnel.connected and ztunnel.acknowledged_version >= ztunnel.wanted_version,
     )
+    yield CounterMetricFamily(
+        "nodeagent_ztunnel_rejections", "Changes that ztunnel refused.", value=ztunnel.rejections
+    )
 
 
 def _config(status: Status) -> Iterable[Metric]:
@@ -125,8 +132,8 @@ def _pods(status: Status) -> Iterable[Metric]:
         states.add_metric((state.value,), count)
     yield states
     drops = CounterMetricFamily(
-        "nodeagent_capture_dropped_packets",
-        "Packets that the guard at a pod's device dropped, by reason.",
+        "nodeagent_capture_dropped",
+        "What the capture refused: packets at a pod's device, connections without a listener.",
         labels=("workload", "reason"),
     )
     for pod in status.pods:

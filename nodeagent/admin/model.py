@@ -92,6 +92,7 @@ class PodReport(msgspec.Struct, frozen=True, kw_only=True):
     deviations: tuple[str, ...] = ()
     repaired: int = 0
     drops: dict[str, int] = {}
+    """What the capture has refused since enrolment, by reason."""
 
 
 class ZtunnelReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +104,7 @@ class ZtunnelReport(msgspec.Struct, frozen=True, kw_only=True):
     wanted_version: int = 0
     acknowledged_version: int = 0
     rejected: str = ""
+    rejections: int = 0
     oversized: tuple[str, ...] = ()
     own: dict[str, Any] | None = None
     error: str = ""

@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn
 import click
 import msgspec
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -213,8 +214,17 @@ def _people(
     if findings:
         console.print("\nFindings:")
         for finding in findings:
-            console.print(f"  {finding.code}: {finding.text}\n    do: {finding.remedy}")
+            _indented(console, f"{finding.code}: {finding.text}", 2)
+            _indented(console, f"do: {finding.remedy}", 4)
     if found.config.warnings:
         console.print("\nWarnings:")
         for warning in found.config.warnings:
-            console.print(f"  {warning}")
+            _indented(console, warning, 2)
+
+
+def _indented(console: Console, text: str, columns: int) -> None:
+    # Folded for a person; a line of its own for whatever reads a pipe.
+    if console.is_terminal:
+        console.print(Padding(Text(text), (0, 0, 0, columns)))
+    else:
+        console.print(" " * columns + text, soft_wrap=True)

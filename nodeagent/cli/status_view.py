@@ -169,7 +169,7 @@ def _pod(pod: PodReport) -> list[Finding]:
         return [
             Finding(
                 "pod-namespace-missing",
-                f"{pod.workload}: network namespace {pod.netns!r} does not exist{detail}",
+                f"{pod.workload}: {pod.error or f'network namespace {pod.netns} does not exist'}",
                 "start the workload, or correct its nodeagent.io/netns annotation",
             )
         ]

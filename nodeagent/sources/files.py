@@ -86,6 +86,9 @@ class FilesSource:
         self._unsaved = False
         self._identity: tuple[int, int] | None = None
         self._state: SourceState | None = None
+        self._listed = False
+        """Whether the directory was read before. The first time files are taken as they are: a
+        state without them would say that nothing is configured."""
 
     async def states(self) -> AsyncGenerator[SourceState, None]:
         """Yield the state now, then each later one; see `Source.states`."""
@@ -174,6 +177,7 @@ class FilesSource:
         else:
             self._examine(listing)
             self._decide({*self._taken, *self._pending, *listing.files, *listing.errors})
+            self._listed = True
         for name in sorted(self._errors):
             problems += self._errors[name]
         problems += self._conflicts
@@ -198,7 +202,7 @@ class FilesSource:
             self._pending.pop(name, None)
             return
         pending = self._pending.get(name)
-        if self._state is not None and (pending is None or pending.signature != seen):
+        if self._listed and (pending is None or pending.signature != seen):
             first = now if pending is None else pending.first
             self._pending[name] = _Pending(seen, now, first)
             return

@@ -172,7 +172,7 @@ def test_metrics(tmp_path: Path) -> None:
         assert series["nodeagent_pods", (("state", "Failed"),)] == 0
         assert series["nodeagent_config_problems", ()] == 1
         assert series["nodeagent_ztunnel_in_sync", ()] == 1
-        dropped = "nodeagent_capture_dropped_packets_total"
+        dropped = "nodeagent_capture_dropped_total"
         assert series[dropped, (("reason", "unmarked"), workload)] == 7
         identity = (("spiffe_id", ID),)
         assert series["nodeagent_svid_not_after_seconds", identity] == NOW.timestamp()

@@ -120,7 +120,7 @@ PROBLEM = Problem(file="a.yaml", line=3, column=7, field="spec.mtls", reason="un
         (
             {"pods": (pod(state=PodState.WAITING),)},
             "pod-namespace-missing",
-            "'a' does not exist",
+            "a does not exist",
         ),
         (
             {"pods": (pod(state=PodState.DEGRADED, deviations=("rule 101 missing",)),)},

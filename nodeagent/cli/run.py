@@ -1,0 +1,146 @@
+"""`nodeagent run`: the daemon; and `nodeagent uninstall`: take this node's pods out of the mesh.
+
+This module owns the two commands that change the node. It promises that the process is hardened
+before it reads a key, that a start that fails says why and what to do, and that `uninstall` refuses
+to work beside a running daemon, which would enrol again what it removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Final, NoReturn
+
+import click
+import structlog
+
+from nodeagent import agent, logs, process
+from nodeagent.api import ConfigError
+from nodeagent.capture import CaptureError
+from nodeagent.daemon import DaemonError, serve
+from nodeagent.rundir import RunDirectory, RunDirectoryError
+from nodeagent.sdnotify import ServiceManager, StoredDescriptor, stored_descriptors
+from nodeagent.settings import Settings, load_settings
+
+__all__ = ["run", "uninstall"]
+
+FAILED: Final = 1
+DEFAULT_SETTINGS: Final = Path("/etc/nodeagent/nodeagent.yaml")
+
+log = structlog.get_logger()
+
+_settings = click.option(
+    "--settings",
+    "settings_file",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_SETTINGS,
+    show_default=True,
+    help="The daemon's settings file.",
+)
+
+
+@click.command()
+@_settings
+def run(settings_file: Path) -> None:
+    """Run the node agent until SIGTERM.
+
+    Ending it changes nothing: pods stay captured, and ztunnel goes on with the state it has.
+    """
+    stored = stored_descriptors(os.environ)
+    manager = ServiceManager(os.environ)
+    process.harden()
+    settings = _load(settings_file)
+    logs.setup(settings.log_level.value, settings.log_format.value)
+    try:
+        directory = RunDirectory(settings.run_dir)
+        try:
+            asyncio.run(_run(settings, directory, manager, stored))
+        finally:
+            directory.close()
+    except (RunDirectoryError, DaemonError, CaptureError) as error:
+        _fail(str(error))
+
+
+async def _run(
+    settings: Settings,
+    directory: RunDirectory,
+    manager: ServiceManager,
+    stored: Iterable[StoredDescriptor],
+) -> None:
+    built = agent.build(settings, _version(), manager, stored)
+    try:
+        await serve(built.agent, directory, manager, built.probe)
+    finally:
+        await built.close()
+
+
+@click.command()
+@_settings
+@click.option("--yes", is_flag=True, help="Do it. Without, only say what would be removed.")
+def uninstall(settings_file: Path, *, yes: bool) -> None:
+    """Take every pod of this node out of the mesh: their traffic goes in plaintext afterwards.
+
+    Removes rules, programs, sysctls and pins of every pod, as if the agent had never run. Stop
+    nodeagent first, and ztunnel afterwards. The CA and the configuration stay.
+    """
+    process.harden()
+    settings = _load(settings_file)
+    logs.setup("warning", settings.log_format.value)
+    try:
+        directory = RunDirectory(settings.run_dir)
+    except RunDirectoryError as error:
+        _fail(str(error))
+    try:
+        left = asyncio.run(_uninstall(settings, really=yes))
+    except CaptureError as error:
+        _fail(str(error))
+    finally:
+        directory.close()
+    if left:
+        _fail(f"{left} of this node's pods are still captured")
+
+
+async def _uninstall(settings: Settings, *, really: bool) -> int:
+    """Remove every capture; return how many are left."""
+    built = agent.build(settings, _version(), ServiceManager({}), ())
+    left = 0
+    try:
+        for pod in await built.capture.recover():
+            if not really:
+                click.echo(f"would remove {pod.uid} ({pod.netns_path})")
+                continue
+            try:
+                await built.capture.remove(pod.uid)
+                click.echo(f"removed {pod.uid}")
+            except CaptureError as error:
+                left += 1
+                click.echo(f"error: {error}", err=True)
+    finally:
+        await built.close()
+    if not really:
+        click.echo("nothing was changed; add --yes to do it", err=True)
+    return left
+
+
+def _load(path: Path) -> Settings:
+    try:
+        return load_settings(path)
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _version() -> str:
+    try:
+        return installed_version("nodeagent")
+    except PackageNotFoundError:
+        return "source"
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(FAILED)

@@ -1,0 +1,173 @@
+"""The daemon around the agent: sockets, signals, service manager, watchdog, ordered end.
+
+This module owns the order of starting and ending. It promises READY=1 only once the configuration
+is in force, what an earlier run left is found, the sockets listen and every pod has been tried; a
+watchdog beat only while the event loop and the worker threads answer; and that ending undoes
+nothing: pods stay captured, and ztunnel goes on. It may not decide anything about pods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from nodeagent.admin import AdminServer, Status
+from nodeagent.admin.model import PodState
+from nodeagent.agent import Agent
+from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
+from nodeagent.sdnotify import ServiceManager
+from ztunnel import protocol
+
+__all__ = ["DaemonError", "serve"]
+
+DEFAULT_BEAT_SECONDS: Final = 10.0
+"""Between two looks at the worker threads when no service manager asks for a watchdog."""
+
+STUCK_SECONDS: Final = 20.0
+"""Without an answer of the worker threads: they work for at most a few seconds on a pod."""
+
+SUMMARY_SECONDS: Final = 1.0
+
+ADMIN_BACKLOG: Final = 16
+
+log = structlog.get_logger()
+
+
+class DaemonError(Exception):
+    """The daemon cannot start. The message says what is wrong and what to do."""
+
+
+async def serve(
+    agent: Agent,
+    directory: RunDirectory,
+    manager: ServiceManager,
+    probe: Callable[[], Awaitable[None]],
+) -> None:
+    """Run until SIGTERM or SIGINT. `probe` returns once a worker thread has answered.
+
+    Raises DaemonError and CaptureError when the start fails; ends with an exception, to be
+    restarted, when one of the agent's loops does.
+    """
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    async with contextlib.AsyncExitStack() as stack:
+        control = directory.listen(CONTROL_SOCKET)
+        stack.callback(control.close)
+        local = directory.listen(ADMIN_SOCKET)
+        stack.callback(local.close)
+        backend = _Backend(agent)
+        admin = AdminServer(backend)
+        stack.push_async_callback(admin.close)
+        await admin.serve(local.socket)
+        await admin.serve(_listen(agent.settings.admin_address))
+        manager.status("finding what an earlier run has enrolled")
+        await agent.recover()
+        tasks = [
+            asyncio.ensure_future(agent.run(control.socket)),
+            asyncio.ensure_future(_announce(agent, manager)),
+            asyncio.ensure_future(_beat(manager, probe, backend)),
+            asyncio.ensure_future(ending.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            manager.stopping()
+            log.info("ending; pods stay captured")
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        listening = socket.create_server(
+            (host.strip("[]"), int(port)), family=family, backlog=ADMIN_BACKLOG
+        )
+    except OSError as error:
+        raise DaemonError(
+            f"admin_address {address}: cannot listen: {error.strerror}; "
+            "stop what uses the port, or set another admin_address"
+        ) from error
+    listening.settimeout(0)
+    return listening
+
+
+async def _announce(agent: Agent, manager: ServiceManager) -> None:
+    manager.status("reading the configuration and enrolling pods")
+    await agent.settled()
+    manager.ready()
+    log.info("started", node=agent.settings.node, pods=len(agent.picture().pods))
+    while True:
+        seen = agent.progress
+        manager.status(_summary(agent.picture()))
+        # Not more often than a person reads: a picture of a thousand pods has its price.
+        await asyncio.sleep(SUMMARY_SECONDS)
+        await agent.progress_after(seen)
+
+
+def _summary(status: Status) -> str:
+    enrolled = sum(pod.state is PodState.ENROLLED for pod in status.pods)
+    pods = f"{enrolled} of {len(status.pods)} pods enrolled"
+    return f"{pods}; ready" if status.ready else f"{pods}; not ready: {status.missing[0]}"
+
+
+async def _beat(
+    manager: ServiceManager, probe: Callable[[], Awaitable[None]], backend: _Backend
+) -> None:
+    # Three beats within the manager's patience: one may be late.
+    every = (manager.watchdog_seconds or 3 * DEFAULT_BEAT_SECONDS) / 3
+    answered = time.monotonic()
+    pending: asyncio.Task[None] | None = None
+    while True:
+        if pending is None:
+            pending = asyncio.ensure_future(probe())
+        await asyncio.wait({pending}, timeout=every)
+        if pending.done():
+            pending.result()
+            pending = None
+            answered = time.monotonic()
+        silent = time.monotonic() - answered
+        backend.trouble = ""
+        if silent < STUCK_SECONDS:
+            manager.watchdog()
+        else:
+            backend.trouble = f"worker threads have not answered for {silent:.0f} s"
+            log.error("stuck", reason=backend.trouble)
+        if pending is None:
+            await asyncio.sleep(every)
+
+
+class _Backend:
+    """The agent as the admin listeners see it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.trouble = ""
+
+    async def status(self) -> Status:
+        return await self._agent.status()
+
+    async def missing(self) -> tuple[str, ...]:
+        return await self._agent.missing()
+
+    def stuck(self) -> str:
+        return self.trouble
+
+    def metrics(self) -> bytes:
+        return self._agent.instruments.render()
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        return tuple(self._agent.control.state.values())

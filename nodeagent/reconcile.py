@@ -1,0 +1,138 @@
+"""What is to be done for a pod, from what is wanted and what is there: decisions as values.
+
+This module owns the join of bindings with enrolled pods, the order of tightening and loosening, and
+the retry delays. It promises that a pod is uncaptured only because its binding or its namespace has
+gone, never because something could not be read; and that no port is open at any step of a change
+unless it is open both before and after. Pure: no sockets, no clocks.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from nodeagent.capture.model import Enforcement
+from ztunnel import protocol
+
+__all__ = [
+    "AUDIT_SECONDS",
+    "Enrolled",
+    "Step",
+    "Wanted",
+    "decide",
+    "enforcement_of",
+    "retry_seconds",
+    "together",
+    "unwanted",
+    "wanted_pods",
+    "workload_of",
+]
+
+AUDIT_SECONDS: Final = 5.0
+"""Between two audits of a pod: how long a pod that undoes its own capture goes unnoticed. It stays
+closed meanwhile (the guard is at the device), so this bounds an outage, not a leak."""
+
+FIRST_RETRY_SECONDS: Final = 0.25
+MAX_RETRY_SECONDS: Final = 30.0
+"""A pod that cannot be enrolled is closed or not there yet; a person who repairs it will not wait
+longer than this."""
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A workload that is bound to this node. `netns` is a name or an absolute path."""
+
+    workload: str
+    netns: str
+    identity: str
+    addresses: tuple[str, ...]
+    enforcement: Enforcement
+
+
+class Enrolled(msgspec.Struct, frozen=True):
+    """A captured pod. `addresses` are those that its capture was made for."""
+
+    uid: str
+    cookie: int
+    addresses: tuple[str, ...]
+
+
+class Step(enum.Enum):
+    """What a pod's keeper does next."""
+
+    FINISH = "finish"
+    """Nothing is wanted and nothing is there."""
+    REMOVE = "remove"
+    WAIT = "wait"
+    """The namespace does not exist."""
+    ENROL = "enrol"
+    """Also of a pod whose addresses have changed: in place, so that it is open at no moment."""
+    AUDIT = "audit"
+
+
+def decide(wanted: Wanted | None, enrolled: Enrolled | None, cookie: int | None) -> Step:
+    """Return the next step. `cookie` is that of the namespace that the binding leads to now."""
+    if enrolled is None:
+        if wanted is None:
+            return Step.FINISH
+        return Step.WAIT if cookie is None else Step.ENROL
+    if wanted is None or cookie != enrolled.cookie:
+        return Step.REMOVE
+    return Step.AUDIT if wanted.addresses == enrolled.addresses else Step.ENROL
+
+
+def wanted_pods(
+    bindings: Mapping[str, str],
+    workloads: Mapping[str, protocol.Workload],
+    policies: Mapping[str, protocol.WorkloadPolicy],
+) -> dict[str, Wanted]:
+    """Join the bindings (workload uid to namespace) with what else a pod needs.
+
+    A workload without a resolved policy is strict: nothing is open because something is missing.
+    """
+    pods: dict[str, Wanted] = {}
+    for uid, netns in bindings.items():
+        workload = workloads.get(uid)
+        if workload is not None:
+            enforcement = enforcement_of(policies.get(uid))
+            pods[uid] = Wanted(uid, netns, workload.identity, workload.addresses, enforcement)
+    return pods
+
+
+def enforcement_of(policy: protocol.WorkloadPolicy | None) -> Enforcement:
+    """Return which ports take mutual TLS only, in one spelling for one meaning."""
+    if policy is None:
+        return Enforcement(strict_default=True)
+    default = policy.mode is protocol.Mode.STRICT
+    strict = {port for port, mode in policy.port_modes.items() if mode is protocol.Mode.STRICT}
+    return _enforcement(default, strict, policy.port_modes.keys())
+
+
+def together(old: Enforcement, new: Enforcement) -> Enforcement:
+    """Return what is strict wherever `old` or `new` is: in force while one becomes the other."""
+    ports = old.strict_ports | old.permissive_ports | new.strict_ports | new.permissive_ports
+    strict = {port for port in ports if old.is_strict(port) or new.is_strict(port)}
+    return _enforcement(old.strict_default or new.strict_default, strict, ports)
+
+
+def _enforcement(default: bool, strict: set[int], ports: Iterable[int]) -> Enforcement:  # noqa: FBT001
+    if default:
+        return Enforcement(default, permissive_ports=frozenset(ports) - strict)
+    return Enforcement(default, strict_ports=frozenset(strict))
+
+
+def workload_of(pod_uid: str) -> str:
+    """Return the workload of a pod's uid (`nodeagent.pods.pod_uid`)."""
+    return pod_uid.rpartition("@")[0]
+
+
+def unwanted(left: Iterable[str], wanted: Mapping[str, Wanted]) -> tuple[str, ...]:
+    """Return the pods (uids) of an earlier run whose workload is not bound here any more."""
+    return tuple(uid for uid in left if workload_of(uid) not in wanted)
+
+
+def retry_seconds(failures: int) -> float:
+    """Return the delay after the `failures`th failure in a row (1 is the first)."""
+    return min(MAX_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 16))

@@ -1,0 +1,231 @@
+"""From what the daemon's parts say to the published status: pure.
+
+This module owns the join of pods, certificates, configuration and seam into one `Status`, and the
+answer to "would traffic pass, and if not, why?". It promises that `ready` is never true while
+`missing` names something. It may not ask anybody: everything comes in as values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+
+from nodeagent.admin.model import (
+    SCHEMA,
+    CertificateReport,
+    ConfigReport,
+    PodReport,
+    PodState,
+    PortMode,
+    Problem,
+    Status,
+    ZtunnelReport,
+)
+from nodeagent.control import ZtunnelStatus
+from nodeagent.identity import IdentityPhase, IdentityState, IdentityStatus
+from nodeagent.podkeeper import PodView
+from nodeagent.settings import Settings
+from nodeagent.sources import SourceState
+from ztunnel import protocol
+
+__all__ = ["Facts", "Now", "OwnStatus", "build", "missing"]
+
+MAX_NAMED: Final = 10
+"""Pods or identities named in an answer of readiness; the rest is counted."""
+
+
+class Now(msgspec.Struct, frozen=True):
+    """One moment on both clocks, to turn monotonic seconds into times."""
+
+    wall: datetime
+    monotonic: float
+
+    def at(self, monotonic: float) -> datetime:
+        return self.wall - timedelta(seconds=max(0.0, self.monotonic - monotonic))
+
+
+class OwnStatus(msgspec.Struct, frozen=True):
+    """What ztunnel last said of itself; `error` if it did not."""
+
+    body: dict[str, Any] | None = None
+    error: str = ""
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a status is made of, read at one moment."""
+
+    settings: Settings
+    version: str
+    started: datetime
+    loaded: bool
+    source: str
+    documents: SourceState | None
+    warnings: tuple[str, ...]
+    policies: Mapping[str, protocol.WorkloadPolicy]
+    pods: Mapping[str, PodView]
+    identities: IdentityStatus
+    ztunnel: ZtunnelStatus
+    own: OwnStatus
+
+
+def missing(facts: Facts) -> tuple[str, ...]:
+    """Return what keeps traffic from passing; empty when the node is ready."""
+    lacks: list[str] = []
+    if not facts.loaded:
+        lacks.append(f"no configuration could be loaded from {facts.source}")
+    lacks += _some(
+        f"pod {workload} is {view.state.value}" + (f": {view.error}" if view.error else "")
+        for workload, view in sorted(facts.pods.items())
+        if view.wanted is not None and view.state is not PodState.ENROLLED
+    )
+    if not facts.identities.bundles and facts.identities.identities:
+        lacks.append(f"no trust bundle: {facts.identities.bundle_error or 'not delivered yet'}")
+    usable = {IdentityPhase.VALID, IdentityPhase.RENEWAL_FAILING}
+    lacks += _some(
+        f"no certificate for {each.identity}: {each.last_error or 'not issued yet'}"
+        for each in facts.identities.identities
+        if each.phase not in usable
+    )
+    lacks += _ztunnel_lacks(facts.ztunnel, facts.own)
+    return tuple(lacks)
+
+
+def _some(lines: Iterable[str]) -> list[str]:
+    every = list(lines)
+    rest = len(every) - MAX_NAMED
+    return every[:MAX_NAMED] + ([f"and {rest} more like it"] if rest > 0 else [])
+
+
+def _ztunnel_lacks(ztunnel: ZtunnelStatus, own: OwnStatus) -> list[str]:
+    if not ztunnel.connected:
+        return ["ztunnel is not connected"]
+    if ztunnel.rejected is not None:
+        return [f"ztunnel refused the newest state: {ztunnel.rejected.error}"]
+    if ztunnel.acknowledged_version < ztunnel.wanted_version:
+        return ["ztunnel has not put the newest state in force yet"]
+    if own.body is None:
+        return [own.error or "ztunnel has not said yet whether it is ready"]
+    checks = own.body.get("ready")
+    if not isinstance(checks, dict):
+        return ["ztunnel's word on itself is not understood: install both from the same release"]
+    return [f"ztunnel, {name}: {problem}" for name, problem in checks.items() if problem]
+
+
+def build(facts: Facts, now: Now) -> Status:
+    """Return the whole picture."""
+    lacks = missing(facts)
+    certificates = {each.identity: _certificate(each) for each in facts.identities.identities}
+    return Status(
+        schema=SCHEMA,
+        time=now.wall,
+        version=facts.version,
+        node=facts.settings.node,
+        cluster=facts.settings.cluster,
+        trust_domain=facts.settings.trust_domain,
+        pid=os.getpid(),
+        started=facts.started,
+        ready=not lacks,
+        missing=lacks,
+        ztunnel=_ztunnel(facts.ztunnel, facts.own, now),
+        config=_config(facts),
+        pods=tuple(
+            _pod(workload, view, facts, certificates, now)
+            for workload, view in sorted(facts.pods.items())
+        ),
+        certificates=tuple(certificates.values()),
+    )
+
+
+def _certificate(state: IdentityState) -> CertificateReport:
+    return CertificateReport(
+        identity=state.identity,
+        not_before=_moment(state.not_before),
+        not_after=_moment(state.not_after),
+        renewals=state.issued,
+        failures=state.failures,
+        error=state.last_error,
+    )
+
+
+def _moment(seconds: int) -> datetime | None:
+    return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def _ztunnel(status: ZtunnelStatus, own: OwnStatus, now: Now) -> ZtunnelReport:
+    return ZtunnelReport(
+        connected=status.connected,
+        pid=status.pid,
+        since=now.at(status.since) if status.connected else None,
+        wanted_version=status.wanted_version,
+        acknowledged_version=status.acknowledged_version,
+        rejected=status.rejected.error if status.rejected is not None else "",
+        rejections=status.rejections,
+        oversized=status.oversized,
+        own=own.body if status.connected else None,
+        error=own.error if status.connected else "",
+    )
+
+
+def _config(facts: Facts) -> ConfigReport:
+    found = facts.documents
+    if found is None:
+        return ConfigReport(source=facts.source, loaded=False)
+    problems = tuple(
+        Problem(
+            file=each.file,
+            line=each.line,
+            column=each.column,
+            field=each.field,
+            reason=each.reason,
+        )
+        for each in found.problems
+    )
+    return ConfigReport(
+        source=facts.source,
+        loaded=facts.loaded,
+        version=found.version,
+        documents=len(found.documents),
+        problems=problems,
+        warnings=(*map(str, found.warnings), *facts.warnings),
+    )
+
+
+def _pod(
+    workload: str,
+    view: PodView,
+    facts: Facts,
+    certificates: Mapping[str, CertificateReport],
+    now: Now,
+) -> PodReport:
+    wanted, enrolled = view.wanted, view.enrolled
+    policy = facts.policies.get(workload)
+    ports = () if policy is None else sorted(policy.port_modes.items())
+    return PodReport(
+        workload=workload,
+        identity=wanted.identity if wanted else "",
+        netns=wanted.netns if wanted else "",
+        state=view.state,
+        since=now.at(view.since),
+        uid=enrolled.uid if enrolled else "",
+        netns_cookie=enrolled.cookie if enrolled else 0,
+        addresses=wanted.addresses if wanted else (),
+        mode=policy.mode.value if policy else "",
+        mode_origin=policy.origin if policy else "",
+        port_modes=tuple(
+            PortMode(
+                port=port,
+                mode=mode.value,
+                origin=policy.port_origins.get(port, "") if policy else "",
+            )
+            for port, mode in ports
+        ),
+        certificate=certificates.get(wanted.identity) if wanted else None,
+        error=view.error,
+        deviations=view.deviations,
+        repaired=view.repaired,
+        drops=view.drops,
+    )

@@ -51,6 +51,9 @@
 #define ZT_ACCEPT_BATCH 16
 /* Certificates of a peer's chain that are handed on: leaf, intermediates and some slack. */
 #define ZT_MAX_CHAIN 8
+/* Tickets and KeyUpdates of one TLS connection: two tickets, and a KeyUpdate for each few hundred
+ * gigabytes. A flood of them costs a peer nothing and us a key derivation each. */
+#define ZT_MAX_POST_HANDSHAKE 1000
 /* Pipes kept for reuse by one worker (two descriptors each). */
 #define ZT_PIPE_POOL 64
 
@@ -129,10 +132,12 @@ static inline uint64_t zt_get(const zt_count *c) {
 }
 
 /* Latency histograms: upper bounds of the buckets, microseconds. */
-#define ZT_HISTOGRAM(X)                                                                            \
-    X(100)                                                                                         \
-    X(250) X(500) X(1000) X(2500) X(5000) X(10000) X(25000) X(50000) X(100000) X(250000) X(500000) \
-        X(1000000) X(2500000) X(10000000)
+#define ZT_HISTOGRAM(X)                                                                         \
+    X(100)                                                                                      \
+    X(250)                                                                                      \
+    X(500)                                                                                      \
+    X(1000) X(2500) X(5000) X(10000) X(25000) X(50000) X(100000) X(250000) X(500000) X(1000000) \
+        X(2500000) X(10000000)
 #define X(us) +1
 enum { ZT_BUCKETS = 0 ZT_HISTOGRAM(X) };
 #undef X

@@ -50,6 +50,7 @@ struct zt_h2 {
     SSL *ssl;
     BIO *rbio, *wbio;           /* owned by ssl */
     size_t wbio_peak, out_sent; /* out_sent: how much of wbio the socket has taken */
+    int post_handshake;         /* tickets and KeyUpdates so far */
     uint8_t *early;             /* plaintext that came before the peer was judged */
     size_t early_len;
     nghttp2_session *session;

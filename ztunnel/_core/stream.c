@@ -229,7 +229,11 @@ static ssize_t read_leg(nghttp2_session *session, int32_t id, uint8_t *buf, size
 
     (void)buf;
     (void)source;
-    if (!c || c->state != ZT_C_OPEN) return NGHTTP2_ERR_DEFERRED;
+    if (!c) return NGHTTP2_ERR_DEFERRED;
+    if (c->state != ZT_C_OPEN) {
+        c->stream.deferred = true;
+        return NGHTTP2_ERR_DEFERRED;
+    }
     if (room < FRAME_HEADER + WORTHWHILE) return NGHTTP2_ERR_PAUSE;
     leg = zt_conn_leg(c);
     if (!leg->readable && !leg->eof) {
@@ -365,10 +369,9 @@ void zt_stream_answer(struct zt_conn *c, int status) {
             zt_conn_end(c, ZT_R_NO_MEMORY);
         return;
     }
-    /* RFC 9113, 8.1: the whole answer, then no interest in the rest of the request. */
-    if (nghttp2_submit_response(h->session, c->stream.id, &nv, 1, NULL) < 0 ||
-        !c->stream.remote_end)
-        nghttp2_submit_rst_stream(h->session, NGHTTP2_FLAG_NONE, c->stream.id, NGHTTP2_NO_ERROR);
+    if (nghttp2_submit_response(h->session, c->stream.id, &nv, 1, NULL) < 0)
+        nghttp2_submit_rst_stream(h->session, NGHTTP2_FLAG_NONE, c->stream.id,
+                                  NGHTTP2_INTERNAL_ERROR);
     detach(c);
 }
 
@@ -477,6 +480,18 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
     return 0;
 }
 
+/* RFC 9113, 8.1: once a refusal is out, we have no interest in the rest of the request. nghttp2
+ * drops what a stream still has to send when it is told earlier. */
+static int on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) {
+    int32_t id = frame->hd.stream_id;
+
+    if (self(user_data)->server && frame->hd.type == NGHTTP2_HEADERS &&
+        (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) &&
+        nghttp2_session_get_stream_remote_close(session, id) == 0)
+        nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, id, NGHTTP2_NO_ERROR);
+    return 0;
+}
+
 static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error_code,
                            void *user_data) {
     struct zt_h2 *h = self(user_data);
@@ -526,6 +541,7 @@ int zt_session_start(struct zt_h2 *h) {
         nghttp2_session_callbacks_set_on_begin_headers_callback(cb, on_begin_headers);
         nghttp2_session_callbacks_set_on_header_callback(cb, on_header);
         nghttp2_session_callbacks_set_on_frame_recv_callback(cb, on_frame);
+        nghttp2_session_callbacks_set_on_frame_send_callback(cb, on_frame_sent);
         nghttp2_session_callbacks_set_on_data_chunk_recv_callback(cb, on_data_chunk);
         nghttp2_session_callbacks_set_on_stream_close_callback(cb, on_stream_close);
         nghttp2_option_set_no_auto_window_update(option, 1);

@@ -49,7 +49,7 @@ int zt_tls_start(struct zt_h2 *h) {
     }
     ossl.BIO_set_mem_eof_return(h->rbio, -1);
     ossl.SSL_set_bio(h->ssl, h->rbio, h->wbio);
-    /* With AUTO_RETRY a read waits behind a session ticket for data that may never come. */
+    /* A read comes back after each ticket or KeyUpdate, so that zt_tls_read can count them. */
     ossl.SSL_clear_mode(h->ssl, OSSL_MODE_AUTO_RETRY);
     if (h->server)
         ossl.SSL_set_accept_state(h->ssl);
@@ -139,6 +139,13 @@ int zt_tls_handshake(struct zt_h2 *h, size_t n, char detail[ZT_DETAIL]) {
     return explain(h, detail);
 }
 
+static size_t waiting(BIO *bio) {
+    char *data;
+    long len = ossl.BIO_get_mem_data(bio, &data);
+
+    return len > 0 ? (size_t)len : 0;
+}
+
 /* --- data --------------------------------------------------------------------------------------------------------- */
 
 int zt_tls_read(struct zt_h2 *h, uint8_t *to, size_t room, char detail[ZT_DETAIL]) {
@@ -155,13 +162,16 @@ int zt_tls_read(struct zt_h2 *h, uint8_t *to, size_t room, char detail[ZT_DETAIL
         error = ossl.SSL_get_error(h->ssl, n);
         if (error == OSSL_ERROR_ZERO_RETURN) {
             h->input_end = true;
-        } else if (error != OSSL_ERROR_WANT_READ) {
-            int reason = explain(h, detail);
-
-            /* What was decrypted before the error is lost with the connection. */
-            return -reason;
+            break;
         }
-        break;
+        if (error != OSSL_ERROR_WANT_READ) return -explain(h, detail);
+        /* Drained, unless it was a post-handshake message that ended the read (RFC 8446, 4.6). */
+        if (waiting(h->rbio) == 0) break;
+        if (++h->post_handshake > ZT_MAX_POST_HANDSHAKE) {
+            snprintf(detail, ZT_DETAIL, "more than %d post-handshake messages",
+                     ZT_MAX_POST_HANDSHAKE);
+            return -ZT_R_TLS_FAILED;
+        }
     }
     return (int)used;
 }

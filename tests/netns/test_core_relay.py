@@ -1,0 +1,237 @@
+"""The C core on real sockets: bytes, ends and resets through a pair of tunnels."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import select
+import socket
+import struct
+import threading
+
+import pytest
+
+from support.corelab import CLIENT_V4, CLIENT_V6, SERVER_V4, SERVER_V6, Pair, pair
+from ztunnel import _core
+
+pytestmark = pytest.mark.netns
+
+FAMILIES = pytest.mark.parametrize(
+    ("server", "client"), [(SERVER_V4, CLIENT_V4), (SERVER_V6, CLIENT_V6)], ids=["v4", "v6"]
+)
+
+
+@FAMILIES
+def test_carries_both_ways_and_keeps_the_source_address(server: str, client: str) -> None:
+    with pair() as lab:
+        listener = lab.listen(server)
+        sock = lab.connect(server)
+        sock.sendall(b"ping")
+        accepted, peer = lab.accept(listener)
+        assert peer[0] == client
+        assert accepted.recv(10) == b"ping"
+        accepted.sendall(b"pong")
+        assert sock.recv(10) == b"pong"
+        accepted.close()
+        assert sock.recv(10) == b""
+        sock.close()
+        assert [lab.client.wait_ended(1)[0].sent, lab.server.wait_ended(1)[0].received] == [4, 4]
+        assert lab.client.reasons() == lab.server.reasons() == ["closed"]
+
+
+def test_server_speaks_first() -> None:
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        accepted, _ = lab.accept(listener)
+        accepted.sendall(b"220 ready\r\n")
+        assert sock.recv(100) == b"220 ready\r\n"
+
+
+def test_half_close_carries_the_answer_after_the_question_has_ended() -> None:
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        sock.sendall(b"question")
+        sock.shutdown(socket.SHUT_WR)
+        accepted, _ = lab.accept(listener)
+        question = b"".join(iter(lambda: accepted.recv(100), b""))
+        accepted.sendall(question[::-1])
+        accepted.close()
+        assert b"".join(iter(lambda: sock.recv(100), b"")) == b"noitseuq"
+        lab.client.wait_ended(1)
+        assert lab.client.reasons() == ["closed"]
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_reset_arrives_as_a_reset(who: str) -> None:
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        sock.sendall(b"x")
+        accepted, _ = lab.accept(listener)
+        assert accepted.recv(1) == b"x"
+        near, far = (sock, accepted) if who == "client" else (accepted, sock)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        near.close()
+        with pytest.raises(ConnectionResetError):
+            far.recv(1)
+        lab.client.wait_ended(1)
+        lab.server.wait_ended(1)
+
+
+def test_refused_application_is_a_reset_for_the_client() -> None:
+    with pair() as lab:
+        sock = lab.connect()
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        lab.client.wait_ended(1)
+        lab.server.wait_ended(1)
+        assert lab.client.reasons() == ["unavailable_by_peer"]
+        assert lab.server.reasons() == ["connect_refused"]
+
+
+def _pump(sock: socket.socket, size: int, seed: int) -> tuple[str, str]:
+    """Send `size` bytes and read to the end at once; digests of what was sent and received."""
+    sent, received = hashlib.sha256(), hashlib.sha256()
+    block = os.urandom(1 << 20)
+
+    def send() -> None:
+        for at in range(size >> 20):
+            part = block[at % 1000 :] + block[: at % 1000]
+            sent.update(part)
+            sock.sendall(part)
+        sock.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while data := sock.recv(1 << 20):
+        received.update(data)
+    thread.join()
+    return sent.hexdigest(), received.hexdigest()
+
+
+def test_a_gibibyte_both_ways_at_once_arrives_intact() -> None:
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        result: list[tuple[str, str]] = []
+
+        def serve() -> None:
+            accepted, _ = lab.accept(listener)
+            accepted.settimeout(120)
+            result.append(_pump(accepted, 1 << 30, 1))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        sock.settimeout(120)
+        sent, received = _pump(sock, 1 << 30, 2)
+        thread.join()
+        assert result == [(received, sent)]
+        assert lab.client.wait_ended(1)[0].received == 1 << 30
+
+
+def test_200_concurrent_streams() -> None:
+    with pair() as lab:
+        listener = lab.listen(backlog=512)
+        stop = threading.Event()
+
+        def echo() -> None:
+            poll = select.poll()
+            poll.register(listener, select.POLLIN)
+            socks: dict[int, socket.socket] = {}
+            while not stop.is_set():
+                for fd, _ in poll.poll(100):
+                    if fd == listener.fileno():
+                        accepted, _ = lab.accept(listener)
+                        socks[accepted.fileno()] = accepted
+                        poll.register(accepted, select.POLLIN)
+                    elif data := socks[fd].recv(65536):
+                        socks[fd].sendall(data)
+                    else:
+                        poll.unregister(fd)
+                        socks.pop(fd).close()
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        try:
+            socks = [lab.connect() for _ in range(200)]
+            for round_ in range(5):
+                for index, sock in enumerate(socks):
+                    sock.sendall(b"%d-%d" % (index, round_))
+                for index, sock in enumerate(socks):
+                    assert sock.recv(100) == b"%d-%d" % (index, round_)
+            for sock in socks:
+                sock.close()
+            assert len(lab.client.wait_ended(200)) == 200
+            assert set(lab.client.reasons()) == {"closed"}
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_stalled_stream_does_not_stall_its_neighbour() -> None:
+    with pair(workers=1) as lab:
+        listener = lab.listen()
+        stalled = lab.connect()
+        accepted, _ = lab.accept(listener)
+        stalled.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                stalled.send(b"x" * 65536)
+        busy = lab.connect()
+        other, _ = lab.accept(listener)
+        for _ in range(100):
+            busy.sendall(b"ping")
+            assert other.recv(100) == b"ping"
+        del accepted
+
+
+def test_a_hit_asks_nobody() -> None:
+    with pair(workers=1) as lab:
+        listener = lab.listen()
+        for _ in range(20):
+            sock = lab.connect()
+            accepted, _ = lab.accept(listener)
+            sock.close()
+            accepted.close()
+        lab.client.wait_ended(20)
+        kinds = [upcall.kind for upcall in lab.client.upcalls]
+        assert sorted(kinds) == [_core.OUTBOUND, _core.SERVER_CERTIFICATE]
+
+
+def test_killing_a_decision_cuts_what_it_let_in_and_nothing_else() -> None:
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        sock.sendall(b"x")
+        accepted, _ = lab.accept(listener)
+        assert accepted.recv(1) == b"x"
+        inbound = [u for u in lab.server.upcalls if u.kind == _core.INBOUND_HBONE]
+        lab.server.core.kill_decision(1 + inbound[0].id, _core.REASONS.index("policy_changed"))
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        lab.server.wait_ended(1)
+        assert lab.server.reasons() == ["policy_changed"]
+
+
+def test_everything_is_given_back_at_the_end() -> None:
+    def numbers(lab: Pair) -> tuple[int, int]:
+        return lab.client.core.stats().connections, lab.server.core.stats().connections
+
+    with pair() as lab:
+        listener = lab.listen()
+        socks = [lab.connect() for _ in range(20)]
+        for sock in socks:
+            sock.sendall(b"x")
+        accepted = [lab.accept(listener)[0] for _ in socks]
+        assert [each.recv(1) for each in accepted] == [b"x"] * 20
+        assert numbers(lab) == (20, 20)
+        for each in [*socks, *accepted]:
+            each.close()
+        lab.client.wait_ended(20)
+        lab.server.wait_ended(20)
+        assert numbers(lab) == (0, 0)
+        counters = lab.client.core.read_series(1)
+        assert (counters.opened, counters.closed, counters.received) == (20, 20, 20)

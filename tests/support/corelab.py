@@ -1,0 +1,228 @@
+"""Two pods, two cores and a judge that answers by a rule: the C core on real sockets, alone.
+
+Owns what the core's own tests share. The capture is stood in for by a route: every foreign address
+is local to the client's namespace, and the outbound listener has the service's port, so that the
+kernel brings connections to it. Everything else is the product's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from support.certificates import authority, workload
+from support.netns import DEADLINE, Namespace, namespace, veth, wait_until
+from ztunnel import _core, tls
+
+CLIENT_ID: Final = "spiffe://cluster.local/ns/default/sa/sleep"
+SERVER_ID: Final = "spiffe://cluster.local/ns/default/sa/httpbin"
+CLIENT_V4, SERVER_V4 = "10.9.0.1", "10.9.0.2"
+CLIENT_V6, SERVER_V6 = "fd09::1", "fd09::2"
+PORT: Final = 8080
+MARK_TUNNEL, MARK_DELIVER = 0x539, 0x111
+SO_MARK, IP_TRANSPARENT, IPV6_TRANSPARENT = 36, 19, 75
+
+POD, CREDENTIAL, PEER, SERIES, DECISION = 1, 1, 1, 1, 1
+
+
+def packed(text: str) -> bytes:
+    address = ipaddress.ip_address(text)
+    return address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed
+
+
+class Judged:
+    """A core with one pod, and a thread that answers its questions with `rule`."""
+
+    def __init__(self, rule: Callable[[Judged, _core.Upcall], None], workers: int = 2) -> None:
+        self.core = _core.Core(workers, tls.function_table(_core.FUNCTIONS))
+        self.rule = rule
+        self.upcalls: list[_core.Upcall] = []
+        self.ended: list[_core.Ended] = []
+        self.failed: list[_core.Failed] = []
+        self.freed: list[int] = []
+        self.keep: list[object] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def start(self) -> None:
+        self.core.start()
+        self._thread.start()
+
+    def collect(self) -> None:
+        for upcall in self.core.upcalls(64):
+            self.upcalls.append(upcall)
+            self.rule(self, upcall)
+        self.ended += self.core.ended(1000)
+        self.failed += self.core.failed(1000)
+        self.freed += self.core.freed(1000)
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            if select.select([self.core.event_fd], [], [], 0.2)[0]:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self.core.event_fd, 8)
+            self.collect()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.core.stop()
+        self.collect()
+
+    def wait_ended(self, count: int) -> list[_core.Ended]:
+        wait_until(lambda: len(self.ended) >= count, f"{count} ended connections")
+        return self.ended
+
+    def reasons(self) -> list[str]:
+        return [_core.REASONS[ended.reason] for ended in self.ended]
+
+
+def reason(token: str) -> int:
+    return _core.REASONS.index(token)
+
+
+def transparent(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, SO_MARK, MARK_TUNNEL)
+    sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
+
+
+def listeners(pod: Namespace, ports: tuple[int, int, int]) -> list[socket.socket]:
+    def make() -> list[socket.socket]:
+        made = []
+        for port in ports:
+            sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            transparent(sock)
+            sock.bind(("::", port))
+            sock.listen(1024)
+            sock.setblocking(False)
+            made.append(sock)
+        return made
+
+    return pod.run(make)
+
+
+def ip6_rule(pod: Namespace, rule: str) -> None:
+    pod.check_output("ip", "-6", "rule", "add", "pref", *rule.split())
+
+
+def outbound_rule(judged: Judged, upcall: _core.Upcall) -> None:
+    """Tunnel everything to the server's HBONE port; trust what OpenSSL trusted."""
+    if upcall.kind == _core.SERVER_CERTIFICATE:
+        judged.core.answer_certificate(upcall.id, 1, 0)
+        return
+    number = DECISION + upcall.id
+    peer = PEER + upcall.id
+    host = upcall.destination
+    judged.core.add_peer(peer, POD, host, 15008, CREDENTIAL)
+    address = ipaddress.ip_address(host)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    authority_text = f"{mapped}:{PORT}" if mapped else f"[{address}]:{PORT}"
+    judged.core.decide_tunnel(number, SERIES, peer, authority_text, "k8s.cluster.name=test", "")
+    judged.core.answer(upcall.id, upcall.epoch, number)
+
+
+def inbound_rule(judged: Judged, upcall: _core.Upcall) -> None:
+    """Let everybody in."""
+    if upcall.kind == _core.PEER_CERTIFICATE:
+        judged.core.answer_certificate(upcall.id, 7, 0)
+        return
+    number = DECISION + upcall.id
+    judged.core.decide_deliver(number, SERIES)
+    judged.core.answer(upcall.id, upcall.epoch, number)
+
+
+class Pair:
+    """The two pods: `client` and `server` are their cores, `left` and `right` their namespaces."""
+
+    def __init__(self, left: Namespace, right: Namespace, client: Judged, server: Judged) -> None:
+        self.left, self.right, self.client, self.server = left, right, client, server
+
+    def connect(self, address: str = SERVER_V4) -> socket.socket:
+        return self.left.connect((address, PORT))
+
+    def accept(self, listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+        sock, peer = listener.accept()
+        sock.settimeout(DEADLINE)
+        self.server.keep.append(sock)
+        return sock, peer
+
+    def listen(self, address: str = SERVER_V4, backlog: int = 128) -> socket.socket:
+        sock = self.right.listen(address, PORT)
+        sock.listen(backlog)
+        return sock
+
+
+@contextlib.contextmanager
+def pair(
+    outbound: Callable[[Judged, _core.Upcall], None] = outbound_rule,
+    inbound: Callable[[Judged, _core.Upcall], None] = inbound_rule,
+    *,
+    workers: int = 2,
+) -> Iterator[Pair]:
+    now = time.time()
+    root = authority(not_before=now - 60, not_after=now + 3600)
+    with namespace("client") as left, namespace("server") as right:
+        veth(
+            left,
+            right,
+            [f"{CLIENT_V4}/24", f"{CLIENT_V6}/64"],
+            [f"{SERVER_V4}/24", f"{SERVER_V6}/64"],
+        )
+        for pod, v4, v6 in ((left, CLIENT_V4, CLIENT_V6), (right, SERVER_V4, SERVER_V6)):
+            pod.ip(
+                f"route add local default dev lo src {v4} table 100",
+                "rule add pref 99 fwmark 0x111 lookup 100",
+                "rule add pref 100 fwmark 0x539 iif lo lookup main",
+                f"route add local ::/0 dev lo src {v6} table 100",
+            )
+            ip6_rule(pod, "99 fwmark 0x111 lookup 100")
+            ip6_rule(pod, "100 fwmark 0x539 iif lo lookup main")
+            for name in ("all.rp_filter", "default.rp_filter", "lo.rp_filter", "eth0.rp_filter"):
+                pod.sysctl(f"net.ipv4.conf.{name}", "0")
+            pod.sysctl("net.ipv4.conf.all.accept_local", "1")
+            pod.sysctl("net.ipv4.tcp_fwmark_accept", "1")
+        left.ip("rule add pref 101 ipproto tcp iif lo not fwmark 0x539 lookup 100")
+        ip6_rule(left, "101 ipproto tcp iif lo not fwmark 0x539 lookup 100")
+        client, server = Judged(outbound, workers), Judged(inbound, workers)
+        try:
+            for judged, pod, identity, ports, addresses in (
+                (client, left, CLIENT_ID, (PORT, 15006, 15008), (CLIENT_V4, CLIENT_V6)),
+                (server, right, SERVER_ID, (15001, 15006, 15008), (SERVER_V4, SERVER_V6)),
+            ):
+                leaf = workload(root, identity, not_before=now - 60, not_after=now + 3600)
+                made = tls.build([leaf.der], leaf.key_der, [root.der])
+                judged.keep += [made]
+                socks = listeners(pod, ports)
+                judged.keep += socks
+                judged.core.add_series(SERIES)
+                judged.core.add_pod(
+                    POD,
+                    pod.fd,
+                    socks[0].fileno(),
+                    socks[1].fileno(),
+                    socks[2].fileno(),
+                    tuple(map(packed, addresses)),
+                    CREDENTIAL,
+                )
+                judged.core.set_credential(
+                    CREDENTIAL, tls.context_pointer(made.client), tls.context_pointer(made.server)
+                )
+                judged.start()
+            yield Pair(left, right, client, server)
+        finally:
+            client.stop()
+            server.stop()
+            for each in [*client.keep, *server.keep]:
+                if isinstance(each, socket.socket):
+                    each.close()

@@ -72,6 +72,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
         "lab": "nodeagent.cli.lab:lab",
         "run": "nodeagent.cli.run:run",
         "status": "nodeagent.cli.status:status",
+        "uninstall": "nodeagent.cli.run:uninstall",
     },
 )
 @click.option(

@@ -192,6 +192,8 @@ def pair(
                 pod.sysctl(f"net.ipv4.conf.{name}", "0")
             pod.sysctl("net.ipv4.conf.all.accept_local", "1")
             pod.sysctl("net.ipv4.tcp_fwmark_accept", "1")
+            pod.sysctl("net.ipv4.fwmark_reflect", "1")
+            pod.sysctl("net.ipv6.fwmark_reflect", "1")
         left.ip("rule add pref 101 ipproto tcp iif lo not fwmark 0x539 lookup 100")
         ip6_rule(left, "101 ipproto tcp iif lo not fwmark 0x539 lookup 100")
         client, server = Judged(outbound, workers), Judged(inbound, workers)

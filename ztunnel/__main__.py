@@ -111,7 +111,7 @@ class Daemon:
             self._log.start()
             stack.callback(self._log.stop, LOG_DRAIN_SECONDS)
             self._tunnel.start(loop)
-            stack.callback(self._tunnel.stop, loop)
+            stack.callback(self._tunnel.stop)
             stack.callback(self._notifier.stopping)
             # What has been imported and built by now lives for ever: the collector need not look.
             gc.freeze()

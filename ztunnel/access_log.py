@@ -111,13 +111,12 @@ def json_line(line: Line) -> str:
         record["policy"] = line.policy
     if line.error:
         record["error"] = line.error
-    # json escapes control characters, and everything beyond ASCII with them.
-    return json.dumps(record, separators=(",", ":"))
+    return _escaped(record)
 
 
-def _quoted(value: str) -> str:
-    """Return `value` in double quotes with everything unprintable escaped, as JSON does it."""
-    return json.dumps(value)
+def _escaped(value: object) -> str:
+    """Return `value` as JSON of printable ASCII only: json leaves just DEL as it is."""
+    return json.dumps(value, separators=(",", ":")).replace("\x7f", "\\u007f")
 
 
 def text_line(line: Line) -> str:
@@ -129,17 +128,17 @@ def text_line(line: Line) -> str:
     kind = "TLS" if line.handshake else "TCP"
     parts = [
         f"[{_timestamp(line.start)}]",
-        _quoted(f"{kind} {target}"),
+        _escaped(f"{kind} {target}"),
         line.reason.value,
-        _quoted(line.error or "-"),
+        _escaped(line.error or "-"),
         f"{line.received} {line.sent} {line.duration_us / 1000:.0f}",
-        f"mTLS_Origin: {_quoted(origin or '-')}",
-        f"mTLS_Destination: {_quoted(destination or '-')}",
-        f"connection_security_policy={_quoted(policy)}",
-        *(f"{key}={_quoted(value)}" for key, value in _fields(line) if value),
+        f"mTLS_Origin: {_escaped(origin or '-')}",
+        f"mTLS_Destination: {_escaped(destination or '-')}",
+        f"connection_security_policy={_escaped(policy)}",
+        *(f"{key}={_escaped(value)}" for key, value in _fields(line) if value),
     ]
     if line.policy:
-        parts.append(f"policy={_quoted(line.policy)}")
+        parts.append(f"policy={_escaped(line.policy)}")
     return " ".join(parts)
 
 

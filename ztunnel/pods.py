@@ -157,7 +157,7 @@ class Pods:
             self._stage_credentials(stage, before, after, credentials)
             for pod in after.pods.values():
                 self._stage_pod(stage, after, pod, sockets.get(pod.uid))
-        except (tls.TlsError, OSError, ValueError, MemoryError) as error:
+        except (tls.TlsError, OSError, ValueError, LookupError, MemoryError) as error:
             self.rollback(stage)
             raise PodError(f"pods or certificates cannot be set up: {error}") from error
         except PodError:
@@ -241,12 +241,8 @@ class Pods:
         try:
             if pair is not None:
                 self._show(new, wanted, pair)
-            self._core.add_pod(
-                new.number,
-                *sockets,
-                addresses=tuple(sorted(pod.addresses)),
-                credential=new.credential,
-            )
+            addresses = tuple(sorted(pod.addresses))
+            self._core.add_pod(new.number, *sockets, addresses, new.credential)
         except BaseException:
             with contextlib.suppress(LookupError, OSError):
                 self._core.remove_credential(new.credential)

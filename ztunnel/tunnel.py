@@ -17,6 +17,8 @@ It may not format logs or metrics, nor read the control socket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import select
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -69,6 +71,9 @@ TRUST_PORTION: Final = 16
 LARGE_CHANGE: Final = 2000
 """Resources above which a change is applied on a thread: it takes tens of milliseconds."""
 
+_COUNTER_BYTES: Final = 8
+"""An eventfd's counter (eventfd(2))."""
+
 TICK: Final = 1.0
 """Seconds between looks at deadlines and ends of certificates."""
 
@@ -110,6 +115,7 @@ class Tunnel:
         self.events = Events(self, self._judge, sink, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
         self._peers_evicted = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._collected_at = clock()
         self._failed_at = -FAILURE_MEMORY
         self.internal_errors = 0
@@ -233,21 +239,30 @@ class Tunnel:
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._core.start()
         loop.add_reader(self._core.event_fd, self.pump)
+        self._loop = loop
 
-    def stop(self, loop: asyncio.AbstractEventLoop) -> None:
+    def stop(self) -> None:
         """End every connection, and report their ends."""
-        loop.remove_reader(self._core.event_fd)
+        if self._loop is not None:
+            self._loop.remove_reader(self._core.event_fd)
+            self._loop = None
         self._core.stop()
         while self._collect():
             pass
         self.pods.close()
 
     def pump(self) -> None:
-        """Serve a portion of what the core has to say; called while `event_fd` is readable."""
+        """Serve a portion of what the core has to say, and come again while there is more."""
         self._collected_at = self._clock()
-        for upcall in self._core.upcalls(UPCALLS_A_TURN):
+        # Before collecting: what is reported from here on makes it readable again.
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._core.event_fd, _COUNTER_BYTES)
+        upcalls = self._core.upcalls(UPCALLS_A_TURN)
+        for upcall in upcalls:
             self._handle(upcall, may_wait=True)
-        self._collect()
+        more = self._collect()
+        if (upcalls or more) and self._loop is not None:
+            self._loop.call_soon(self.pump)
 
     def _collect(self) -> bool:
         """Take in a portion of what ended; True when there may be more."""

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.mesh_state import identity, workload
+from ztunnel import labels
+from ztunnel.access_log import AccessLog, Line, json_line, text_line
+from ztunnel.reasons import Reason
+
+SLEEP = workload("sleep", "10.1.0.1")
+HTTPBIN = workload("httpbin", "10.2.0.1")
+
+
+def line(**fields: Any) -> Line:  # noqa: ANN401
+    mutual = labels.make(
+        labels.SOURCE,
+        labels.MUTUAL_TLS,
+        SLEEP,
+        HTTPBIN,
+        None,
+        source_principal=identity("sleep"),
+        destination_principal=identity("httpbin"),
+    )
+    values: dict[str, Any] = {
+        "start": 1_623_666_479.758,
+        "duration_us": 10_400,
+        "direction": "outbound",
+        "source": "10.1.0.1:4000",
+        "destination": "10.2.0.1:15008",
+        "hbone_destination": "10.2.0.1:8080",
+        "labels": mutual,
+        "received": 100,
+        "sent": 1100,
+        "reason": Reason.CLOSED,
+        "error": "",
+        "policy": "",
+    }
+    return Line(**(values | fields))
+
+
+def plaintext(**fields: Any) -> Line:  # noqa: ANN401
+    unknown = labels.make(labels.DESTINATION, labels.PLAINTEXT, None, HTTPBIN, None)
+    return line(labels=unknown, direction="inbound", hbone_destination="", **fields)
+
+
+def test_json_has_the_references_keys() -> None:
+    assert json.loads(json_line(line(policy="istio-system/default"))) == {
+        "time": "2021-06-14T10:27:59.758Z",
+        "level": "info",
+        "message": "connection complete",
+        "src.addr": "10.1.0.1:4000",
+        "src.workload": "sleep",
+        "src.namespace": "default",
+        "src.identity": identity("sleep"),
+        "dst.addr": "10.2.0.1:15008",
+        "dst.hbone_addr": "10.2.0.1:8080",
+        "dst.workload": "httpbin",
+        "dst.namespace": "default",
+        "dst.identity": identity("httpbin"),
+        "direction": "outbound",
+        "bytes_sent": 1100,
+        "bytes_recv": 100,
+        "duration": "10ms",
+        "reason": "closed",
+        "connection_security_policy": "mutual_tls",
+        "policy": "istio-system/default",
+    }
+
+
+def test_a_failure_is_an_error_with_its_cause() -> None:
+    found = json.loads(json_line(line(reason=Reason.CONNECT_TIMEOUT, error="timed out")))
+    assert (found["level"], found["reason"], found["error"]) == (
+        "error",
+        "connect_timeout",
+        "timed out",
+    )
+
+
+def test_text_shows_both_ends_of_mutual_tls() -> None:
+    found = text_line(line())
+    assert found.startswith(
+        '[2021-06-14T10:27:59.758Z] "TCP 10.2.0.1:8080" closed "-" 100 1100 10 '
+    )
+    assert f'mTLS_Origin: "{identity("sleep")}"' in found
+    assert f'mTLS_Destination: "{identity("httpbin")}"' in found
+    assert 'dst.addr="10.2.0.1:15008"' in found
+
+
+def test_text_shows_that_plaintext_has_neither() -> None:
+    found = text_line(plaintext())
+    assert 'mTLS_Origin: "-" mTLS_Destination: "-"' in found
+    assert 'connection_security_policy="none"' in found
+
+
+@pytest.mark.parametrize("form", [json_line, text_line])
+@pytest.mark.parametrize(
+    "evil", ['a"b', "a\nb", "a\rb", "a\x00b", "a\x1b[31mb", "a\x7fb", "a\u2028b", "a\x85b"]
+)
+def test_no_value_forges_a_line_or_a_field(form: Any, evil: str) -> None:  # noqa: ANN401
+    forged = labels.make(
+        labels.SOURCE, labels.UNKNOWN, workload(evil, "10.1.0.1", account="a"), None, None
+    )
+    found = form(line(labels=forged, error=evil, policy=evil))
+    assert found.isascii()
+    assert found.isprintable()
+    assert 'a"b' not in found.replace('\\"', "")
+
+
+def _written(path: Path) -> list[str]:
+    return path.read_text(encoding="ascii").splitlines()
+
+
+def test_lines_reach_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    log = AccessLog(str(path), json_line)
+    log.start()
+    for _ in range(1200):
+        log.write(line())
+    log.stop(30)
+    assert len(_written(path)) == 1200
+    assert (log.written, log.dropped) == (1200, 0)
+    assert path.stat().st_mode & 0o077 <= 0o040
+
+
+def test_a_moved_file_is_reopened_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "access.log"
+    moved = tmp_path / "access.log.1"
+    log = AccessLog(str(path), json_line)
+    path.rename(moved)
+    log.reopen()
+    log.start()
+    log.write(line())
+    log.stop(30)
+    assert len(_written(path)) == 1
+    assert _written(moved) == []
+
+
+def test_a_file_that_cannot_be_reopened_stays(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "access.log"
+    path.parent.mkdir()
+    log = AccessLog(str(path), json_line)
+    moved = tmp_path / "gone"
+    path.parent.rename(moved)
+    log.reopen()
+    log.start()
+    log.write(line())
+    log.stop(30)
+    assert len(_written(moved / "access.log")) == 1
+
+
+def test_a_disk_that_stands_still_costs_lines_and_never_time(tmp_path: Path) -> None:
+    formatting, go_on = threading.Event(), threading.Event()
+
+    def form(given: Line) -> str:
+        formatting.set()
+        go_on.wait(30)
+        return json_line(given)
+
+    path = tmp_path / "access.log"
+    log = AccessLog(str(path), form, capacity=10)
+    log.start()
+    log.write(line())
+    assert formatting.wait(30)
+    for _ in range(15):
+        log.write(line())
+    assert log.dropped == 5
+    go_on.set()
+    log.stop(30)
+    assert len(_written(path)) == 11
+
+
+def test_a_full_disk_is_counted() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    log = AccessLog("/dev/full", json_line)
+    log.start()
+    log.write(line())
+    log.stop(30)
+    assert (log.written, log.dropped) == (0, 1)
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    link = tmp_path / "access.log"
+    link.symlink_to(target)
+    with pytest.raises(OSError, match="symbolic link"):
+        AccessLog(str(link), json_line)

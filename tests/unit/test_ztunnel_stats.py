@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from support.certificates import NOW
+from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
+from support.mesh_state import identity, service, workload
+from ztunnel import labels
+from ztunnel._core import SeriesCounters, Stats
+from ztunnel.reasons import Reason
+from ztunnel.stats import Picture, render
+
+SLEEP = workload("sleep", "10.1.0.1", locality="eu/eu-1/a")
+HTTPBIN = workload("httpbin", "10.2.0.1")
+MUTUAL = labels.make(
+    labels.SOURCE,
+    labels.MUTUAL_TLS,
+    SLEEP,
+    HTTPBIN,
+    service("web", ("10.96.0.1",), ()),
+    source_principal=identity("sleep"),
+    destination_principal=identity("httpbin"),
+)
+PLAIN = labels.make(labels.DESTINATION, labels.PLAINTEXT, None, HTTPBIN, None)
+
+
+def failed(**counts: int) -> tuple[int, ...]:
+    return tuple(counts.get(reason.name, 0) for reason in REASONS)
+
+
+@pytest.fixture
+def core() -> Iterator[FakeCore]:
+    made = FakeCore()
+    yield made
+    made.close()
+
+
+def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[Sample]]:
+    picture = Picture(
+        series=[
+            (
+                MUTUAL,
+                record(
+                    SeriesCounters,
+                    7,
+                    6,
+                    failed(CONNECT_TIMEOUT=2, CONNECT_REFUSED=1, SERVER_RESET=4),
+                    100,
+                    200,
+                ),
+            ),
+            (PLAIN, record(SeriesCounters, 3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
+        ],
+        early={(PLAIN, "DENY"): 1, (PLAIN, "CONNECT"): 2},
+        core=picture_of or core.stats(),
+        bounds_us=BOUNDS_US,
+        handshake_failures={("client", Reason.CERT_EXPIRED): 3},
+        expiries={identity("sleep"): NOW},
+        own={"pods": 4, "internal_errors_total": 1},
+    )
+    found: dict[str, list[Sample]] = {}
+    for family in text_string_to_metric_families(render(picture).decode()):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample)
+    return found
+
+
+def test_istios_series_have_its_names_and_all_its_labels(core: FakeCore) -> None:
+    found = samples(core)
+    assert {name for name in found if name.startswith("istio_")} == {
+        "istio_tcp_connections_opened_total",
+        "istio_tcp_connections_closed_total",
+        "istio_tcp_connections_failed_total",
+        "istio_tcp_sent_bytes_total",
+        "istio_tcp_received_bytes_total",
+    }
+    sample = found["istio_tcp_sent_bytes_total"][0]
+    assert sample.value == 200
+    assert sample.labels == {
+        "reporter": "source",
+        "request_protocol": "tcp",
+        "response_flags": "-",
+        "connection_security_policy": "mutual_tls",
+        "source_workload": "sleep",
+        "source_workload_namespace": "default",
+        "source_canonical_service": "sleep",
+        "source_canonical_revision": "v1",
+        "source_principal": identity("sleep"),
+        "source_app": "sleep",
+        "source_version": "v1",
+        "source_cluster": "Kubernetes",
+        "source_region": "eu",
+        "source_zone": "eu-1",
+        "destination_workload": "httpbin",
+        "destination_workload_namespace": "default",
+        "destination_canonical_service": "httpbin",
+        "destination_canonical_revision": "v1",
+        "destination_principal": identity("httpbin"),
+        "destination_app": "httpbin",
+        "destination_version": "v1",
+        "destination_cluster": "Kubernetes",
+        "destination_region": "unknown",
+        "destination_zone": "unknown",
+        "destination_service": "web.default.svc.cluster.local",
+        "destination_service_name": "web",
+        "destination_service_namespace": "default",
+    }
+
+
+def test_bytes_are_named_as_the_client_sees_request_and_response(core: FakeCore) -> None:
+    found = samples(core)
+    assert found["istio_tcp_received_bytes_total"][0].value == 100
+    assert found["istio_tcp_connections_opened_total"][0].value == 7
+    assert found["istio_tcp_connections_closed_total"][0].value == 6
+
+
+def test_failures_come_by_flag_early_ones_included(core: FakeCore) -> None:
+    found = {
+        (sample.labels["reporter"], sample.labels["response_flags"]): sample.value
+        for sample in samples(core)["istio_tcp_connections_failed_total"]
+    }
+    assert found == {
+        # A timeout towards 15008, and a reset by the application, which is no failure.
+        ("source", "NETWORK_POLICY"): 2,
+        ("source", "CONNECT"): 1,
+        ("destination", "DENY"): 6,
+        ("destination", "CONNECT"): 2,
+    }
+
+
+def test_histograms_are_cumulative_and_in_seconds(core: FakeCore) -> None:
+    found = samples(core)
+    buckets = [
+        (sample.labels["le"], sample.value)
+        for sample in found["ztunnel_tls_handshake_duration_seconds_bucket"]
+        if sample.labels["side"] == "client"
+    ]
+    assert buckets == [("0.0001", 1), ("0.001", 2), ("0.01", 3), ("+Inf", 4)]
+    assert found["ztunnel_tls_handshake_duration_seconds_sum"][0].value == pytest.approx(0.005)
+    assert found["ztunnel_decision_duration_seconds_count"][0].value == 4
+
+
+def test_the_tunnels_own_metrics_are_there(core: FakeCore) -> None:
+    found = samples(core)
+    assert found["ztunnel_pods"][0].value == 4
+    assert found["ztunnel_internal_errors_total"][0].value == 1
+    assert found["ztunnel_events_lost_total"][0].value == 0
+    assert found["ztunnel_worker_accepted_total"][0].labels == {"worker": "0"}
+    assert found["ztunnel_svid_expiry_timestamp_seconds"][0].value == NOW
+    assert "version" in found["ztunnel_build_info"][0].labels
+    (reported,) = found["ztunnel_tls_handshake_failures_reported_total"]
+    assert reported.labels == {"side": "client", "reason": "certificate_expired"}
+
+
+def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
+    evil = workload('a"b\nc\\d', "10.1.0.1", account="a")
+    picture = Picture(
+        [
+            (
+                labels.make("source", "none", evil, None, None),
+                record(SeriesCounters, 1, 0, failed(), 0, 0),
+            )
+        ],
+        {},
+        core.stats(),
+        BOUNDS_US,
+        {},
+        {},
+        {},
+    )
+    families = list(text_string_to_metric_families(render(picture).decode()))
+    names = {
+        sample.labels["source_workload"]
+        for family in families
+        for sample in family.samples
+        if "source_workload" in sample.labels
+    }
+    assert names == {'a"b\nc\\d'}
+
+
+def test_a_service_outside_the_cluster_keeps_its_hostname() -> None:
+    outside = service("web", ("10.96.0.1",), ())
+    assert labels.service_name(outside) == "web"
+    renamed = type(outside)("default/api.example.com", "api.example.com", "default", (), (), ())
+    assert labels.service_name(renamed) == "api.example.com"

@@ -65,6 +65,8 @@ class Edge(NamedTuple):
     mode: str
 
 
+MODES: Final = {"mutual_tls": "mutual TLS", "none": "plaintext"}
+
 MESH_EDGES: Final = (
     Edge(CLIENT, HTTPBIN, "mutual_tls"),
     Edge(CLIENT, "istioinaction/web-api", "mutual_tls"),
@@ -185,10 +187,11 @@ class Demo:
             if entry is None:
                 self._claim(f"{edge.source} → {edge.destination} is logged", holds=False)
                 continue
-            who = entry.get("src.identity") or f"nobody ({entry['src.addr']})"
-            whom = entry.get("dst.identity") or "nobody"
+            who = entry.get("src.identity") or f"no identity ({_host(entry['src.addr'])})"
+            whom = entry.get("dst.identity") or edge.destination
             mode = entry["connection_security_policy"]
-            self._claim(f"{who} →\n         {whom}   {mode}, {where}", mode == edge.mode)
+            said = MODES.get(mode, mode)
+            self._claim(f"{who}\n           → {whom}   {said}, {where}", mode == edge.mode)
 
     def _entry(self, lab: Lab, edge: Edge) -> dict[str, Any] | None:
         """Return the destination's log entry of this call, with both identities as due."""
@@ -206,7 +209,7 @@ class Demo:
                 and _host(entry.get("src.addr")) in source.addresses
                 and entry.get("dst.workload") == destination.pod.name
                 and (entry.get("src.identity") or "") == wanted
-                and entry.get("dst.identity") == identity(destination)
+                and (not wanted or entry.get("dst.identity") == identity(destination))
                 and not entry.get("error")
             ):
                 return entry

@@ -47,6 +47,14 @@ POD: Final = {"net/ipv4/ip_unprivileged_port_start": "0"}
 CONGESTION_CONTROL: Final = "net/ipv4/tcp_congestion_control"
 
 
+def _pod_mac(pod: PodPlan) -> str:
+    """Return the pod's hardware address: the same for the same address, or neighbours would keep
+    that of a pod which had the address before.
+    """
+    tail = ipaddress.ip_address(pod.addresses[0]).packed[-4:]
+    return "0a:58:" + tail.hex(":")
+
+
 def _sysctls(values: dict[str, str]) -> None:
     for name, value in values.items():
         (Path("/proc/sys") / name).write_text(value)
@@ -78,8 +86,11 @@ def _route(link: IPRoute, destination: str, gateway: str) -> None:
     link.route("add", family=family, dst=str(network), gateway=gateway)
 
 
-def _veth(link: IPRoute, name: str, peer: str, space: Path, mtu: int) -> None:
-    """Make a pair: `name` here, `peer` in the namespace at `space`."""
+def _veth(
+    link: IPRoute, name: str, peer: str, space: Path, mtu: int, mac: str | None = None
+) -> None:
+    """Make a pair: `name` here, `peer` (with `mac`) in the namespace at `space`."""
+    hardware = {} if mac is None else {"address": mac}
     descriptor = os.open(space, os.O_RDONLY | os.O_CLOEXEC)
     try:
         link.link(
@@ -87,7 +98,7 @@ def _veth(link: IPRoute, name: str, peer: str, space: Path, mtu: int) -> None:
             ifname=name,
             kind="veth",
             mtu=mtu,
-            peer={"ifname": peer, "net_ns_fd": descriptor, "mtu": mtu},
+            peer={"ifname": peer, "net_ns_fd": descriptor, "mtu": mtu, **hardware},
         )
     finally:
         os.close(descriptor)
@@ -175,7 +186,8 @@ class Topology:
 
     def _plug_pod(self, pod: PodPlan) -> None:
         with IPRoute() as link:
-            _veth(link, pod.port, "eth0", self._layout.pod_space(pod), self._plan.spec.mtu)
+            space, mtu = self._layout.pod_space(pod), self._plan.spec.mtu
+            _veth(link, pod.port, "eth0", space, mtu, _pod_mac(pod))
             _enslave(link, "pods", pod.port)
 
     def _prepare_pod(self) -> None:

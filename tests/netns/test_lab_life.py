@@ -208,13 +208,13 @@ def test_programs_that_were_killed_with_their_starter_are_not_needed_to_remove(b
 def test_pods_come_and_go_while_the_others_stay(base: Path) -> None:
     with Lab.up(small(), base=base, daemons=False) as lab:
         server = lab.pod("server")
+        url = f"{server.addresses[0]}:8000/ip"
         for _ in range(2):
             lab.remove_pod("server")
             assert len(spaces(base)) == 1 + 1 + 1
-            assert lab.run("client", ["curl", "-sS", server.addresses[0]]).returncode != 0
+            assert lab.run("client", ["curl", "-sS", "--max-time", "1", url]).returncode != 0
             lab.add_pod(server.pod)
             assert lab.addresses("server") == server.addresses
-            url = f"{server.addresses[0]}:8000/ip"
             assert lab.run("client", ["curl", "-sS", url]).returncode == 0
         with pytest.raises(LabError, match="already"):
             lab.add_pod(server.pod)

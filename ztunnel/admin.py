@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -209,9 +210,11 @@ async def _send(
         ("cache-control", "no-store"),
         ("x-content-type-options", "nosniff"),
     ]
+    reason = http.HTTPStatus(page.status).phrase
     if close:
         headers.append(("connection", "close"))
-    writer.write(connection.send(h11.Response(status_code=page.status, headers=headers)) or b"")
+    response = h11.Response(status_code=page.status, headers=headers, reason=reason)
+    writer.write(connection.send(response) or b"")
     if not head:
         writer.write(connection.send(h11.Data(data=page.body)) or b"")
     writer.write(connection.send(h11.EndOfMessage()) or b"")

@@ -70,9 +70,7 @@ def render_text(_logger: object, _method: str, event: Mapping[str, object]) -> s
 def setup(level: str, log_format: str, stream: TextIO | None = None) -> None:
     """Configure structlog. `level` is a key of LEVELS, `log_format` is text or json."""
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer(ensure_ascii=False, default=str)
-        if log_format == "json"
-        else render_text
+        structlog.processors.JSONRenderer(default=str) if log_format == "json" else render_text
     )
     structlog.configure(
         processors=[

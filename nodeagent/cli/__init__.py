@@ -87,7 +87,7 @@ def cli() -> None:
     """Mutual TLS for every workload of this node.
 
     \b
-    nodeagent run --settings /etc/nodeagent/settings.yaml    the daemon
+    nodeagent run --settings /etc/nodeagent/nodeagent.yaml   the daemon
     nodeagent status                                         what it does
     nodeagent lab demo                                       see it work, on this machine alone
 

@@ -59,12 +59,13 @@ class Lab:
             raise LabError("a lab makes network namespaces: run this as root")
         store = Store(base, spec.name)
         state = State(plan=plan.make(spec), created=time.time(), daemons=daemons)
-        store.create(state)
         try:
+            store.create(state)
             with store.locked():
                 builder.Builder(store, state, progress).build()
         except BaseException as error:
-            builder.remove(store)
+            if store.owned:
+                builder.remove(store)
             if isinstance(error, OSError):
                 raise LabError(f"lab {spec.name} cannot be built: {error}") from error
             raise

@@ -63,8 +63,11 @@ class Store:
             self.name = lab_name(name)
         except ValueError as error:
             raise LabError(str(error)) from None
-        self.base = base
-        self.layout = Layout(base / name)
+        # As the mount table names it: what is mounted below is found by its path.
+        self.base = base.resolve()
+        self.layout = Layout(self.base / name)
+        self.owned = False
+        """True from the moment that `create` has made the directory."""
 
     @staticmethod
     def names(base: Path) -> list[str]:
@@ -82,6 +85,7 @@ class Store:
             _check_private(self.base)
             try:
                 directory.mkdir(mode=0o700)
+                self.owned = True
             except FileNotFoundError:
                 continue  # the last other lab has just gone, and its base with it
             except FileExistsError:
@@ -97,6 +101,11 @@ class Store:
         try:
             data = self.layout.state.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            if self.layout.directory.is_dir():
+                raise LabError(
+                    f"lab {self.name} was never finished, its builder died; "
+                    f"remove it: nodeagent lab down {self.name}"
+                ) from None
             raise NoSuchLabError(
                 f"there is no lab {self.name}; start one: nodeagent lab up {self.name}"
             ) from None

@@ -154,6 +154,16 @@ def test_nothing_stays(base: Path) -> None:
     assert not base.exists()
 
 
+def test_a_base_by_another_name_is_the_same_base(base: Path, tmp_path: Path) -> None:
+    base.mkdir(mode=0o700)
+    alias = tmp_path / "alias"
+    alias.symlink_to(base)
+    Lab.up(small(), base=alias, daemons=False)
+    assert remove(Store(alias, "small"))
+    assert mounts_below(base) == []
+    assert not base.exists()
+
+
 def test_labs_live_side_by_side(base: Path) -> None:
     names = ("first", "second")
     labs = [Lab.up(small(name=name), base=base, daemons=False) for name in names]

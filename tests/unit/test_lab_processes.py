@@ -146,6 +146,13 @@ def test_what_does_not_exist_is_said(tmp_path: Path) -> None:
         pass
 
 
+def test_what_a_builder_left_before_its_record_is_said(tmp_path: Path) -> None:
+    store = Store(tmp_path / "labs", "x")
+    store.layout.directory.mkdir(parents=True)
+    with pytest.raises(LabError, match="nodeagent lab down x"):
+        store.load()
+
+
 def test_a_record_of_another_version_is_said(tmp_path: Path) -> None:
     store = Store(tmp_path / "labs", "x")
     store.create(state())

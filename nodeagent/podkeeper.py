@@ -21,6 +21,7 @@ from nodeagent.admin.model import PodState
 from nodeagent.capture.model import (
     Capture,
     CaptureError,
+    CaptureReason,
     Enforcement,
     Enrolment,
     Listeners,
@@ -206,7 +207,7 @@ class PodKeeper:
             async with self._busy:
                 delay = await self._step()
         except CaptureError as error:
-            return self._failure(error.detail)
+            return self._failure(error.detail, error.reason)
         except Exception as error:
             # A defect of ours must not end the care for this pod, nor for the others.
             log.exception("pod: unexpected failure", workload=self.workload)
@@ -335,9 +336,9 @@ class PodKeeper:
         self._looked = True
         self.wake()
 
-    def _failure(self, error: str) -> float:
+    def _failure(self, error: str, reason: CaptureReason = CaptureReason.KERNEL) -> float:
         self._failures += 1
-        delay = reconcile.retry_seconds(self._failures)
+        delay = reconcile.retry_seconds(self._failures, reason)
         if error != self._error:
             log.error("pod: failed", workload=self.workload, error=error, retry_seconds=delay)
         self._owner.failed(self.workload)

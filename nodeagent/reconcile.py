@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.capture.model import Enforcement
+from nodeagent.capture.model import CaptureReason, Enforcement
 from ztunnel import protocol
 
 __all__ = [
@@ -39,6 +39,12 @@ FIRST_RETRY_SECONDS: Final = 0.25
 MAX_RETRY_SECONDS: Final = 30.0
 """A pod that cannot be enrolled is closed or not there yet; a person who repairs it will not wait
 longer than this."""
+
+
+MAX_WAIT_SECONDS: Final = 1.0
+"""For what somebody else is about to do: give the pod its address, hand over its listeners."""
+
+_WAITS: Final = frozenset({CaptureReason.ADDRESS_MISSING, CaptureReason.LISTENERS_HELD})
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -133,6 +139,7 @@ def unwanted(left: Iterable[str], wanted: Mapping[str, Wanted]) -> tuple[str, ..
     return tuple(uid for uid in left if workload_of(uid) not in wanted)
 
 
-def retry_seconds(failures: int) -> float:
+def retry_seconds(failures: int, reason: CaptureReason) -> float:
     """Return the delay after the `failures`th failure in a row (1 is the first)."""
-    return min(MAX_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 16))
+    most = MAX_WAIT_SECONDS if reason in _WAITS else MAX_RETRY_SECONDS
+    return min(most, FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 16))

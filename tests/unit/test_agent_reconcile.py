@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent import reconcile
-from nodeagent.capture.model import Enforcement
+from nodeagent.capture.model import CaptureReason, Enforcement
 from nodeagent.reconcile import Enrolled, Step, Wanted
 from ztunnel import protocol
 
@@ -111,7 +111,9 @@ def test_workload_of_a_pod() -> None:
 
 
 def test_retries_back_off_and_stay_bounded() -> None:
-    delays = [reconcile.retry_seconds(n) for n in range(1, 100)]
+    delays = [reconcile.retry_seconds(n, CaptureReason.KERNEL) for n in range(1, 100)]
     assert delays == sorted(delays)
     assert delays[0] == reconcile.FIRST_RETRY_SECONDS
     assert delays[-1] == reconcile.MAX_RETRY_SECONDS
+    waits = [reconcile.retry_seconds(n, CaptureReason.ADDRESS_MISSING) for n in range(1, 100)]
+    assert waits[-1] == reconcile.MAX_WAIT_SECONDS

@@ -84,6 +84,7 @@ def _configure(sock: socket.socket) -> None:
 def adopt_listener(fd: int, port: int, netns_cookie: int) -> socket.socket:
     """Return a duplicate of a listening socket that somebody else made.
 
+    It may have been destroyed since, and not listen any more: look at `is_listening`.
     Raises ValueError, which says what is wrong with it; `fd` stays the caller's.
     """
     sock = _duplicate(fd)
@@ -96,9 +97,9 @@ def adopt_listener(fd: int, port: int, netns_cookie: int) -> socket.socket:
 
 
 def _what_is_wrong(sock: socket.socket, port: int, netns_cookie: int) -> str:
-    if not is_listening(sock) or sock.type != socket.SOCK_STREAM:
-        return "does not listen"
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.getsockname()[1] != port:
+    if sock.type != socket.SOCK_STREAM or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return "is no TCP socket"
+    if sock.getsockname()[1] != port:
         return "listens elsewhere"
     if socket_cookie(sock) != netns_cookie:
         return "belongs to another namespace"

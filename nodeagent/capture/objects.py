@@ -220,14 +220,12 @@ class PodObjects:
 
     def guard(self, direction: str, addresses: tuple[str, ...]) -> int:
         """Return the guard program, loaded and pinned if need be; the descriptor stays ours."""
-        name = f"{direction}_{_digest(addresses)}"
-        fd = self._open(name)
-        if fd is None:
-            maps = ("settings", "counters")
-            programs = {EGRESS: "guard_egress", INGRESS: "guard_ingress"}
-            self._load("guard", addresses, maps, programs)
-            fd = self._fds[name]
-        return fd
+        digest = _digest(addresses)
+        programs = {EGRESS: "guard_egress", INGRESS: "guard_ingress"}
+        # Both or none: one that is loaded anew would no longer be the one that is attached.
+        if any(self._open(f"{name}_{digest}") is None for name in programs):
+            self._load("guard", addresses, ("settings", "counters"), programs)
+        return self._fds[f"{direction}_{digest}"]
 
     def _load(
         self,

@@ -241,8 +241,10 @@ class SkLookupCapture:
             pod.apply(route, actions)
         except PortTakenError as error:
             detail = str(error)
-            if _any_strict(pod) or found.link:
+            if not found.link:
+                # The others would keep callers waiting for a tunnel that does not come.
                 pod.release_listeners()
+            if _any_strict(pod) or found.link:
                 rest = [
                     action for action in actions if not isinstance(action, OpenListener | FillSlot)
                 ]

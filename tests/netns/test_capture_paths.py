@@ -209,7 +209,7 @@ def test_an_application_restarts_while_the_tunnel_holds_its_connections(
 def test_two_pods_of_a_node_reach_each_other_through_both_tunnels(
     world: Captured, family: Family
 ) -> None:
-    """The tunnel's delivery from another captured pod's address is not taken for an outbound one."""
+    """A delivery from another captured pod's address is not taken for an outbound connection."""
     application = world.pod.listen(family.pod)
     tunnel = world.enrol()
     # The peer's address is exactly what another pod of this node would have.

@@ -1,4 +1,4 @@
-"""A captured pod, a peer of it, and a stand-in for the tunnel: what tests of the capture start from.
+"""A captured pod, a peer of it, and a stand-in for the tunnel: where tests of the capture start.
 
 Owns the topology of two namespaces joined by a veth pair, dual stack, and the moves that a tunnel
 makes with the sockets it is given: accept, deliver to the application, dial the peer. Promises that

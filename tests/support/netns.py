@@ -161,7 +161,7 @@ class Namespace:
         ).stdout
 
     def ip(self, *lines: str) -> None:
-        """Run lines of ip(8) inside, in order, for example `ip("link set lo up", "-6 rule")`."""
+        """Run lines of the ip program inside, in order, such as "link set lo up" and "-6 rule"."""
         for six, group in itertools.groupby(lines, lambda line: line.startswith("-6 ")):
             done = subprocess.run(
                 ["ip", *(["-6"] if six else []), "-netns", self.name, "-batch", "-"],
@@ -193,7 +193,7 @@ class Namespace:
         commands = [
             "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all",
             f"{links} | while read d; do tc {show}; done",
-            "ss -Htlna",
+            "ss -Htln",
             f"grep . {conf}/rp_filter {conf}/accept_local /proc/sys/net/ipv4/tcp_fwmark_accept",
         ]
         return self.check_output("sh", "-c", "; ".join(commands))

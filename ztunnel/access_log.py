@@ -17,14 +17,15 @@ and `policy`. Text is Envoy's familiar shape with the same keys behind it:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -73,73 +74,116 @@ class Sink(Protocol):
         """Take a line; must not block."""
 
 
+MAX_FORMATTED: Final = 1024
+"""Label sets and texts kept in their escaped form: a busy node repeats a few hundred."""
+
+
+@functools.lru_cache(maxsize=4)
+def _second(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+
+
 def _timestamp(seconds: float) -> str:
     """RFC 3339 in UTC with milliseconds."""
     whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+    return f"{_second(whole)}.{milliseconds:03d}Z"
 
 
-def _fields(line: Line) -> Iterator[tuple[str, str]]:
-    """The reference's keys with their values, empty where nothing is known."""
-    yield "src.addr", line.source
-    for side, prefix in (("source", "src"), ("destination", "dst")):
-        if side == "destination":
-            yield "dst.addr", line.destination
-            yield "dst.hbone_addr", line.hbone_destination
-            yield "dst.service", label_sets.value(line.labels, "destination_service")
-        yield f"{prefix}.workload", label_sets.value(line.labels, f"{side}_workload")
-        yield f"{prefix}.namespace", label_sets.value(line.labels, f"{side}_workload_namespace")
-        yield f"{prefix}.identity", label_sets.value(line.labels, f"{side}_principal")
-    yield "direction", line.direction
+@functools.lru_cache(maxsize=MAX_FORMATTED)
+def _escaped(value: str) -> str:
+    """Return `value` in quotes, printable ASCII only, as JSON spells it (json leaves DEL as is)."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+class _Known(NamedTuple):
+    """What a label set contributes to each of its lines, escaped."""
+
+    source: tuple[tuple[str, str], ...]
+    destination: tuple[tuple[str, str], ...]
+    security: str
+    mtls_origin: str
+    mtls_destination: str
+
+
+@functools.lru_cache(maxsize=MAX_FORMATTED)
+def _known(labels: Labels) -> _Known:
+    def some(keys: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        found = ((key, label_sets.value(labels, name)) for key, name in keys)
+        return tuple((key, _escaped(value)) for key, value in found if value)
+
+    security = label_sets.value(labels, "connection_security_policy") or label_sets.UNKNOWN
+    mutual = security == label_sets.MUTUAL_TLS
+    origin = label_sets.value(labels, "source_principal") if mutual else ""
+    destination = label_sets.value(labels, "destination_principal") if mutual else ""
+    return _Known(
+        some(
+            (
+                ("src.workload", "source_workload"),
+                ("src.namespace", "source_workload_namespace"),
+                ("src.identity", "source_principal"),
+            )
+        ),
+        some(
+            (
+                ("dst.service", "destination_service"),
+                ("dst.workload", "destination_workload"),
+                ("dst.namespace", "destination_workload_namespace"),
+                ("dst.identity", "destination_principal"),
+            )
+        ),
+        _escaped(security),
+        _escaped(origin or "-"),
+        _escaped(destination or "-"),
+    )
+
+
+def _keyed(line: Line, known: _Known) -> list[tuple[str, str]]:
+    """The reference's keys with their escaped values; what is not known is left out.
+
+    Addresses and directions are our own spelling: nothing in them needs an escape.
+    """
+    fields = [("src.addr", f'"{line.source}"'), *known.source]
+    fields.append(("dst.addr", f'"{line.destination}"'))
+    if line.hbone_destination:
+        fields.append(("dst.hbone_addr", f'"{line.hbone_destination}"'))
+    fields += known.destination
+    fields.append(("direction", f'"{line.direction}"'))
+    return fields
 
 
 def json_line(line: Line) -> str:
-    record: dict[str, object] = {
-        "time": _timestamp(line.start),
-        "level": "info" if RESPONSE_FLAGS[line.reason] == NO_FLAG else "error",
-        "message": "handshake failed" if line.handshake else "connection complete",
-    }
-    record.update((key, value) for key, value in _fields(line) if value)
-    record["bytes_sent"] = line.sent
-    record["bytes_recv"] = line.received
-    record["duration"] = f"{line.duration_us / 1000:.0f}ms"
-    record["reason"] = line.reason.value
-    record["connection_security_policy"] = line.labels[
-        label_sets.LABEL_NAMES.index("connection_security_policy")
+    known = _known(line.labels)
+    failed = RESPONSE_FLAGS[line.reason] != NO_FLAG
+    fields = [
+        ("time", f'"{_timestamp(line.start)}"'),
+        ("level", '"error"' if failed else '"info"'),
+        ("message", '"handshake failed"' if line.handshake else '"connection complete"'),
+        *_keyed(line, known),
+        ("bytes_sent", str(line.sent)),
+        ("bytes_recv", str(line.received)),
+        ("duration", f'"{line.duration_us / 1000:.0f}ms"'),
+        ("reason", f'"{line.reason.value}"'),
+        ("connection_security_policy", known.security),
     ]
     if line.policy:
-        record["policy"] = line.policy
+        fields.append(("policy", _escaped(line.policy)))
     if line.error:
-        record["error"] = line.error
-    return _escaped(record)
-
-
-def _escaped(value: object) -> str:
-    """Return `value` as JSON of printable ASCII only: json leaves just DEL as it is."""
-    return json.dumps(value, separators=(",", ":")).replace("\x7f", "\\u007f")
+        fields.append(("error", _escaped(line.error)))
+    return "{" + ",".join([f'"{key}":{value}' for key, value in fields]) + "}"
 
 
 def text_line(line: Line) -> str:
-    policy = line.labels[label_sets.LABEL_NAMES.index("connection_security_policy")]
-    mutual = policy == label_sets.MUTUAL_TLS
-    origin = label_sets.value(line.labels, "source_principal") if mutual else ""
-    destination = label_sets.value(line.labels, "destination_principal") if mutual else ""
+    known = _known(line.labels)
     target = line.hbone_destination or line.destination
     kind = "TLS" if line.handshake else "TCP"
-    parts = [
-        f"[{_timestamp(line.start)}]",
-        _escaped(f"{kind} {target}"),
-        line.reason.value,
-        _escaped(line.error or "-"),
-        f"{line.received} {line.sent} {line.duration_us / 1000:.0f}",
-        f"mTLS_Origin: {_escaped(origin or '-')}",
-        f"mTLS_Destination: {_escaped(destination or '-')}",
-        f"connection_security_policy={_escaped(policy)}",
-        *(f"{key}={_escaped(value)}" for key, value in _fields(line) if value),
-    ]
-    if line.policy:
-        parts.append(f"policy={_escaped(line.policy)}")
-    return " ".join(parts)
+    keyed = " ".join([f"{key}={value}" for key, value in _keyed(line, known)])
+    policy = f" policy={_escaped(line.policy)}" if line.policy else ""
+    return (
+        f'[{_timestamp(line.start)}] "{kind} {target}" {line.reason.value} '
+        f"{_escaped(line.error or '-')} {line.received} {line.sent} {line.duration_us / 1000:.0f} "
+        f"mTLS_Origin: {known.mtls_origin} mTLS_Destination: {known.mtls_destination} "
+        f"connection_security_policy={known.security} {keyed}{policy}"
+    )
 
 
 class AccessLog:

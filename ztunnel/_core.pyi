@@ -139,7 +139,8 @@ class Core:
         """(decision, weight): the choice is made for each connection. Not nested."""
     def release_decision(self, decision: int) -> None: ...
     def kill_decision(self, decision: int, reason: int) -> None:
-        """Cut the live connections that were made under it, on every worker, now."""
+        """Cut the live connections that were made under it, on every worker, now; also after
+        release_decision, and without effect once nothing refers to it."""
     def kill_identity(self, identity: int, reason: int) -> None:
         """Cut the inbound HBONE connections that proved this identity, and their streams."""
 

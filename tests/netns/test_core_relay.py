@@ -13,6 +13,7 @@ import threading
 import pytest
 
 from support.corelab import CLIENT_V4, CLIENT_V6, SERVER_V4, SERVER_V6, Pair, pair
+from support.netns import wait_until
 from ztunnel import _core
 
 pytestmark = pytest.mark.netns
@@ -235,3 +236,23 @@ def test_everything_is_given_back_at_the_end() -> None:
         assert numbers(lab) == (0, 0)
         counters = lab.client.core.read_series(1)
         assert (counters.opened, counters.closed, counters.received) == (20, 20, 20)
+
+
+def test_a_released_decision_can_still_be_cut_and_is_reported_when_it_has_gone() -> None:
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        sock.sendall(b"x")
+        accepted, _ = lab.accept(listener)
+        assert accepted.recv(1) == b"x"
+        number = 1 + next(u.id for u in lab.server.upcalls if u.kind == _core.INBOUND_HBONE)
+        core = lab.server.core
+        core.release_decision(number)
+        core.advance_epoch()
+        with pytest.raises(KeyError):
+            core.release_decision(number)
+        core.kill_decision(number, _core.REASONS.index("policy_changed"))
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        wait_until(lambda: number in lab.server.freed, "the decision's end")
+        core.kill_decision(number, _core.REASONS.index("policy_changed"))

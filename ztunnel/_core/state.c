@@ -70,6 +70,9 @@ void zt_decision_put(struct zt_decision *d) {
 
     if (!d || !last_reference(&d->refs)) return;
     core = d->core;
+    pthread_mutex_lock(&core->lock);
+    zt_map_take(&core->decisions, d->node.number);
+    pthread_mutex_unlock(&core->lock);
     for (size_t i = 0; i < d->nchoices; i++) zt_decision_put(d->choices[i].decision);
     series_put(d->series);
     zt_peer_put(d->peer);
@@ -102,7 +105,20 @@ void zt_decision_put(struct zt_decision *d) {
 DEFINE_FIND(pod, pods)
 DEFINE_FIND(peer, peers)
 DEFINE_FIND(series, series)
-DEFINE_FIND(decision, decisions)
+
+/* The map does not own a decision, which is found for as long as anything refers to it: a
+ * connection may outlive the control side's interest, and must still be found to be cut. */
+static struct zt_decision *find_decision(struct zt_core *core, uint64_t number) {
+    struct zt_decision *d;
+    int refs;
+
+    pthread_mutex_lock(&core->lock);
+    d = AS(struct zt_decision, zt_map_find(&core->decisions, number));
+    refs = d ? atomic_load(&d->refs) : 0;
+    while (refs && !atomic_compare_exchange_weak(&d->refs, &refs, refs + 1)) continue;
+    pthread_mutex_unlock(&core->lock);
+    return refs ? d : NULL;
+}
 
 static void post_all(struct zt_core *core, struct zt_msg msg, struct zt_decision *decision,
                      struct zt_peer *peer, struct zt_pod *pod) {
@@ -386,11 +402,16 @@ int zt_decision_find(struct zt_core *core, uint64_t number, struct zt_decision *
 
 int zt_decision_release(struct zt_core *core, uint64_t number) {
     struct zt_decision *d;
+    bool released = true;
 
     pthread_mutex_lock(&core->lock);
-    d = AS(struct zt_decision, zt_map_take(&core->decisions, number));
+    d = AS(struct zt_decision, zt_map_find(&core->decisions, number));
+    if (d) {
+        released = d->released;
+        d->released = true;
+    }
     pthread_mutex_unlock(&core->lock);
-    if (!d) return -ENOENT;
+    if (released) return -ENOENT;
     zt_decision_put(d);
     return 0;
 }
@@ -398,7 +419,7 @@ int zt_decision_release(struct zt_core *core, uint64_t number) {
 int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reason) {
     struct zt_decision *d = find_decision(core, number);
 
-    if (!d) return -ENOENT;
+    if (!d) return 0;
     atomic_store(&d->killed, 1 + (int)reason);
     post_all(core, (struct zt_msg){.type = ZT_MSG_KILL_DECISION, .reason = reason}, d, NULL, NULL);
     zt_decision_put(d);
@@ -469,7 +490,9 @@ void zt_core_free(struct zt_core *core) {
     for (int i = 0; i < core->nworkers; i++) zt_worker_free(core->workers[i]);
     free(core->workers);
     if (core->decisions.buckets) {
-        while ((n = zt_map_pop(&core->decisions))) zt_decision_put(AS(struct zt_decision, n));
+        while ((n = zt_map_pop(&core->decisions))) {
+            if (!AS(struct zt_decision, n)->released) zt_decision_put(AS(struct zt_decision, n));
+        }
         while ((n = zt_map_pop(&core->series))) series_put(AS(struct zt_series, n));
         while ((n = zt_map_pop(&core->peers))) zt_peer_put(AS(struct zt_peer, n));
         while ((n = zt_map_pop(&core->pods))) zt_pod_put(AS(struct zt_pod, n));

@@ -120,6 +120,7 @@ struct zt_decision {
     struct zt_choice *choices; /* BALANCE */
     size_t nchoices;
     uint64_t total_weight;
+    bool released;      /* the control side has given its reference back */
     _Atomic int killed; /* 0, or 1 + the reason: carries no new and no old connection */
     struct zt_decision *next_freed;
     uint64_t freed_at; /* how many ends were queued when the last reference went */
@@ -235,6 +236,7 @@ int zt_decision_add(struct zt_core *core, const struct zt_decision *template, ui
 /* A reference by number, for building BALANCE; -ENOENT. */
 int zt_decision_find(struct zt_core *core, uint64_t number, struct zt_decision **out);
 int zt_decision_release(struct zt_core *core, uint64_t number);
+/* Nothing to do, and no error, for a decision that nothing refers to any more. */
 int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reason);
 
 /* Queues an upcall, which passes to the core; returns its id, or 0 without memory. */

@@ -258,7 +258,7 @@ class PodKeeper:
         self._enrolled = Enrolled(uid, netns.cookie, wanted.addresses)
         self._enforced = enforcement
         self._due = None
-        log.info("pod enrolled", pod=uid, netns=wanted.netns, addresses=list(wanted.addresses))
+        log.info("pod enrolled", pod=uid, netns=wanted.netns, addresses=",".join(wanted.addresses))
         self._publish(enrolment)
         await self._clear_left(keep=uid)
 
@@ -295,7 +295,7 @@ class PodKeeper:
         self._drops = {name: n for name, n in counters.items() if not name.startswith("captured_")}
         wrong = tuple(each.detail for each in remaining)
         if wrong and wrong != self._deviations:
-            log.error("pod capture is wrong", pod=uid, reasons=list(wrong))
+            log.error("pod capture is wrong", pod=uid, reasons="; ".join(wrong))
         self._deviations = wrong
         self._error = ""
         self._now(PodState.DEGRADED if wrong else PodState.ENROLLED)

@@ -25,7 +25,13 @@ def harden() -> None:
     if libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl(PR_SET_DUMPABLE): {os.strerror(number)}")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_CORE, (0, 0))
     # Four descriptors a pod: the soft limit of 1,024 would end at 250 pods.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _limit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _limit(what: int, limits: tuple[int, int]) -> None:
+    # The unit sets the same limits, and its filter may refuse the call itself.
+    if resource.getrlimit(what) != limits:
+        resource.setrlimit(what, limits)

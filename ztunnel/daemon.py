@@ -47,6 +47,10 @@ _log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel")
 MAX_WORKERS: Final = 64
 """The core's own limit."""
 
+WATCH_SECONDS: Final = 1.0
+START_WATCH_SECONDS: Final = 0.1
+"""Between looks at one's own health; shorter until the first success, which others wait for."""
+
 LOG_DRAIN_SECONDS: Final = 5.0
 """For the access log's last lines at the end."""
 
@@ -133,7 +137,7 @@ class Daemon:
 
     async def _watch(self) -> None:
         """Tell the service manager of readiness, and that the workers turn."""
-        pause = min(1.0, self._notifier.watchdog_seconds / 3 or 1.0)
+        pause = min(WATCH_SECONDS, self._notifier.watchdog_seconds / 3 or WATCH_SECONDS)
         while True:
             if not any(problem for _, problem in self._health.live()):
                 self._notifier.alive()
@@ -143,7 +147,7 @@ class Daemon:
                 self._notifier.ready()
                 _log.info("ready", pods=len(self._tunnel.pods))
             self._notifier.status("; ".join(problems) or f"serving {len(self._tunnel.pods)} pods")
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause if self._told_ready else START_WATCH_SECONDS)
 
     async def _metrics(self) -> Page:
         async with self._scraping:

@@ -254,6 +254,7 @@ class Record:
     __slots__ = (
         "cached",
         "choices",
+        "cut_by",
         "key",
         "killed",
         "labels",
@@ -280,6 +281,8 @@ class Record:
         self.choices: tuple[int, ...] = ()
         self.cached = True
         self.killed = False
+        self.cut_by = ""
+        """The policy that ended its live connections, if one did."""
 
 
 class Decisions:

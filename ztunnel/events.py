@@ -97,7 +97,6 @@ class Events:
             found = record.labels
         started = self._wall() - (self._clock() - event.started_us / 1e6)
         destination, hbone_address = _addresses(event, record)
-        verdict = record.outcome if record is not None else None
         self._sink.write(
             Line(
                 start=started,
@@ -111,7 +110,7 @@ class Events:
                 sent=event.sent,
                 reason=reason,
                 error=reasons.explain(reason, hbone=hbone),
-                policy=verdict.origin if isinstance(verdict, Verdict) else "",
+                policy=_policy(record),
             )
         )
 
@@ -176,6 +175,15 @@ class Events:
         if (found, flag) not in self.early and len(self.early) >= MAX_EARLY:
             found = labels.overflow(found)
         self.early[found, flag] += 1
+
+
+def _policy(record: Record | None) -> str:
+    """Return the policy that let the connection in, kept it out, or cut it."""
+    if record is None:
+        return ""
+    if record.killed:
+        return record.cut_by
+    return record.outcome.origin if isinstance(record.outcome, Verdict) else ""
 
 
 def _addresses(event: Ended, record: Record | None) -> tuple[str, str]:

@@ -10,7 +10,7 @@ may not wait, read a clock or answer upcalls.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Request, Verdict, authorize
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ztunnel.pods import Held
     from ztunnel.state import State
 
-__all__ = ["NUMBER_OF", "Judge", "still_allowed"]
+__all__ = ["NUMBER_OF", "Cut", "Judge", "still_allowed"]
 
 NUMBER_OF: Final = {reason: number for number, reason in enumerate(Reason)}
 """Reason to the core's number for it; `reasons.check` has made sure that the core agrees."""
@@ -211,7 +211,14 @@ def _nothing(reporter: str) -> Labels:
     return label_sets.make(reporter, UNKNOWN, None, None, None)
 
 
-def still_allowed(state: State, held: Held | None, record: Record) -> Reason | None:
+class Cut(NamedTuple):
+    """Why live connections end, and the policy that says so ("" if none does)."""
+
+    reason: Reason
+    origin: str = ""
+
+
+def still_allowed(state: State, held: Held | None, record: Record) -> Cut | None:
     """Return why connections under `record` must be cut, or None while they may live.
 
     Inbound is judged as if asked anew. Outbound is cut only when the destination's address now
@@ -233,11 +240,12 @@ def still_allowed(state: State, held: Held | None, record: Record) -> Reason | N
                     record.key.port,
                 ),
             )
-            return None if verdict.allow else _cut_reason(verdict.reason)
+            if not verdict.allow:
+                return Cut(_cut_reason(verdict.reason), verdict.origin)
         case Tunnel() as tunnel:
             workload = state.workload_at(tunnel.target)
             if workload is not None and workload.identity not in tunnel.expected:
-                return Reason.IDENTITY_MISMATCH
+                return Cut(Reason.IDENTITY_MISMATCH)
     return None
 
 

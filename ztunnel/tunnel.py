@@ -202,11 +202,15 @@ class Tunnel:
                 await asyncio.sleep(0)
             if record.killed:
                 continue
-            reason = still_allowed(self.state, self.pods.get(record.pod), record)
-            if reason is not None:
-                record.killed = True
+            cut = still_allowed(self.state, self.pods.get(record.pod), record)
+            if cut is None:
+                continue
+            record.killed = True
+            record.cut_by = cut.origin
+            # KeyError: nothing was left of it, and the core's report of that is on its way.
+            with contextlib.suppress(KeyError):
+                self._core.kill_decision(record.number, NUMBER_OF[cut.reason])
                 self.cut += 1
-                self._core.kill_decision(record.number, NUMBER_OF[reason])
 
     async def _recheck_trust(self, before: State) -> None:
         changed = {

@@ -236,7 +236,8 @@ class FakeCore:
         self.released.add(decision)
 
     def kill_decision(self, decision: int, reason: int) -> None:
-        assert decision in self.decisions
+        if decision not in self.decisions:
+            raise KeyError(decision)
         self.killed[decision] = REASONS[reason]
         self._told("kill_decision", decision)
 

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.certificates import NOW, authority
@@ -174,6 +175,17 @@ def test_connections_are_cut_after_the_epoch_and_before_the_acknowledgement(rig:
     assert rig.core.killed == {decision: Reason.POLICY_CHANGED}
     names = rig.core.names()
     assert names.index("advance_epoch") < names.index("kill_decision")
+
+
+def test_a_decision_that_the_core_has_just_freed_stops_no_change(rig: Rig) -> None:
+    rig.start()
+    gone = rig.core.answers[rig.inbound("10.9.9.9")]
+    kept = rig.core.answers[rig.inbound("10.9.9.8")]
+    rig.apply(service("x", ("10.96.0.9",), ()))
+    rig.core.free(gone)
+    assert rig.apply(policy(SLEEP.uid, Mode.STRICT)) == ""
+    assert set(rig.core.killed) == {kept}
+    assert rig.tunnel.cut == 1
 
 
 def test_an_answer_from_an_older_snapshot_is_not_used(rig: Rig) -> None:
@@ -743,6 +755,15 @@ def test_a_refused_plaintext_connection_names_the_policy(rig: Rig) -> None:
     assert "STRICT" in line.error
     assert labels.value(line.labels, "source_workload") == "legacy"
     assert labels.value(line.labels, "source_principal") == ""
+
+
+def test_a_connection_that_was_cut_names_the_policy_that_cut_it(rig: Rig) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.inbound("10.3.0.1")]
+    strict = msgspec.structs.replace(policy(SLEEP.uid, Mode.STRICT), origin="default/strict")
+    rig.apply(strict)
+    line = ended(rig, decision, Kind.INBOUND_PLAINTEXT, Reason.POLICY_CHANGED)
+    assert line.policy == "default/strict"
 
 
 def test_a_peer_is_named_by_its_proof_and_not_by_its_address(rig: Rig) -> None:

@@ -101,17 +101,20 @@ class Daemon:
     async def run(self, stats_at: tuple[str, int], ready_at: tuple[str, int]) -> None:
         """Serve until a signal asks to stop. Raises OSError when a port cannot be had."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+        for order in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(order, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._log.reopen)
         # One thread: large changes and scrapes, which may wait for each other.
         loop.set_default_executor(ThreadPoolExecutor(1, "ztunnel-slow"))
         health = {"/healthz/ready": self._ready, "/healthz/live": self._live}
         servers = (Server({"/metrics": self._metrics}), Server(health))
         async with contextlib.AsyncExitStack() as stack:
+            bound: list[str] = []
             for server, (host, port) in zip(servers, (stats_at, ready_at), strict=True):
                 stack.push_async_callback(server.stop)
-                await server.start(host, port)
+                chosen, number = await server.start(host, port)
+                bound.append(f"[{chosen}]:{number}" if ":" in chosen else f"{chosen}:{number}")
+            _log.info("listening", stats=bound[0], ready=bound[1])
             self._log.start()
             stack.callback(self._log.stop, LOG_DRAIN_SECONDS)
             self._tunnel.start(loop)

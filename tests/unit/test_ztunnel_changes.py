@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from support.mesh_state import pod, policy, service, workload
+from support.tunnel_rig import (
+    MESH,
+    POD,
+    SLEEP,
+    Rig,
+    credential,
+    is_open,
+    sockets,
+)
+from ztunnel import tunnel
+from ztunnel.pods import PodSockets
+from ztunnel.protocol import (
+    Mode,
+    Removal,
+    Resource,
+)
+from ztunnel.reasons import Reason
+from ztunnel.tls import TlsError
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+# --- the order of a change -----------------------------------------------------------------------
+
+
+def test_a_change_is_in_force_and_the_epoch_advanced_before_it_is_acknowledged(rig: Rig) -> None:
+    rig.start()
+    names = rig.core.names()
+    assert names.index("add_pod") < names.index("advance_epoch")
+    assert rig.tunnel.committed
+    assert rig.tunnel.epoch == rig.core.epoch
+
+
+def test_connections_are_cut_after_the_epoch_and_before_the_acknowledgement(rig: Rig) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.inbound("10.9.9.9")]
+    rig.core.calls.clear()
+    assert rig.apply(policy(SLEEP.uid, Mode.STRICT)) == ""
+    assert rig.core.killed == {decision: Reason.POLICY_CHANGED}
+    names = rig.core.names()
+    assert names.index("advance_epoch") < names.index("kill_decision")
+
+
+def test_a_decision_that_the_core_has_just_freed_stops_no_change(rig: Rig) -> None:
+    rig.start()
+    gone = rig.core.answers[rig.inbound("10.9.9.9")]
+    kept = rig.core.answers[rig.inbound("10.9.9.8")]
+    rig.apply(service("x", ("10.96.0.9",), ()))
+    rig.core.free(gone)
+    assert rig.apply(policy(SLEEP.uid, Mode.STRICT)) == ""
+    assert set(rig.core.killed) == {kept}
+    assert rig.tunnel.cut == 1
+
+
+def test_an_answer_from_an_older_snapshot_is_not_used(rig: Rig) -> None:
+    rig.start()
+    epoch = rig.tunnel.epoch
+    upcall = rig.outbound("10.2.0.1")
+    stale = rig.core.answers.pop(upcall)
+    rig.apply(workload("new", "10.8.0.1"))
+    # What the core promises for such an answer, and what the tunnel would be told.
+    assert rig.core.answer(upcall, epoch, stale) is False
+    assert upcall not in rig.core.answers
+    # The core asks again, and hears the answer of now.
+    again = rig.outbound("10.2.0.1")
+    assert rig.core.answers[again] != stale
+
+
+def test_after_a_change_no_answer_is_reused(rig: Rig) -> None:
+    rig.start()
+    first = rig.core.answers[rig.outbound("10.2.0.1")]
+    assert rig.core.answers[rig.outbound("10.2.0.1")] == first
+    rig.apply(service("x", ("10.96.0.9",), ()))
+    assert first in rig.core.released
+    assert rig.core.answers[rig.outbound("10.2.0.1")] != first
+
+
+@pytest.mark.parametrize("fault", ["state", "contexts", "core", "descriptors"])
+def test_a_change_that_cannot_be_made_changes_nothing_and_leaks_nothing(
+    rig: Rig, fault: str
+) -> None:
+    rig.start()
+    before, epoch = rig.tunnel.state, rig.core.epoch
+    pods = dict(rig.core.pods)
+    extra: tuple[Resource, ...] = ()
+    given = {"pod-new": sockets()}
+    match fault:
+        case "state":
+            extra = (workload("bad", "not an address"),)
+        case "contexts":
+            rig.build_error = TlsError("the key is no unencrypted PKCS#8")
+            extra = (credential("other"),)
+        case "core":
+            rig.core.fail_add_pod = OSError(24, "Too many open files")
+        case "descriptors":
+            extra = (pod("pod-without", SLEEP.uid, "10.1.0.4"),)
+    error = rig.apply(pod("pod-new", SLEEP.uid, "10.1.0.3"), *extra, given=given)
+    assert error
+    assert rig.tunnel.state is before
+    assert rig.core.epoch == epoch
+    assert rig.core.pods == pods
+    assert not any(map(is_open, given["pod-new"]))
+    assert "key1" not in error
+
+
+def test_descriptors_of_a_pod_that_is_held_already_are_closed(rig: Rig) -> None:
+    first = sockets()
+    assert rig.apply(*MESH, POD, reset=True, given={POD.uid: first}) == ""
+    number = rig.pod
+    same = PodSockets(*(os.dup(descriptor) for descriptor in first))
+    assert rig.apply(*MESH, POD, reset=True, given={POD.uid: same}) == ""
+    assert rig.pod == number
+    assert not any(map(is_open, same))
+    assert all(map(is_open, first))
+
+
+def test_other_sockets_for_a_held_pod_replace_it(rig: Rig) -> None:
+    first, second = sockets(), sockets()
+    rig.apply(*MESH, POD, reset=True, given={POD.uid: first})
+    number = rig.pod
+    rig.apply(POD, given={POD.uid: second})
+    assert rig.pod != number
+    assert number not in rig.core.pods
+    assert not any(map(is_open, first))
+    assert all(map(is_open, second))
+
+
+def test_a_pod_that_leaves_takes_its_pools_and_descriptors_along(rig: Rig) -> None:
+    given = sockets()
+    rig.apply(*MESH, POD, reset=True, given={POD.uid: given})
+    rig.outbound("10.2.0.1")
+    assert len(rig.core.peers) == 1
+    rig.apply(removals=(Removal("pod", POD.uid),))
+    assert not rig.core.pods
+    assert not rig.core.peers
+    assert not any(map(is_open, given))
+
+
+def test_a_large_change_is_applied_as_a_small_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "LARGE_CHANGE", 1)
+    rig.start()
+    assert rig.core.answer_to(rig.outbound("10.2.0.1")).action == "tunnel"

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from support.fake_core import Decision, record
+from support.mesh_state import identity, ip, policy, service
+from support.tunnel_rig import (
+    SLEEP,
+    Rig,
+    chain_of,
+    ended,
+    server_shows,
+)
+from ztunnel import labels
+from ztunnel._core import Failed
+from ztunnel.corelike import Kind
+from ztunnel.protocol import (
+    Endpoint,
+    Mode,
+)
+from ztunnel.reasons import Reason
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+
+
+# --- what became of connections ------------------------------------------------------------------
+
+
+def test_a_tunnelled_connection_is_logged_with_both_identities(rig: Rig) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.outbound("10.2.0.1")]
+    line = ended(
+        rig,
+        decision,
+        Kind.OUTBOUND,
+        Reason.CLOSED,
+        upstream=ip("10.2.0.1"),
+        upstream_port=15008,
+    )
+    assert line.direction == "outbound"
+    assert line.source == "10.1.0.1:4000"
+    assert line.destination == "10.2.0.1:15008"
+    assert line.hbone_destination == "10.2.0.1:8080"
+    assert labels.value(line.labels, "source_principal") == identity("sleep")
+    assert labels.value(line.labels, "destination_principal") == identity("httpbin")
+    assert labels.value(line.labels, "connection_security_policy") == "mutual_tls"
+    assert line.start == pytest.approx(rig.wall - 2)
+    assert line.error == ""
+
+
+def test_a_refused_plaintext_connection_names_the_policy(rig: Rig) -> None:
+    rig.start()
+    rig.apply(policy(SLEEP.uid, Mode.STRICT))
+    decision = rig.core.answers[rig.inbound("10.3.0.1")]
+    line = ended(
+        rig,
+        decision,
+        Kind.INBOUND_PLAINTEXT,
+        Reason.STRICT_PLAINTEXT,
+        source=ip("10.3.0.1"),
+        destination=ip("10.1.0.1"),
+    )
+    assert line.policy == "istio-system/default"
+    assert "STRICT" in line.error
+    assert labels.value(line.labels, "source_workload") == "legacy"
+    assert labels.value(line.labels, "source_principal") == ""
+
+
+def test_a_connection_that_was_cut_names_the_policy_that_cut_it(rig: Rig) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.inbound("10.3.0.1")]
+    strict = msgspec.structs.replace(policy(SLEEP.uid, Mode.STRICT), origin="default/strict")
+    rig.apply(strict)
+    line = ended(rig, decision, Kind.INBOUND_PLAINTEXT, Reason.POLICY_CHANGED)
+    assert line.policy == "default/strict"
+
+
+def test_a_peer_is_named_by_its_proof_and_not_by_its_address(rig: Rig) -> None:
+    rig.start()
+    number, _ = rig.prove(chain_of("someone-else"))
+    decision = rig.core.answers[rig.inbound("10.2.0.1", number)]
+    line = ended(rig, decision, Kind.INBOUND_HBONE, Reason.CLOSED, destination=ip("10.1.0.1"))
+    assert labels.value(line.labels, "source_principal") == identity("someone-else")
+    assert labels.value(line.labels, "source_workload") == ""
+    assert labels.value(line.labels, "source_workload_namespace") == "default"
+    assert line.destination == "10.1.0.1:15008"
+    assert line.hbone_destination == "10.1.0.1:8080"
+
+
+def test_a_connection_without_a_decision_is_logged_and_counted(rig: Rig) -> None:
+    rig.start()
+    line = ended(rig, 0, Kind.OUTBOUND, Reason.DECISION_TIMEOUT)
+    assert line.reason is Reason.DECISION_TIMEOUT
+    assert labels.value(line.labels, "source_workload") == "sleep"
+    assert rig.tunnel.events.early[line.labels, "CONNECT"] == 1
+    ended(rig, 0, Kind.OUTBOUND, Reason.CLIENT_RESET)
+    assert sum(rig.tunnel.events.early.values()) == 1
+
+
+def test_a_failed_handshake_is_logged_with_what_was_wrong(rig: Rig) -> None:
+    rig.start()
+    rig.outbound("10.2.0.1")
+    server_shows(rig, chain_of("sleep"))
+    failed = record(
+        Failed,
+        Kind.SERVER_CERTIFICATE,
+        rig.pod,
+        next(iter(rig.core.peers)),
+        ip("10.2.0.1"),
+        15008,
+        list(Reason).index(Reason.IDENTITY_MISMATCH),
+        "",
+    )
+    rig.core.report(failed)
+    rig.tunnel.pump()
+    line = rig.lines[-1]
+    assert line.handshake
+    assert line.direction == "outbound"
+    assert identity("httpbin") in line.error
+    assert identity("sleep") in line.error
+    assert rig.tunnel.events.handshake_failures["client", Reason.IDENTITY_MISMATCH] == 1
+
+
+def test_a_dial_that_times_out_names_port_15008(rig: Rig) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.outbound("10.2.0.1")]
+    line = ended(
+        rig,
+        decision,
+        Kind.OUTBOUND,
+        Reason.CONNECT_TIMEOUT,
+        upstream=ip("10.2.0.1"),
+        upstream_port=15008,
+    )
+    assert "15008" in line.error
+
+
+def test_inbound_names_the_service_that_has_this_endpoint(rig: Rig) -> None:
+    rig.start(service("sleep", ("10.96.0.5",), (Endpoint(SLEEP.uid, ""),)))
+    decision = rig.core.answers[rig.inbound("10.3.0.1")]
+    made = rig.tunnel.decisions.get(decision)
+    assert made is not None
+    assert labels.value(made.labels, "destination_service_name") == "sleep"
+    assert rig.core.decisions[decision] == Decision("deliver", rig.core.decisions[decision].series)

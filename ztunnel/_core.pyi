@@ -11,10 +11,10 @@ identities) are chosen by the caller, positive, below 2**63, and never used twic
 
 from typing import Final, NamedTuple
 
-OUTBOUND: Final[int]            # kinds of upcall and of ended connections
+OUTBOUND: Final[int]  # kinds of upcall and of ended connections
 INBOUND_PLAINTEXT: Final[int]
 INBOUND_HBONE: Final[int]
-PEER_CERTIFICATE: Final[int]    # upcall only: a client of ours-as-server showed its chain
+PEER_CERTIFICATE: Final[int]  # upcall only: a client of ours-as-server showed its chain
 SERVER_CERTIFICATE: Final[int]  # upcall only: a server that we dialled showed its chain
 
 REASONS: Final[tuple[str, ...]]
@@ -29,16 +29,17 @@ class Upcall(NamedTuple):
     kind: int
     epoch: int
     pod: int
-    source: bytes          # client address; for SERVER_CERTIFICATE empty
+    source: bytes  # client address; for SERVER_CERTIFICATE empty
     source_port: int
-    destination: bytes     # original destination; for SERVER_CERTIFICATE the peer's address
+    destination: bytes  # original destination; for SERVER_CERTIFICATE the peer's address
     destination_port: int
-    identity: int          # INBOUND_HBONE: the number answered for the peer's certificate; else 0
-    peer: int              # SERVER_CERTIFICATE: the peer's number; else 0
-    chain: tuple[bytes, ...]   # *_CERTIFICATE: DER, leaf first; else empty
+    identity: int  # INBOUND_HBONE: the number answered for the peer's certificate; else 0
+    peer: int  # SERVER_CERTIFICATE: the peer's number; else 0
+    chain: tuple[bytes, ...]  # *_CERTIFICATE: DER, leaf first; else empty
 
 class Ended(NamedTuple):
     """One relayed (or refused) connection has ended. `decision` is 0 when none was reached."""
+
     kind: int
     pod: int
     decision: int
@@ -47,46 +48,47 @@ class Ended(NamedTuple):
     source_port: int
     destination: bytes
     destination_port: int
-    upstream: bytes        # whom the core dialled; empty if nobody
+    upstream: bytes  # whom the core dialled; empty if nobody
     upstream_port: int
     started_us: int
     duration_us: int
-    received: int          # bytes from the application side client towards the server
-    sent: int              # bytes towards the client
-    reason: int            # index into REASONS
+    received: int  # bytes from the application side client towards the server
+    sent: int  # bytes towards the client
+    reason: int  # index into REASONS
 
 class Failed(NamedTuple):
     """A TLS or HTTP/2 connection failed before it carried a stream (handshake, certificate …)."""
-    kind: int              # PEER_CERTIFICATE: we were the server; SERVER_CERTIFICATE: the client
+
+    kind: int  # PEER_CERTIFICATE: we were the server; SERVER_CERTIFICATE: the client
     pod: int
     peer: int
     address: bytes
     port: int
     reason: int
-    detail: str            # OpenSSL's reason string or errno text, at most 120 characters
+    detail: str  # OpenSSL's reason string or errno text, at most 120 characters
 
 class SeriesCounters(NamedTuple):
     opened: int
     closed: int
-    failed: tuple[int, ...]    # by reason
+    failed: tuple[int, ...]  # by reason
     received: int
     sent: int
 
 class Stats(NamedTuple):
-    connections: int               # open application connections
-    tls_connections: int           # open HBONE connections, both sides
-    handshakes_client: tuple[int, ...]   # histogram, see HISTOGRAM_BOUNDS_US
+    connections: int  # open application connections
+    tls_connections: int  # open HBONE connections, both sides
+    handshakes_client: tuple[int, ...]  # histogram, see HISTOGRAM_BOUNDS_US
     handshakes_client_sum_us: int
     handshakes_server: tuple[int, ...]
     handshakes_server_sum_us: int
     handshake_failures: tuple[int, ...]  # by reason
     upcalls: int
-    upcall_latency: tuple[int, ...]      # histogram
+    upcall_latency: tuple[int, ...]  # histogram
     upcall_latency_sum_us: int
     table_hits: int
     events_lost: int
-    workers: tuple[tuple[int, int], ...] # per worker: connections open, connections accepted
-    last_loop_us: tuple[int, ...]        # per worker: when its loop last turned (watchdog)
+    workers: tuple[tuple[int, int], ...]  # per worker: connections open, connections accepted
+    last_loop_us: tuple[int, ...]  # per worker: when its loop last turned (watchdog)
 
 class Core:
     def __init__(self, workers: int, functions: dict[str, int]) -> None:
@@ -103,8 +105,16 @@ class Core:
         """From this call's return on, no table entry made before it is used again."""
 
     # pods. Descriptors are duplicated; the caller keeps its own.
-    def add_pod(self, pod: int, netns: int, outbound: int, inbound: int, hbone: int,
-                addresses: tuple[bytes, ...], credential: int) -> None: ...
+    def add_pod(
+        self,
+        pod: int,
+        netns: int,
+        outbound: int,
+        inbound: int,
+        hbone: int,
+        addresses: tuple[bytes, ...],
+        credential: int,
+    ) -> None: ...
     def remove_pod(self, pod: int) -> None:
         """Stop listening and end every connection of the pod."""
 
@@ -132,8 +142,9 @@ class Core:
         `address` empty: to the original destination."""
     def decide_deliver(self, decision: int, series: int) -> None:
         """Inbound: to the application at the original destination, from the client's address."""
-    def decide_tunnel(self, decision: int, series: int, peer: int, authority: str, baggage: str,
-                      host: str) -> None:
+    def decide_tunnel(
+        self, decision: int, series: int, peer: int, authority: str, baggage: str, host: str
+    ) -> None:
         """CONNECT `authority` over the peer's pool; `host` is `forwarded`'s host, or empty."""
     def decide_balance(self, decision: int, choices: tuple[tuple[int, int], ...]) -> None:
         """(decision, weight): the choice is made for each connection. Not nested."""

@@ -44,8 +44,8 @@ __all__ = [
     "Endpoint",
     "Frame",
     "FrameDecoder",
-    "Hello",
     "HeldPod",
+    "Hello",
     "Message",
     "Mode",
     "Pod",
@@ -144,11 +144,11 @@ class Endpoint(_Base, frozen=True, tag="endpoint"):
     workload: str
     address: str
     weight: int = 1
-    ports: dict[int, int] = {}  # noqa: RUF012 - msgspec copies mutable defaults
+    ports: dict[int, int] = {}
 
 
 class Service(_Base, frozen=True, tag="service"):
-    """A service: virtual addresses and ports that stand for endpoints. `uid` is "namespace/hostname"."""
+    """Virtual addresses and ports that stand for endpoints. `uid` is "namespace/hostname"."""
 
     uid: str
     hostname: str
@@ -168,8 +168,8 @@ class WorkloadPolicy(_Base, frozen=True, tag="workload_policy"):
     uid: str
     mode: Mode
     origin: str
-    port_modes: dict[int, Mode] = {}  # noqa: RUF012
-    port_origins: dict[int, str] = {}  # noqa: RUF012
+    port_modes: dict[int, Mode] = {}
+    port_origins: dict[int, str] = {}
 
 
 class Credential(_Base, frozen=True, tag="credential"):
@@ -277,7 +277,7 @@ class Query(_Base, frozen=True, tag="query"):
 
     id: int
     what: str
-    args: dict[str, str] = {}  # noqa: RUF012
+    args: dict[str, str] = {}
 
 
 class Answer(_Base, frozen=True, tag="answer"):
@@ -314,7 +314,7 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message, fds: int = 0) -> bytes:
-    """Return the frame for `message`. Raises ValueError above MAX_FRAME or MAX_FDS: our own error."""
+    """Return the frame for `message`. Raises ValueError, our own error, above the limits."""
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME:
         raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")

@@ -19,7 +19,7 @@ from ztunnel import _core
 pytestmark = pytest.mark.netns
 
 FAMILIES = pytest.mark.parametrize(
-    ("server", "client"), [(SERVER_V4, CLIENT_V4), (SERVER_V6, CLIENT_V6)], ids=["v4", "v6"]
+    "server, client", [(SERVER_V4, CLIENT_V4), (SERVER_V6, CLIENT_V6)], ids=["v4", "v6"]
 )
 
 

@@ -3,13 +3,12 @@
 This module owns the conversion between that form and text, and the questions that decide whether
 an address may be dialled. It promises that an IPv4 address and its IPv4-mapped spelling are the
 same value and get the same answers (Python's `ipaddress` does not promise that: RFC 4291, 2.5.5.2
-addresses are neither loopback nor equal to their IPv4 there). It may not resolve names, nor open
-sockets.
+addresses are neither loopback nor equal to their IPv4 there). It may not resolve names.
 """
 
 from __future__ import annotations
 
-import socket
+import ipaddress
 from typing import Final
 
 __all__ = [
@@ -27,18 +26,29 @@ ANY: Final = b""
 """The core's way to say "no address"."""
 
 
-def pack(spelling: str) -> bytes:
-    """Return the 16 bytes of an address in text. Raises ValueError: no scope ids, no names.
+_OCTETS: Final = {str(number): number for number in range(256)}
+"""The only spellings of an octet: no leading zeros, signs, spaces or other scripts' digits."""
 
-    inet_pton(3) is as strict as `ipaddress` (four decimal parts without leading zeros; RFC 4291),
-    knows no scope ids, whose text is free (CVE-2026-26310), and takes a tenth of the time.
-    """
-    try:
-        if ":" in spelling:
-            return socket.inet_pton(socket.AF_INET6, spelling)
-        return _MAPPED + socket.inet_pton(socket.AF_INET, spelling)
-    except OSError:
-        raise ValueError("not an IP address, or one with a scope") from None
+_IPV4_OCTETS: Final = 4
+
+
+def pack(spelling: str) -> bytes:
+    """Return the 16 bytes of an address in text. Raises ValueError: no scope ids, no names."""
+    if ":" not in spelling:
+        # Not by `ipaddress`, which takes ten times as long: a mesh has 100,000 of them.
+        parts = spelling.split(".")
+        try:
+            packed = bytes([_OCTETS[part] for part in parts])
+        except KeyError:
+            raise ValueError("not an IP address") from None
+        if len(packed) != _IPV4_OCTETS:
+            raise ValueError("not an IP address")
+        return _MAPPED + packed
+    address = ipaddress.IPv6Address(spelling)
+    if address.scope_id is not None:
+        # A scope id is free text (CVE-2026-26310) and means nothing on another node.
+        raise ValueError("an address with a scope id is not valid here")
+    return address.packed
 
 
 def is_ipv4(packed: bytes) -> bool:
@@ -50,8 +60,8 @@ def text(packed: bytes) -> str:
     if not packed:
         return ""
     if is_ipv4(packed):
-        return socket.inet_ntop(socket.AF_INET, packed[12:])
-    return socket.inet_ntop(socket.AF_INET6, packed)
+        return ".".join(map(str, packed[12:]))
+    return str(ipaddress.IPv6Address(packed))
 
 
 def authority(packed: bytes, port: int) -> str:

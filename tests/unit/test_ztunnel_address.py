@@ -22,7 +22,22 @@ def test_each_address_has_one_form(spelling: str, canonical: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spelling", ["fe80::1%eth0", "10.0.0.01", "127.1", "host", "", "1.2.3.4/8"]
+    "spelling",
+    [
+        "fe80::1%eth0",
+        "10.0.0.01",
+        "127.1",
+        "host",
+        "",
+        "1.2.3.4/8",
+        "1.2.3.256",
+        "1.2.3.+4",
+        "1.2.3.٤",
+        "1.2.3",
+        "1.2.3.4.5",
+        " 1.2.3.4",
+        "1.2.3.4\n",
+    ],
 )
 def test_what_is_no_plain_address_is_refused(spelling: str) -> None:
     with pytest.raises(ValueError, match=r".+"):

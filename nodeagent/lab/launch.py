@@ -10,6 +10,7 @@ recording it never runs. It uses the standard library alone, for it also runs as
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import sys
@@ -106,7 +107,12 @@ def _own_names(place: Place) -> None:
         mount(place.hosts, HOSTS, "", MS_BIND)
     for point, kind in reversed(mounts()):
         if kind in HIDDEN_FILESYSTEMS:
-            unmount(point)
+            try:
+                unmount(point)
+            except OSError as error:
+                # Gone meanwhile: whoever removes a namespace of theirs removes its copy here too.
+                if error.errno not in (errno.ENOENT, errno.EINVAL):
+                    raise
     if place.hostname:
         name = place.hostname.encode()
         _check(_libc.sethostname(name, ctypes.c_size_t(len(name))), "sethostname")

@@ -22,7 +22,7 @@
 #include <linux/pkt_cls.h>
 
 /* IPv6 headers between the fixed one and TCP; longer chains are refused as unreadable. */
-#define MAX_EXTENSIONS 8
+#define MAX_EXTENSIONS 5
 
 /* linux/ip.h and linux/ipv6.h use bit fields: these are the parts that are read here. */
 struct ip4 {

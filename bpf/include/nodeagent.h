@@ -36,8 +36,11 @@ enum slot {
 
 /* Addresses of one pod: more than anything real, and a bound for the verifier. */
 #define MAX_ADDRESSES 16
-/* Ports that differ from the pod's default mode. With more, nodeagent treats all as strict. */
-#define MAX_EXCEPTIONS 64
+/*
+ * Ports that differ from the pod's default mode. They matter to connections older than the
+ * enrolment only. With more, nodeagent treats all as strict; each costs the verifier time.
+ */
+#define MAX_EXCEPTIONS 16
 
 struct address {
     __u32 word[4]; /* network byte order */

@@ -293,12 +293,42 @@ static PyObject *create_map(PyObject *module, PyObject *arguments) {
     return fd < 0 ? fail(-fd, name) : PyLong_FromLong(fd);
 }
 
+/*
+ * Raise OSError unless the map's key and value have these sizes: the kernel reads and writes by the
+ * map's own, and a pinned map may be another version's.
+ */
+static int check_sizes(int fd, Py_ssize_t key, Py_ssize_t value) {
+    struct bpf_map_info info = {0};
+    __u32 size = sizeof(info);
+    Py_ssize_t needed;
+    int error;
+
+    error = bpf_obj_get_info_by_fd(fd, &info, &size);
+    if (error) {
+        fail(-error, "map info");
+        return -1;
+    }
+    needed = info.value_size;
+    if (info.type == BPF_MAP_TYPE_PERCPU_ARRAY)
+        needed = (needed + 7) / 8 * 8 * libbpf_num_possible_cpus();
+    if (key != info.key_size || value < needed) {
+        fail(EINVAL, "the map has another shape");
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *update_map(PyObject *module, PyObject *arguments) {
     Py_buffer key, value;
     int fd, error;
 
     if (!PyArg_ParseTuple(arguments, "iy*y*", &fd, &key, &value)) return NULL;
     words_used = 0;
+    if (check_sizes(fd, key.len, value.len)) {
+        PyBuffer_Release(&key);
+        PyBuffer_Release(&value);
+        return NULL;
+    }
     error = bpf_map_update_elem(fd, key.buf, value.buf, BPF_ANY);
     PyBuffer_Release(&key);
     PyBuffer_Release(&value);
@@ -326,6 +356,10 @@ static PyObject *read_map(PyObject *module, PyObject *arguments) {
 
     if (!PyArg_ParseTuple(arguments, "iy*I", &fd, &key, &size)) return NULL;
     words_used = 0;
+    if (check_sizes(fd, key.len, size)) {
+        PyBuffer_Release(&key);
+        return NULL;
+    }
     value = PyBytes_FromStringAndSize(NULL, size);
     error = value ? bpf_map_lookup_elem(fd, key.buf, PyBytes_AS_STRING(value)) : 0;
     PyBuffer_Release(&key);

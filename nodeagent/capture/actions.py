@@ -7,13 +7,12 @@ mean the same to the kernel. It may not touch the kernel, and decides nothing.
 
 from __future__ import annotations
 
-import socket
 from typing import Final
 
 import msgspec
 
-from nodeagent.capture.layout import PORTS, TABLE
-from nodeagent.pods.interfaces import LO_INDEX, Device
+from nodeagent.capture.layout import PORTS, TABLE, V6
+from nodeagent.pods.values import LO_INDEX, Device
 
 __all__ = [
     "DIRECTIONS",
@@ -42,6 +41,7 @@ __all__ = [
     "FillSlot",
     "Filter",
     "MarkOlder",
+    "NetlinkAction",
     "OpenListener",
     "Route",
     "Rule",
@@ -94,7 +94,7 @@ class Rule(msgspec.Struct, frozen=True, order=True):
         return self.table == TABLE and not self.mask
 
     def __str__(self) -> str:
-        family = "-6 " if self.family == socket.AF_INET6 else ""
+        family = "-6 " if self.family == V6 else ""
         mark = f" fwmark {self.mark:#x}" if self.mask else ""
         protocol = f" ipproto {self.protocol}" if self.protocol else ""
         where = f" table {self.table}" if self.table else ""
@@ -113,7 +113,7 @@ class Route(msgspec.Struct, frozen=True, order=True):
     kind: int = 2  # RTN_LOCAL
 
     def __str__(self) -> str:
-        family = "-6 " if self.family == socket.AF_INET6 else ""
+        family = "-6 " if self.family == V6 else ""
         return f"{family}route {self.destination} src {self.source} table {TABLE}"
 
 
@@ -244,6 +244,17 @@ class DeleteFilter(msgspec.Struct, frozen=True):
         return f"device {self.filter.device} has a wrong {self.filter.direction} filter"
 
 
+NetlinkAction = (
+    AddRule
+    | DeleteRule
+    | AddRoute
+    | DeleteRoute
+    | AddClsact
+    | DeleteClsact
+    | AddFilter
+    | DeleteFilter
+)
+
 Action = (
     OpenListener
     | FillSlot
@@ -251,15 +262,8 @@ Action = (
     | SetSysctl
     | AttachLink
     | Detach
-    | AddRule
-    | DeleteRule
-    | AddRoute
-    | DeleteRoute
     | MarkOlder
-    | AddClsact
-    | DeleteClsact
-    | AddFilter
-    | DeleteFilter
+    | NetlinkAction
 )
 
 

@@ -9,17 +9,18 @@ there, one at a time for each pod.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeGuard
 
 from pyroute2 import IPRoute
 
-from nodeagent.capture import _libbpf, actions, netlink, older
+from nodeagent.capture import _libbpf, actions, netlink_read, netlink_write, older
 from nodeagent.capture import plan as planning
 from nodeagent.capture.layout import PORTS, SLOTS, pack_settings
-from nodeagent.capture.listeners import is_listening, open_listener, sock_cookie
+from nodeagent.capture.listeners import PortTakenError, is_listening, open_listener, sock_cookie
 from nodeagent.capture.model import Enforcement
 from nodeagent.capture.objects import PodObjects, Record
 from nodeagent.pods import NetnsHandle
@@ -59,16 +60,16 @@ class PodExecutor:
         """Return what the namespace and the pins have now. Raises OSError."""
         interfaces = collect_interfaces(route)
         self._local = planning.local_addresses(self.addresses, interfaces)
-        clsact = netlink.read_clsact(route)
+        clsact = netlink_read.read_clsact(route)
         capture, programs = self.objects.program_ids(self._local)
         return planning.Found(
             interfaces=interfaces,
             families=_families(),
-            rules=netlink.read_rules(route),
-            routes=netlink.read_routes(route),
+            rules=netlink_read.read_rules(route),
+            routes=netlink_read.read_routes(route),
             sysctls={name: _read_sysctl(name) for name in planning.wanted_sysctls(interfaces)},
             clsact=clsact,
-            filters=netlink.read_filters(route, clsact),
+            filters=netlink_read.read_filters(route, clsact),
             link=self.objects.link(),
             capture=capture,
             programs=programs,
@@ -128,25 +129,57 @@ class PodExecutor:
 
     # --- doing ---
 
-    def apply(self, route: IPRoute, steps: Iterable[actions.Action]) -> None:
-        """Do all, or undo what was done and raise the first error."""
+    def apply(self, steps: Iterable[actions.Action]) -> None:
+        """Do all, or undo what was done and raise the first error. Raises PortTakenError too."""
         done: list[actions.Action] = []
         try:
-            for action in steps:
-                self.do(route, action)
+            for action, error in self._each(steps):
+                if error is not None:
+                    raise error
                 done.append(action)
-        except Exception as error:
-            for action in reversed(done):
-                undo = actions.inverse(action)
-                if undo is not None:
-                    try:
-                        self.do(route, undo)
-                    except OSError as second:
-                        error.add_note(f"and could not be undone: {action}: {second}")
+        except (OSError, PortTakenError) as error:
+            undo = [actions.inverse(action) for action in reversed(done)]
+            for action, second in self._each(step for step in undo if step is not None):
+                if second is not None:
+                    error.add_note(f"could not be undone: {action}: {second}")
             raise
 
-    def do(self, route: IPRoute, action: actions.Action) -> None:  # noqa: C901, PLR0912 - a table
-        """Do one thing. Raises OSError, PortTakenError."""
+    def _each(
+        self, steps: Iterable[actions.Action]
+    ) -> Iterator[tuple[actions.Action, OSError | None]]:
+        """Do all, whatever fails, and yield each with its error. Those that were done come first
+        within each group that is sent to the kernel together.
+        """
+        for is_netlink, group in itertools.groupby(steps, _is_netlink):
+            if is_netlink:
+                batch = [action for action in group if _is_netlink(action)]
+                results = list(zip(batch, self.write(batch), strict=True))
+                yield from sorted(results, key=lambda result: result[1] is not None)
+                continue
+            for action in group:
+                try:
+                    self.do(action)
+                except OSError as error:
+                    yield action, error
+                else:
+                    yield action, None
+
+    def write(self, batch: Sequence[actions.NetlinkAction]) -> list[OSError | None]:
+        """Make changes of routing and filters together. Raises OSError if a program is refused."""
+        return netlink_write.write(
+            [
+                (
+                    action,
+                    self.objects.guard(action.direction, self._local)
+                    if isinstance(action, actions.AddFilter)
+                    else 0,
+                )
+                for action in batch
+            ]
+        )
+
+    def do(self, action: actions.Action) -> None:
+        """Do one thing that netlink has no part in. Raises OSError, PortTakenError."""
         match action:
             case actions.OpenListener(slot):
                 self._open(slot)
@@ -162,27 +195,10 @@ class PodExecutor:
                 self.objects.attach(self.netns.fd, self._local)
             case actions.Detach():
                 self.objects.detach()
-            case actions.AddRule(rule):
-                netlink.add_rule(route, rule)
-            case actions.DeleteRule(rule):
-                netlink.delete_rule(route, rule)
-            case actions.AddRoute(item):
-                netlink.add_route(route, item)
-            case actions.DeleteRoute(item):
-                netlink.delete_route(route, item)
             case actions.MarkOlder():
                 marker = self._marker()
                 if marker is not None:
                     _libbpf.run_iterator(marker)
-            case actions.AddClsact(device):
-                netlink.add_clsact(route, device.index)
-            case actions.DeleteClsact(index):
-                netlink.delete_clsact(route, index)
-            case actions.AddFilter(device, direction):
-                program = self.objects.guard(direction, self._local)
-                netlink.put_filter(route, device.index, direction, program)
-            case actions.DeleteFilter(item):
-                netlink.delete_filter(route, item)
 
     def prune(self) -> None:
         """Unpin programs that were replaced; call after a whole `apply`."""
@@ -226,15 +242,17 @@ class PodExecutor:
             found = self.read(route)
             before = dict(record.sysctls) if record else {}
             clsact = record.clsact if record else frozenset()
-            for action in planning.removal(found, before, clsact):
-                try:
-                    self.do(route, action)
-                except OSError as error:
-                    errors.append(OSError(error.errno, f"{action}: {error}"))
+        for _, error in self._each(planning.removal(found, before, clsact)):
+            if error is not None:
+                errors.append(error)
         if errors:
             raise ExceptionGroup(f"pod {self.uid} could not be released completely", errors)
         self.objects.remove()
         self.close()
+
+
+def _is_netlink(action: actions.Action) -> TypeGuard[actions.NetlinkAction]:
+    return isinstance(action, actions.NetlinkAction)
 
 
 def _families() -> frozenset[int]:

@@ -27,6 +27,8 @@ __all__ = [
     "SETTINGS_SIZE",
     "SLOTS",
     "TABLE",
+    "V4",
+    "V6",
     "mapped",
     "pack_config",
     "pack_settings",
@@ -44,11 +46,15 @@ MARK_TUNNEL: Final = 0x539
 MARK_DELIVERY: Final = 0x111
 MARK_OLDER: Final = 0x53A
 
+V4: Final = 2
+V6: Final = 10
+"""AF_INET and AF_INET6 of Linux: plain numbers, because the plan is made without sockets."""
+
 TABLE: Final = 100
 """Routing table in the pod that turns everything to `lo`."""
 
 MAX_ADDRESSES: Final = 16
-MAX_EXCEPTIONS: Final = 64
+MAX_EXCEPTIONS: Final = 16
 
 RECORD_SIZE: Final = 3072
 """Bytes of a pod's record: twice what the longest names and sixteen addresses take. The array that

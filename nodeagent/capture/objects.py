@@ -129,6 +129,11 @@ class PodObjects:
             self._pin(name, fd)
         return fd
 
+    def _readable(self, name: str) -> int | None:
+        """Return the map if it is there in the shape that this version reads."""
+        fd = self._open(name)
+        return fd if fd is not None and _libbpf.map_info(fd) == _MAPS[name] else None
+
     def exists(self) -> bool:
         """Whether the pod's record is there, and so perhaps anything else of it."""
         return (self.directory / "record").exists()
@@ -191,11 +196,11 @@ class PodObjects:
         _libbpf.update_map(self._map("settings"), _ZERO, value)
 
     def settings(self) -> bytes:
-        fd = self._open("settings")
+        fd = self._readable("settings")
         return b"" if fd is None else _libbpf.read_map(fd, _ZERO, SETTINGS_SIZE)
 
     def counters(self) -> dict[str, int]:
-        fd = self._open("counters")
+        fd = self._readable("counters")
         if fd is None:
             return dict.fromkeys(COUNTERS, 0)
         cpus = _libbpf.possible_cpus()

@@ -9,7 +9,6 @@ touch the kernel.
 from __future__ import annotations
 
 import ipaddress
-import socket
 
 import msgspec
 
@@ -49,8 +48,10 @@ from nodeagent.capture.layout import (
     MARK_TUNNEL,
     SLOTS,
     TABLE,
+    V4,
+    V6,
 )
-from nodeagent.pods.interfaces import Interfaces
+from nodeagent.pods.values import Interfaces
 
 __all__ = [
     "Found",
@@ -106,7 +107,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def _family(address: str) -> int:
     four = ipaddress.ip_address(address).version == 4  # noqa: PLR2004
-    return socket.AF_INET if four else socket.AF_INET6
+    return V4 if four else V6
 
 
 def local_addresses(workload: tuple[str, ...], interfaces: Interfaces) -> tuple[str, ...]:
@@ -158,7 +159,7 @@ def wanted_sysctls(interfaces: Interfaces) -> dict[str, str]:
 
 def conflicts(found: Found) -> list[str]:
     """Return what others have put where ours would go, in words; empty when nothing."""
-    ours = {rule for family in (socket.AF_INET, socket.AF_INET6) for rule in wanted_rules(family)}
+    ours = {rule for family in (V4, V6) for rule in wanted_rules(family)}
     rules = [f"{rule}" for rule in sorted(found.rules - ours) if rule.preference in PREFERENCES]
     rules += [f"{rule}" for rule in sorted(found.rules - ours) if rule.table == TABLE]
     routes = [f"{route}" for route in sorted(found.routes) if not _may_be_ours(route)]
@@ -266,7 +267,7 @@ def removal(found: Found, before: dict[str, str], clsact_before: frozenset[str])
     for index in sorted(found.clsact):
         if names.get(index) not in clsact_before and index not in others:
             actions.append(DeleteClsact(index))
-    ours = {rule for family in (socket.AF_INET, socket.AF_INET6) for rule in wanted_rules(family)}
+    ours = {rule for family in (V4, V6) for rule in wanted_rules(family)}
     actions += [
         DeleteRule(rule)
         for rule in sorted(found.rules & ours, key=lambda rule: (not rule.diverts, rule))

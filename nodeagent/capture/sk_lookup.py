@@ -137,13 +137,17 @@ class SkLookupCapture:
                     listening=all(objects.slots()),
                 )
             )
+            objects.close()
         return recovered
 
     async def counters(self, uid: str) -> dict[str, int]:
         async with self._locked(uid):
             pod = self._known(uid)
             with _errors(uid):
-                return pod.objects.counters()
+                try:
+                    return pod.objects.counters()
+                finally:
+                    pod.objects.close()
 
     async def probe(self) -> list[Finding]:
         return await self._threads.run_home(probe, self._bpf_dir)
@@ -201,7 +205,11 @@ class SkLookupCapture:
 
     async def _inside(self, pod: PodExecutor, function: Callable[..., T], *args: object) -> T:
         with _errors(pod.uid):
-            return await self._threads.run(pod.netns.fd, function, *args)
+            try:
+                return await self._threads.run(pod.netns.fd, function, *args)
+            finally:
+                # Opened again in microseconds; kept, they would be nine descriptors a pod.
+                pod.objects.close()
 
     # --- inside the namespace, on a thread ---
 
@@ -223,7 +231,7 @@ class SkLookupCapture:
                 )
             try:
                 pod.remember(found)
-                self._apply(route, pod, found)
+                self._apply(pod, found)
                 pod.cut()
                 pod.prune()
             except BaseException as error:
@@ -234,11 +242,11 @@ class SkLookupCapture:
                     pod.objects.remove()
                 raise
 
-    def _apply(self, route: IPRoute, pod: PodExecutor, found: planning.Found) -> list[Action]:
+    def _apply(self, pod: PodExecutor, found: planning.Found) -> list[Action]:
         """Plan and apply. A port that is taken leaves the pod closed where mutual TLS is due."""
         actions = planning.plan(pod.wanted(found), found)
         try:
-            pod.apply(route, actions)
+            pod.apply(actions)
         except PortTakenError as error:
             detail = str(error)
             if not found.link:
@@ -248,7 +256,7 @@ class SkLookupCapture:
                 rest = [
                     action for action in actions if not isinstance(action, OpenListener | FillSlot)
                 ]
-                pod.apply(route, rest)
+                pod.apply(rest)
                 detail += "; until then the pod is closed: no TCP enters or leaves it"
             raise CaptureError(pod.uid, CaptureReason.PORT_TAKEN, detail) from None
         return actions
@@ -269,7 +277,7 @@ class SkLookupCapture:
             found = pod.read(route)
             deviations = _deviations(found, planning.plan(pod.wanted(found), found))
             pod.remember(found)
-            actions = self._apply(route, pod, found)
+            actions = self._apply(pod, found)
             pod.cut()
             pod.prune()
         reopened = any(isinstance(action, OpenListener) for action in actions)

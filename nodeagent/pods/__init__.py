@@ -6,15 +6,13 @@ inside a namespace: that is the capture's work.
 """
 
 from nodeagent.pods.interfaces import (
-    Address,
     AddressesMissingError,
-    Device,
-    Interfaces,
     read_interfaces,
     wait_for_addresses,
 )
 from nodeagent.pods.netns import NetnsError, NetnsHandle, NetnsReason, open_netns, pod_uid
 from nodeagent.pods.threads import NamespaceThreads
+from nodeagent.pods.values import Address, Device, Interfaces
 from nodeagent.pods.watch import Appeared, Change, Gone, PodWatcher, Unusable
 
 __all__ = [

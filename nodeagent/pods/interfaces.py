@@ -11,25 +11,18 @@ import asyncio
 import ipaddress
 from typing import Final
 
-import msgspec
 from pyroute2 import IPRoute
 
 from nodeagent.pods.netns import NetnsHandle
 from nodeagent.pods.threads import NamespaceThreads
+from nodeagent.pods.values import LO_INDEX, Address, Device, Interfaces
 
 __all__ = [
-    "LO_INDEX",
-    "Address",
     "AddressesMissingError",
-    "Device",
-    "Interfaces",
     "collect_interfaces",
     "read_interfaces",
     "wait_for_addresses",
 ]
-
-LO_INDEX: Final = 1
-"""Index of `lo` in every namespace: LOOPBACK_IFINDEX of the kernel."""
 
 ADDRESS_WAIT: Final = 10.0
 """Seconds in which a new pod's addresses should be ready. Duplicate detection takes two at most,
@@ -41,32 +34,6 @@ ADDRESS_POLL: Final = 0.05
 IFF_UP: Final = 0x1
 IFA_F_UNUSABLE: Final = 0x40 | 0x08
 """linux/if_addr.h: IFA_F_TENTATIVE, IFA_F_DADFAILED."""
-
-
-class Device(msgspec.Struct, frozen=True, order=True):
-    """A network device that is up."""
-
-    index: int
-    name: str
-
-
-class Address(msgspec.Struct, frozen=True, order=True):
-    """An address that is ready for use. `text` is canonical; link-local ones are left out."""
-
-    device: int
-    text: str
-
-
-class Interfaces(msgspec.Struct, frozen=True):
-    """Devices that are up, `lo` left out, and the addresses on them."""
-
-    devices: tuple[Device, ...]
-    addresses: tuple[Address, ...]
-
-    def missing(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of `wanted` that no device carries."""
-        there = {address.text for address in self.addresses}
-        return tuple(text for text in wanted if text not in there)
 
 
 class AddressesMissingError(Exception):

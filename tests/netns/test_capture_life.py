@@ -12,9 +12,16 @@ from contextlib import ExitStack
 
 import pytest
 
-from nodeagent.capture import CaptureError, CaptureReason, Listeners, SkLookupCapture
+from nodeagent.capture import (
+    CaptureError,
+    CaptureReason,
+    Listeners,
+    SkLookupCapture,
+)
+from nodeagent.capture.actions import NetlinkAction
 from nodeagent.capture.executor import PodExecutor
 from nodeagent.capture.layout import INBOUND_PORT, PORTS
+from nodeagent.capture.netlink_write import Encoder
 from nodeagent.capture.objects import PodObjects
 from nodeagent.pods import NamespaceThreads, NetnsError, NetnsReason, open_netns
 from support.captured import FAMILIES, PERMISSIVE, STRICT, Captured, captured, plain
@@ -228,6 +235,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None])
         return wrapper
 
     monkeypatch.setattr(PodExecutor, "do", before(PodExecutor.do))
+    monkeypatch.setattr(PodExecutor, "write", before(PodExecutor.write))
     monkeypatch.setattr(PodObjects, "_pin", before(PodObjects._pin))
 
 
@@ -256,7 +264,33 @@ def test_a_failure_at_any_step_is_undone(world: Captured) -> None:
         assert world.pod.dump() == before, f"step {at}"
         assert world.pins() == [], f"step {at}"
         at += 1
-    assert at > 25
+    assert at > 20
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Make the kernel refuse the `at`th change of routing or filters, counted from 1."""
+    numbers = itertools.count(1)
+    encode = Encoder.encode
+
+    def spoilt(encoder: Encoder, action: NetlinkAction, program: int) -> bytes:
+        message = bytearray(encode(encoder, action, program))
+        if next(numbers) == at:
+            message[4:6] = b"\xff\x7f"  # a message type that rtnetlink does not know
+        return bytes(message)
+
+    monkeypatch.setattr(Encoder, "encode", spoilt)
+
+
+def test_a_change_refused_by_the_kernel_undoes_the_whole_batch(world: Captured) -> None:
+    before = world.pod.dump()
+    for at in range(1, 16):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            refuse(monkeypatch, at)
+            error = failure(world)
+        assert error.reason is CaptureReason.KERNEL
+        assert "missing" in str(error) or "guard" in str(error) or "clsact" in str(error)
+        assert_gone(world, before)
+    world.enrol()
 
 
 def die() -> None:
@@ -301,7 +335,7 @@ def test_kill9_at_each_step(then: str) -> None:
             world.run(world.capture.remove(world.uid))
             assert world.pod.dump() == before, f"step {at}"
             assert world.pins() == [], f"step {at}"
-    assert at > 25
+    assert at > 20
 
 
 # --- coming back ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from nodeagent.capture import actions, plan
 from nodeagent.capture.layout import SLOTS
-from nodeagent.pods.interfaces import Address, Device, Interfaces
+from nodeagent.pods.values import Address, Device, Interfaces
 
 V4, V6 = int(socket.AF_INET), int(socket.AF_INET6)
 ETH0 = Device(2, "eth0")

@@ -1,26 +1,21 @@
-"""Rules, routes, qdiscs and filters of one namespace through pyroute2.
+"""Reading rules, routes, qdiscs and filters of one namespace through pyroute2.
 
-This module owns the translation between the plan's values and netlink. It promises to add exactly
-what it is told and to report a rule or route with any selector that ours never have as different
-from ours. It may not decide anything. All functions block and run inside the namespace.
+This module owns the translation from netlink to the plan's values. It promises to report a rule or
+route with any selector that ours never have as different from ours. It may not change anything.
+All functions block and use a socket that was made inside the namespace.
 """
 
 from __future__ import annotations
 
-import errno
 import socket
 import struct
 from collections.abc import Iterator
 from typing import Any, Final
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from nodeagent.capture.actions import (
     DIRECTIONS,
-    FILTER_HANDLE,
-    FILTER_NAME,
-    FILTER_PRIORITY,
     JUMP,
     LOOKUP,
     PREFERENCES,
@@ -28,29 +23,13 @@ from nodeagent.capture.actions import (
     Route,
     Rule,
 )
-from nodeagent.capture.layout import TABLE
+from nodeagent.capture.layout import TABLE, V4, V6
 
-__all__ = [
-    "add_clsact",
-    "add_route",
-    "add_rule",
-    "delete_clsact",
-    "delete_filter",
-    "delete_route",
-    "delete_rule",
-    "put_filter",
-    "read_clsact",
-    "read_filters",
-    "read_routes",
-    "read_rules",
-]
+__all__ = ["PARENTS", "read_clsact", "read_filters", "read_routes", "read_rules"]
 
 PARENTS: Final = {"egress": 0xFFFFFFF3, "ingress": 0xFFFFFFF2}
 """TC_H_CLSACT with TC_H_MIN_EGRESS and TC_H_MIN_INGRESS (linux/pkt_sched.h)."""
 
-ETH_P_ALL: Final = 3
-RTN_LOCAL: Final = 2
-RTPROT_STATIC: Final = 4
 TCA_BPF_ID: Final = 11
 TCA_HEADER: Final = 4
 
@@ -65,17 +44,6 @@ _RULE_ATTRIBUTES: Final = {
     "FRA_PROTOCOL",
 }
 """Attributes that Rule has fields for, and FRA_PROTOCOL, which only says who added the rule."""
-
-_GONE: Final = {errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EINVAL, errno.EADDRNOTAVAIL}
-"""What the kernel says when the thing to delete, or its parent, is not there."""
-
-
-def _forgiving(allowed: set[int], function: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    try:
-        function(*args, **kwargs)
-    except NetlinkError as error:
-        if error.code not in allowed:
-            raise OSError(error.code, str(error.args[-1])) from None
 
 
 # --- rules -------------------------------------------------------------------------------------
@@ -109,39 +77,12 @@ def read_rules(route: IPRoute) -> frozenset[Rule]:
     """Return rules up to our last priority, and any that lead to our table."""
     rules = (
         _rule(message)
-        for family in (socket.AF_INET, socket.AF_INET6)
-        for message in route.get_rules(family=family)
+        for message in route.get_rules(family=socket.AF_UNSPEC)
+        if message["family"] in (V4, V6)
     )
     return frozenset(
         rule for rule in rules if 0 < rule.preference < PREFERENCES.stop or rule.table == TABLE
     )
-
-
-def _rule_request(rule: Rule) -> dict[str, Any]:
-    request: dict[str, Any] = {
-        "family": rule.family,
-        "priority": rule.preference,
-        "action": rule.action,
-    }
-    if rule.table:
-        request["table"] = rule.table
-    if rule.target:
-        request["goto"] = rule.target
-    if rule.mask:
-        request |= {"fwmark": rule.mark, "fwmask": rule.mask}
-    if rule.interface:
-        request["iifname"] = rule.interface
-    if rule.protocol:
-        request["ip_proto"] = rule.protocol
-    return request
-
-
-def add_rule(route: IPRoute, rule: Rule) -> None:
-    _forgiving({errno.EEXIST}, route.rule, "add", **_rule_request(rule))
-
-
-def delete_rule(route: IPRoute, rule: Rule) -> None:
-    _forgiving(_GONE, route.rule, "del", **_rule_request(rule))
 
 
 # --- routes ------------------------------------------------------------------------------------
@@ -151,7 +92,7 @@ def read_routes(route: IPRoute) -> frozenset[Route]:
     """Return what is in our table."""
     return frozenset(
         Route(
-            family,
+            message["family"],
             message.get_attr("RTA_PREFSRC") or "",
             message.get_attr("RTA_OIF") or 0,
             f"{message.get_attr('RTA_DST')}/{message['dst_len']}"
@@ -159,33 +100,9 @@ def read_routes(route: IPRoute) -> frozenset[Route]:
             else "default",
             message["type"],
         )
-        for family in (socket.AF_INET, socket.AF_INET6)
-        for message in route.get_routes(family=family, table=TABLE)
+        for message in route.get_routes(family=socket.AF_UNSPEC, table=TABLE)
+        if message["family"] in (V4, V6)
     )
-
-
-def _route_request(item: Route) -> dict[str, Any]:
-    request: dict[str, Any] = {
-        "family": item.family,
-        "dst": item.destination,
-        "type": item.kind,
-        "oif": item.device,
-        "table": TABLE,
-    }
-    if item.source:
-        request["prefsrc"] = item.source
-    if item.kind == RTN_LOCAL:
-        # RT_SCOPE_HOST, as iproute2 sets it; IPv6 ignores it.
-        request["scope"] = 254
-    return request
-
-
-def add_route(route: IPRoute, item: Route) -> None:
-    _forgiving({errno.EEXIST}, route.route, "add", proto=RTPROT_STATIC, **_route_request(item))
-
-
-def delete_route(route: IPRoute, item: Route) -> None:
-    _forgiving(_GONE, route.route, "del", **_route_request(item))
 
 
 # --- qdiscs and filters ------------------------------------------------------------------------
@@ -198,14 +115,6 @@ def read_clsact(route: IPRoute) -> frozenset[int]:
         for message in route.get_qdiscs()
         if message.get_attr("TCA_KIND") == "clsact"
     )
-
-
-def add_clsact(route: IPRoute, device: int) -> None:
-    _forgiving({errno.EEXIST}, route.tc, "add", "clsact", device)
-
-
-def delete_clsact(route: IPRoute, device: int) -> None:
-    _forgiving(_GONE, route.tc, "del", "clsact", device)
 
 
 def _program(options: Any) -> int:  # noqa: ANN401
@@ -241,36 +150,4 @@ def read_filters(route: IPRoute, devices: frozenset[int]) -> frozenset[Filter]:
         for device in devices
         for direction in DIRECTIONS
         for item in _filters(route, device, direction)
-    )
-
-
-def put_filter(route: IPRoute, device: int, direction: str, program: int) -> None:
-    """Put the program (a descriptor) in our place, instead of what may be there."""
-    _forgiving(
-        set(),
-        route.tc,
-        "replace-filter",
-        "bpf",
-        index=device,
-        handle=FILTER_HANDLE,
-        fd=program,
-        name=FILTER_NAME,
-        parent=PARENTS[direction],
-        prio=FILTER_PRIORITY,
-        protocol=ETH_P_ALL,
-        direct_action=True,
-    )
-
-
-def delete_filter(route: IPRoute, item: Filter) -> None:
-    _forgiving(
-        _GONE,
-        route.tc,
-        "del-filter",
-        "bpf",
-        index=item.device,
-        handle=item.handle,
-        parent=PARENTS[item.direction],
-        prio=item.priority,
-        protocol=ETH_P_ALL,
     )

@@ -28,7 +28,7 @@ from nodeagent.pods.interfaces import collect_interfaces
 
 __all__ = ["PodExecutor"]
 
-SYSCTLS: Final = Path("/proc/sys/net/ipv4")
+SYSCTLS: Final = Path("/proc/sys/net")
 IPV6_ON_LO: Final = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
 
 
@@ -113,7 +113,7 @@ class PodExecutor:
         old = self.objects.record()
         if old is not None:
             clsact = old.clsact | {
-                name for name in clsact if f"conf/{name}/rp_filter" not in old.sysctls
+                name for name in clsact if f"ipv4/conf/{name}/rp_filter" not in old.sysctls
             }
             sysctls |= old.sysctls
         record = Record(

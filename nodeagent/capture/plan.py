@@ -151,10 +151,19 @@ def wanted_routes(addresses: tuple[str, ...], families: frozenset[int]) -> tuple
 
 
 def wanted_sysctls(interfaces: Interfaces) -> dict[str, str]:
-    """Return the sysctls that the capture needs, by name relative to /proc/sys/net/ipv4."""
+    """Return the sysctls that the capture needs, by name relative to /proc/sys/net.
+
+    The kernel's reset for a closed port belongs to no socket: only `fwmark_reflect` gives it the
+    mark that brings it back to the tunnel, which would wait for its deadline otherwise.
+    """
     names = ["all", "default", "lo", *(device.name for device in interfaces.devices)]
-    values = {f"conf/{name}/rp_filter": "0" for name in names}
-    return values | {"conf/all/accept_local": "1", "tcp_fwmark_accept": "1"}
+    values = {f"ipv4/conf/{name}/rp_filter": "0" for name in names}
+    return values | {
+        "ipv4/conf/all/accept_local": "1",
+        "ipv4/tcp_fwmark_accept": "1",
+        "ipv4/fwmark_reflect": "1",
+        "ipv6/fwmark_reflect": "1",
+    }
 
 
 def conflicts(found: Found) -> list[str]:

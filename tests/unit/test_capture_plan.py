@@ -17,12 +17,12 @@ ETH0 = Device(2, "eth0")
 INTERFACES = Interfaces((ETH0,), (Address(2, "10.0.0.1"), Address(2, "fd00::1")))
 WANTED = plan.Wanted(("10.0.0.1", "fd00::1"), b"settings", (11, 12, 13))
 SYSCTLS = {
-    "conf/all/rp_filter": "1",
-    "conf/default/rp_filter": "1",
-    "conf/lo/rp_filter": "0",
-    "conf/eth0/rp_filter": "1",
-    "conf/all/accept_local": "0",
-    "tcp_fwmark_accept": "0",
+    "ipv4/conf/all/rp_filter": "1",
+    "ipv4/conf/default/rp_filter": "1",
+    "ipv4/conf/lo/rp_filter": "0",
+    "ipv4/conf/eth0/rp_filter": "1",
+    "ipv4/conf/all/accept_local": "0",
+    "ipv4/tcp_fwmark_accept": "0",
 }
 BARE = plan.Found(
     interfaces=INTERFACES,
@@ -137,7 +137,7 @@ def test_ipv6_that_is_switched_off_is_left_alone() -> None:
         ({"slots": (11, 0, 13)}, ["FillSlot"]),
         ({"slots": (11, 99, 13)}, ["FillSlot"]),
         ({"settings": b"others"}, ["WriteSettings"]),
-        ({"sysctls": HEALTHY.sysctls | {"tcp_fwmark_accept": "0"}}, ["SetSysctl"]),
+        ({"sysctls": HEALTHY.sysctls | {"ipv4/tcp_fwmark_accept": "0"}}, ["SetSysctl"]),
         ({"link": 0}, ["AttachLink"]),
         ({"link": 6}, ["AttachLink"]),
         ({"routes": frozenset()}, ["AddRoute", "AddRoute"]),
@@ -203,13 +203,13 @@ def test_removal_leaves_what_others_changed_or_own() -> None:
     theirs = actions.Filter(2, "egress", 5, 1, "cilium", 5)
     found = change(
         HEALTHY,
-        sysctls=HEALTHY.sysctls | {"conf/eth0/rp_filter": "2"},
+        sysctls=HEALTHY.sysctls | {"ipv4/conf/eth0/rp_filter": "2"},
         filters=HEALTHY.filters | {theirs},
     )
     order = plan.removal(found, SYSCTLS, frozenset())
     assert actions.DeleteClsact(2) not in order
     assert actions.DeleteFilter(theirs) not in order
-    assert "conf/eth0/rp_filter" not in {a.name for a in order if isinstance(a, actions.SetSysctl)}
+    assert "ipv4/conf/eth0/rp_filter" not in {a.name for a in order if isinstance(a, actions.SetSysctl)}
     kept = plan.removal(HEALTHY, SYSCTLS, frozenset({"eth0"}))
     assert actions.DeleteClsact(2) not in kept
 

@@ -29,7 +29,7 @@ import structlog
 from nodeagent import mesh, reconcile, report
 from nodeagent.admin import Metrics, Status
 from nodeagent.admin.model import PodState
-from nodeagent.capture import Capture, Enrolment, Listeners, SkLookupCapture
+from nodeagent.capture import Capture, CaptureError, Enrolment, Listeners, SkLookupCapture
 from nodeagent.channel import close_all
 from nodeagent.control import ControlServer, QueryError
 from nodeagent.descriptors import KeptDescriptors
@@ -43,7 +43,7 @@ from nodeagent.sources import FilesSource, LastGood, Source, SourceState
 from ztunnel import protocol
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
 
-__all__ = ["Agent", "Built", "Parts", "build"]
+__all__ = ["Agent", "Built", "Parts", "Removed", "build"]
 
 TIGHTEN_SECONDS: Final = 2.0
 """For the pods' guards to close what a change closes, before ztunnel is told all the same: it
@@ -193,7 +193,7 @@ class Agent:
 
     async def _tighten(self, wanted: dict[str, reconcile.Wanted]) -> None:
         closing = [
-            self._spawn(keeper.tighten(wanted[uid].enforcement))
+            self._spawn(keeper.tighten(wanted[uid].closed))
             for uid, keeper in self._keepers.items()
             if uid in wanted
         ]
@@ -412,6 +412,14 @@ class Agent:
             self._own_at = time.monotonic()
 
 
+class Removed(msgspec.Struct, frozen=True):
+    """A pod that was taken out of the mesh, or `error` says why not."""
+
+    uid: str
+    netns: str
+    error: str
+
+
 class Built(msgspec.Struct, frozen=True):
     """An agent of concrete parts, and what ends with it."""
 
@@ -423,6 +431,22 @@ class Built(msgspec.Struct, frozen=True):
     async def probe(self) -> None:
         """Return once a worker thread has answered."""
         await self.threads.run_home(int)
+
+    async def uninstall(self, *, really: bool) -> AsyncIterator[Removed]:
+        """Remove every capture of this node, or only name them. The agent must not run."""
+        try:
+            found = await self.capture.recover()
+        except CaptureError as error:
+            yield Removed("", "", str(error))
+            return
+        for pod in found:
+            error_text = ""
+            if really:
+                try:
+                    await self.capture.remove(pod.uid)
+                except CaptureError as error:
+                    error_text = str(error)
+            yield Removed(pod.uid, pod.netns_path, error_text)
 
     async def close(self) -> None:
         """Close descriptors and threads; pods stay captured."""

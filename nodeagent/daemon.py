@@ -21,6 +21,7 @@ import structlog
 from nodeagent.admin import AdminServer, Status
 from nodeagent.admin.model import PodState
 from nodeagent.agent import Agent
+from nodeagent.capture import CaptureError
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
 from ztunnel import protocol
@@ -52,7 +53,7 @@ async def serve(
 ) -> None:
     """Run until SIGTERM or SIGINT. `probe` returns once a worker thread has answered.
 
-    Raises DaemonError and CaptureError when the start fails; ends with an exception, to be
+    Raises DaemonError when the start fails; ends with an exception, to be
     restarted, when one of the agent's loops does.
     """
     ending = asyncio.Event()
@@ -70,7 +71,10 @@ async def serve(
         await admin.serve(local.socket)
         await admin.serve(_listen(agent.settings.admin_address))
         manager.status("finding what an earlier run has enrolled")
-        await agent.recover()
+        try:
+            await agent.recover()
+        except CaptureError as error:
+            raise DaemonError(str(error)) from error
         tasks = [
             asyncio.ensure_future(agent.run(control.socket)),
             asyncio.ensure_future(_announce(agent, manager)),

@@ -29,13 +29,16 @@ from nodeagent.capture.model import (
 )
 from nodeagent.control import PodDescriptors
 from nodeagent.pods import NetnsHandle, pod_uid
-from nodeagent.reconcile import Enrolled, Step, Wanted
+from nodeagent.reconcile import Closed, Enrolled, Step, Wanted
 from ztunnel import protocol
 
 __all__ = ["Owner", "PodKeeper", "PodView", "Seam"]
 
 DROP_SECONDS: Final = 5.0
 """For ztunnel to let go of a pod; then the capture is removed all the same."""
+
+_SOON: Final = frozenset({CaptureReason.ADDRESS_MISSING, CaptureReason.LISTENERS_HELD})
+"""What somebody else is about to put right: whoever makes the pod, and ztunnel."""
 
 log = structlog.get_logger()
 
@@ -108,8 +111,8 @@ class PodKeeper:
         self._netns: NetnsHandle | None = None
         self._looked = False
         self._enrolled: Enrolled | None = None
-        self._enforced: Enforcement | None = None
-        self._due: Enforcement | None = None
+        self._enforced: Closed | None = None
+        self._due: Closed | None = None
         """What the next step is to put in force."""
         self._left: tuple[str, ...] = ()
         self._state = PodState.ENROLLING
@@ -150,7 +153,7 @@ class PodKeeper:
         self._failures = 0
         self._wake.set()
 
-    async def tighten(self, coming: Enforcement) -> None:
+    async def tighten(self, coming: Closed) -> None:
         """Close what `coming` closes, open nothing. Called before ztunnel hears of the change."""
         async with self._busy:
             if self._enrolled is None or self._enforced is None:
@@ -169,8 +172,8 @@ class PodKeeper:
 
     def permit(self) -> None:
         """Say that ztunnel has in force what is wanted now: what that opens may be opened."""
-        if self._wanted is not None and self._enforced not in (None, self._wanted.enforcement):
-            self._due = self._wanted.enforcement
+        if self._wanted is not None and self._enforced not in (None, self._wanted.closed):
+            self._due = self._wanted.closed
             self._wake.set()
 
     @property
@@ -207,7 +210,7 @@ class PodKeeper:
             async with self._busy:
                 delay = await self._step()
         except CaptureError as error:
-            return self._failure(error.detail, error.reason)
+            return self._failure(error.detail, soon=error.reason in _SOON)
         except Exception as error:
             # A defect of ours must not end the care for this pod, nor for the others.
             log.exception("pod: unexpected failure", workload=self.workload)
@@ -242,13 +245,13 @@ class PodKeeper:
         if self._enrolled is None:
             self._now(PodState.ENROLLING)
         uid = pod_uid(self.workload, netns.cookie)
-        enforcement = wanted.enforcement
+        closed = wanted.closed
         if self._enforced is not None:
-            enforcement = reconcile.together(self._enforced, enforcement)
+            closed = reconcile.together(self._enforced, closed)
         # A duplicate: the watcher may take ours back while a worker thread is inside. A
         # cancellation (the daemon ends) leaves it open, for the thread goes on.
         handle = netns.duplicate()
-        spec = PodSpec(uid, handle, wanted.addresses, enforcement)
+        spec = PodSpec(uid, handle, wanted.addresses, _enforcement(closed))
         try:
             enrolment = await self._capture.enrol(spec, self._owner.adoptable(uid))
         except CaptureError:
@@ -256,7 +259,7 @@ class PodKeeper:
             raise
         handle.close()
         self._enrolled = Enrolled(uid, netns.cookie, wanted.addresses)
-        self._enforced = enforcement
+        self._enforced = closed
         self._due = None
         log.info("pod enrolled", pod=uid, netns=wanted.netns, addresses=",".join(wanted.addresses))
         self._publish(enrolment)
@@ -323,9 +326,9 @@ class PodKeeper:
                 log.info("capture of an earlier run removed", pod=uid)
             self._left = tuple(other for other in self._left if other != uid)
 
-    async def _set_enforcement(self, uid: str, enforcement: Enforcement) -> None:
-        cut = await self._capture.set_enforcement(uid, enforcement)
-        self._enforced = enforcement
+    async def _set_enforcement(self, uid: str, closed: Closed) -> None:
+        cut = await self._capture.set_enforcement(uid, _enforcement(closed))
+        self._enforced = closed
         self._due = None
         log.info("pod enforcement set", pod=uid, older_connections_cut=cut)
 
@@ -336,9 +339,9 @@ class PodKeeper:
         self._looked = True
         self.wake()
 
-    def _failure(self, error: str, reason: CaptureReason = CaptureReason.KERNEL) -> float:
+    def _failure(self, error: str, *, soon: bool = False) -> float:
         self._failures += 1
-        delay = reconcile.retry_seconds(self._failures, reason)
+        delay = reconcile.retry_seconds(self._failures, soon=soon)
         if error != self._error:
             log.error("pod: failed", workload=self.workload, error=error, retry_seconds=delay)
         self._owner.failed(self.workload)
@@ -357,3 +360,9 @@ class PodKeeper:
             self._state = state
             self._since = self._clock()
             self._owner.progressed()
+
+
+def _enforcement(closed: Closed) -> Enforcement:
+    if closed.default:
+        return Enforcement(strict_default=True, permissive_ports=closed.ports)
+    return Enforcement(strict_default=False, strict_ports=closed.ports)

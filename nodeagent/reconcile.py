@@ -14,16 +14,16 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.capture.model import CaptureReason, Enforcement
 from ztunnel import protocol
 
 __all__ = [
     "AUDIT_SECONDS",
+    "Closed",
     "Enrolled",
     "Step",
     "Wanted",
+    "closed_by",
     "decide",
-    "enforcement_of",
     "retry_seconds",
     "together",
     "unwanted",
@@ -44,7 +44,19 @@ longer than this."""
 MAX_WAIT_SECONDS: Final = 1.0
 """For what somebody else is about to do: give the pod its address, hand over its listeners."""
 
-_WAITS: Final = frozenset({CaptureReason.ADDRESS_MISSING, CaptureReason.LISTENERS_HELD})
+
+class Closed(msgspec.Struct, frozen=True):
+    """Which local ports take mutual TLS only: all by default or none, with exceptions.
+
+    Equal values mean the same and the other way round: only ports that differ from `default` are
+    named, in `ports`.
+    """
+
+    default: bool
+    ports: frozenset[int] = frozenset()
+
+    def is_strict(self, port: int) -> bool:
+        return self.default != (port in self.ports)
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -54,7 +66,7 @@ class Wanted(msgspec.Struct, frozen=True):
     netns: str
     identity: str
     addresses: tuple[str, ...]
-    enforcement: Enforcement
+    closed: Closed
 
 
 class Enrolled(msgspec.Struct, frozen=True):
@@ -102,31 +114,33 @@ def wanted_pods(
     for uid, netns in bindings.items():
         workload = workloads.get(uid)
         if workload is not None:
-            enforcement = enforcement_of(policies.get(uid))
-            pods[uid] = Wanted(uid, netns, workload.identity, workload.addresses, enforcement)
+            closed = closed_by(policies.get(uid))
+            pods[uid] = Wanted(uid, netns, workload.identity, workload.addresses, closed)
     return pods
 
 
-def enforcement_of(policy: protocol.WorkloadPolicy | None) -> Enforcement:
-    """Return which ports take mutual TLS only, in one spelling for one meaning."""
+def closed_by(policy: protocol.WorkloadPolicy | None) -> Closed:
+    """Return what a policy closes to plaintext."""
     if policy is None:
-        return Enforcement(strict_default=True)
+        return Closed(default=True)
     default = policy.mode is protocol.Mode.STRICT
-    strict = {port for port, mode in policy.port_modes.items() if mode is protocol.Mode.STRICT}
-    return _enforcement(default, strict, policy.port_modes.keys())
+    differs = (
+        port
+        for port, mode in policy.port_modes.items()
+        if (mode is protocol.Mode.STRICT) != default
+    )
+    return Closed(default, frozenset(differs))
 
 
-def together(old: Enforcement, new: Enforcement) -> Enforcement:
-    """Return what is strict wherever `old` or `new` is: in force while one becomes the other."""
-    ports = old.strict_ports | old.permissive_ports | new.strict_ports | new.permissive_ports
-    strict = {port for port in ports if old.is_strict(port) or new.is_strict(port)}
-    return _enforcement(old.strict_default or new.strict_default, strict, ports)
-
-
-def _enforcement(default: bool, strict: set[int], ports: Iterable[int]) -> Enforcement:  # noqa: FBT001
-    if default:
-        return Enforcement(default, permissive_ports=frozenset(ports) - strict)
-    return Enforcement(default, strict_ports=frozenset(strict))
+def together(old: Closed, new: Closed) -> Closed:
+    """Return what `old` or `new` closes: in force while one becomes the other."""
+    default = old.default or new.default
+    differs = (
+        port
+        for port in old.ports | new.ports
+        if (old.is_strict(port) or new.is_strict(port)) != default
+    )
+    return Closed(default, frozenset(differs))
 
 
 def workload_of(pod_uid: str) -> str:
@@ -139,7 +153,10 @@ def unwanted(left: Iterable[str], wanted: Mapping[str, Wanted]) -> tuple[str, ..
     return tuple(uid for uid in left if workload_of(uid) not in wanted)
 
 
-def retry_seconds(failures: int, reason: CaptureReason) -> float:
-    """Return the delay after the `failures`th failure in a row (1 is the first)."""
-    most = MAX_WAIT_SECONDS if reason in _WAITS else MAX_RETRY_SECONDS
+def retry_seconds(failures: int, *, soon: bool) -> float:
+    """Return the delay after the `failures`th failure in a row (1 is the first).
+
+    `soon` says that somebody else is about to bring what is missing.
+    """
+    most = MAX_WAIT_SECONDS if soon else MAX_RETRY_SECONDS
     return min(most, FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 16))

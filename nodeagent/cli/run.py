@@ -21,7 +21,6 @@ import structlog
 
 from nodeagent import agent, logs, process
 from nodeagent.api import ConfigError
-from nodeagent.capture import CaptureError
 from nodeagent.daemon import DaemonError, serve
 from nodeagent.rundir import RunDirectory, RunDirectoryError
 from nodeagent.sdnotify import ServiceManager, StoredDescriptor, stored_descriptors
@@ -62,7 +61,7 @@ def run(settings_file: Path) -> None:
             asyncio.run(_run(settings, directory, manager, stored))
         finally:
             directory.close()
-    except (RunDirectoryError, DaemonError, CaptureError) as error:
+    except (RunDirectoryError, DaemonError) as error:
         _fail(str(error))
 
 
@@ -97,8 +96,6 @@ def uninstall(settings_file: Path, *, yes: bool) -> None:
         _fail(str(error))
     try:
         left = asyncio.run(_uninstall(settings, really=yes))
-    except CaptureError as error:
-        _fail(str(error))
     finally:
         directory.close()
     if left:
@@ -110,16 +107,12 @@ async def _uninstall(settings: Settings, *, really: bool) -> int:
     built = agent.build(settings, _version(), ServiceManager({}), ())
     left = 0
     try:
-        for pod in await built.capture.recover():
-            if not really:
-                click.echo(f"would remove {pod.uid} ({pod.netns_path})")
-                continue
-            try:
-                await built.capture.remove(pod.uid)
-                click.echo(f"removed {pod.uid}")
-            except CaptureError as error:
+        async for pod in built.uninstall(really=really):
+            if pod.error:
                 left += 1
-                click.echo(f"error: {error}", err=True)
+                click.echo(f"error: {pod.error}", err=True)
+            else:
+                click.echo(f"{'removed' if really else 'would remove'} {pod.uid} ({pod.netns})")
     finally:
         await built.close()
     if not really:

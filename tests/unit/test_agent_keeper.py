@@ -28,12 +28,12 @@ from nodeagent.capture.model import (
 from nodeagent.control import PodDescriptors
 from nodeagent.podkeeper import PodKeeper
 from nodeagent.pods import NetnsHandle
-from nodeagent.reconcile import Wanted
+from nodeagent.reconcile import Closed, Wanted
 from ztunnel import protocol
 
-OPEN = Enforcement(strict_default=False)
-CLOSED = Enforcement(strict_default=True)
-ONE_PORT = Enforcement(strict_default=False, strict_ports=frozenset({80}))
+OPEN = Closed(default=False)
+CLOSED = Closed(default=True)
+ONE_PORT = Closed(default=False, ports=frozenset({80}))
 UID = "default/a@7"
 
 
@@ -41,9 +41,9 @@ def handle(cookie: int = 7) -> NetnsHandle:
     return NetnsHandle(os.open("/dev/null", os.O_RDONLY), cookie, Path("/run/netns/a"))
 
 
-def wanted(enforcement: Enforcement = OPEN, *addresses: str) -> Wanted:
+def wanted(closed: Closed = OPEN, *addresses: str) -> Wanted:
     identity = "spiffe://x/ns/default/sa/a"
-    return Wanted("default/a", "a", identity, addresses or ("10.0.0.1",), enforcement)
+    return Wanted("default/a", "a", identity, addresses or ("10.0.0.1",), closed)
 
 
 class World:
@@ -326,15 +326,15 @@ def test_closes_at_once_and_opens_when_permitted() -> None:
         await world.state(PodState.ENROLLED)
         # From port 80 strict to all strict but nothing open: all closed before ztunnel hears of it.
         await world.keeper.tighten(CLOSED)
-        assert world.enforcement == CLOSED
+        assert world.enforcement == Enforcement(strict_default=True)
         world.keeper.want(wanted(CLOSED))
         # Back to open: nothing opens until ztunnel has it in force.
         world.events.clear()
         await world.keeper.tighten(OPEN)
         world.keeper.want(wanted(OPEN))
-        assert world.enforcement == CLOSED
+        assert world.enforcement == Enforcement(strict_default=True)
         world.keeper.permit()
-        await world.until(lambda: world.enforcement == OPEN)
+        await world.until(lambda: world.enforcement == Enforcement(strict_default=False))
 
     run(test)
 
@@ -347,7 +347,7 @@ def test_a_failed_closing_is_tried_again() -> None:
         world.fail("busy")
         await world.keeper.tighten(CLOSED)
         assert world.keeper.view.state is PodState.DEGRADED
-        await world.until(lambda: world.enforcement == CLOSED)
+        await world.until(lambda: world.enforcement == Enforcement(strict_default=True))
         await world.state(PodState.ENROLLED)
 
     run(test)

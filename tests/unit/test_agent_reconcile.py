@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent import reconcile
-from nodeagent.capture.model import CaptureReason, Enforcement
-from nodeagent.reconcile import Enrolled, Step, Wanted
+from nodeagent.reconcile import Closed, Enrolled, Step, Wanted
 from ztunnel import protocol
 
-OPEN = Enforcement(strict_default=False)
+OPEN = Closed(default=False)
 A = ("10.0.0.1",)
 
 
@@ -57,33 +56,28 @@ STRICT, PERMISSIVE, DISABLE = (
 
 
 @pytest.mark.parametrize("default,port", list(itertools.product(protocol.Mode, protocol.Mode)))
-def test_enforcement_is_that_of_the_policy(default: protocol.Mode, port: protocol.Mode) -> None:
-    found = reconcile.enforcement_of(policy(default, p80=port))
+def test_what_is_closed_is_that_of_the_policy(default: protocol.Mode, port: protocol.Mode) -> None:
+    found = reconcile.closed_by(policy(default, p80=port))
     assert found.is_strict(80) == (port is STRICT)
     assert found.is_strict(81) == (default is STRICT)
 
 
 def test_a_missing_policy_closes() -> None:
-    assert reconcile.enforcement_of(None).is_strict(80)
+    assert reconcile.closed_by(None).is_strict(80)
 
 
-def test_enforcement_has_one_spelling_for_one_meaning() -> None:
-    assert reconcile.enforcement_of(policy(STRICT, p80=STRICT)) == reconcile.enforcement_of(
-        policy(STRICT)
-    )
-    assert reconcile.enforcement_of(policy(PERMISSIVE, p80=DISABLE)) == OPEN
+def test_what_is_closed_has_one_spelling_for_one_meaning() -> None:
+    assert reconcile.closed_by(policy(STRICT, p80=STRICT)) == reconcile.closed_by(policy(STRICT))
+    assert reconcile.closed_by(policy(PERMISSIVE, p80=DISABLE)) == OPEN
 
 
 PORTS = range(1, 6)
-ports = st.frozensets(st.sampled_from(PORTS))
-enforcements = st.builds(
-    Enforcement, strict_default=st.booleans(), strict_ports=ports, permissive_ports=ports
-)
+states = st.builds(Closed, default=st.booleans(), ports=st.frozensets(st.sampled_from(PORTS)))
 
 
-@given(enforcements, enforcements)
+@given(states, states)
 def test_between_two_states_everything_is_closed_that_either_closes(
-    old: Enforcement, new: Enforcement
+    old: Closed, new: Closed
 ) -> None:
     between = reconcile.together(old, new)
     for port in (*PORTS, 9):
@@ -103,7 +97,7 @@ def test_wanted_pods_need_a_workload() -> None:
     )
     pods = reconcile.wanted_pods({"default/a": "a", "default/b": "b"}, {"default/a": workload}, {})
     assert set(pods) == {"default/a"}
-    assert pods["default/a"].enforcement.is_strict(80)
+    assert pods["default/a"].closed.is_strict(80)
 
 
 def test_workload_of_a_pod() -> None:
@@ -111,9 +105,9 @@ def test_workload_of_a_pod() -> None:
 
 
 def test_retries_back_off_and_stay_bounded() -> None:
-    delays = [reconcile.retry_seconds(n, CaptureReason.KERNEL) for n in range(1, 100)]
+    delays = [reconcile.retry_seconds(n, soon=False) for n in range(1, 100)]
     assert delays == sorted(delays)
     assert delays[0] == reconcile.FIRST_RETRY_SECONDS
     assert delays[-1] == reconcile.MAX_RETRY_SECONDS
-    waits = [reconcile.retry_seconds(n, CaptureReason.ADDRESS_MISSING) for n in range(1, 100)]
+    waits = [reconcile.retry_seconds(n, soon=True) for n in range(1, 100)]
     assert waits[-1] == reconcile.MAX_WAIT_SECONDS

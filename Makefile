@@ -25,6 +25,8 @@ PREFIX ?= /opt/nodeagent
 # PYTEST_ARGS: more arguments for pytest, such as `-k NAME` or `-x`.
 PYTEST := $(BIN)/pytest
 PYTEST_ARGS ?=
+# BENCH_ARGS: more arguments for bench/run.py, such as `--rounds 9` or `--scenario latency`.
+BENCH_ARGS ?=
 
 .PHONY: help
 help: ## Show this list
@@ -185,9 +187,19 @@ fuzz: $(FUZZERS:%=build/fuzz/%) ## Fuzz the C parsers, FUZZ_SECONDS (60) each
 demo: setup ## Two nodes, real traffic, and proof that the wire is encrypted (root)
 	$(BIN)/nodeagent lab demo
 
+# The programs that make the load; they are no part of the product.
+BENCH_TOOLS := $(addprefix build/bench/,serve load relay)
+$(BENCH_TOOLS): build/bench/%: bench/load/%.c bench/load/common.c bench/load/common.h | system-packages
+	mkdir -p $(@D)
+	gcc -D_GNU_SOURCE -std=gnu17 -O2 -g -Wall -Wextra -Werror -pthread -o $@ $(filter %.c,$^)
+
 .PHONY: bench
-bench: setup ## Measure against no mesh and against Envoy (root)
-	$(BIN)/python bench/run.py
+bench: setup $(BENCH_TOOLS) ## Measure against no mesh and against Envoy (root, half an hour)
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+.PHONY: bench-quick
+bench-quick: setup $(BENCH_TOOLS) ## The same in two short rounds (root, under ten minutes)
+	$(BIN)/python bench/run.py --quick $(BENCH_ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that was built or installed here

@@ -201,12 +201,10 @@ static void core_dealloc(PyObject *self) {
 }
 
 static PyObject *core_start(PyObject *self, PyObject *unused) {
-    (void)unused;
     return done(zt_core_start(core_of(self)), "start");
 }
 
 static PyObject *core_stop(PyObject *self, PyObject *unused) {
-    (void)unused;
     Py_BEGIN_ALLOW_THREADS;
     zt_core_stop(core_of(self));
     Py_END_ALLOW_THREADS;
@@ -214,17 +212,14 @@ static PyObject *core_stop(PyObject *self, PyObject *unused) {
 }
 
 static PyObject *core_event_fd(PyObject *self, void *closure) {
-    (void)closure;
     return PyLong_FromLong(core_of(self)->event_fd);
 }
 
 static PyObject *core_epoch(PyObject *self, void *closure) {
-    (void)closure;
     return number(atomic_load(&core_of(self)->epoch));
 }
 
 static PyObject *core_advance_epoch(PyObject *self, PyObject *unused) {
-    (void)unused;
     return number(atomic_fetch_add(&core_of(self)->epoch, 1) + 1);
 }
 
@@ -588,7 +583,6 @@ static PyObject *core_stats(PyObject *self, PyObject *unused) {
     PyObject *workers = PyTuple_New(core->nworkers), *loops = PyTuple_New(core->nworkers);
     struct filler f;
 
-    (void)unused;
     memset(&s, 0, sizeof(s));
     for (int i = 0; i < core->nworkers; i++) {
         const struct zt_worker_stats *w = &core->workers[i]->stats;
@@ -685,6 +679,7 @@ static PyType_Spec core_spec = {
     .slots = core_slots,
 };
 
+/* clang-format off: tables by hand */
 #define F(name) \
     { #name, NULL }
 #define END \
@@ -717,6 +712,7 @@ static PyStructSequence_Field stats_fields[] = {F(connections),
                                                 F(workers),
                                                 F(last_loop_us),
                                                 END};
+/* clang-format on */
 
 static int add_record(PyObject *module, PyTypeObject **slot, const char *name,
                       const char *qualified, PyStructSequence_Field *fields, int n) {

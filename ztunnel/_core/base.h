@@ -132,14 +132,14 @@ static inline uint64_t zt_get(const zt_count *c) {
 }
 
 /* Latency histograms: upper bounds of the buckets, microseconds. */
-#define ZT_HISTOGRAM(X)                                                                    \
-    X(100)                                                                                 \
-    X(250)                                                                                 \
-    X(500)                                                                                 \
-    X(1000)                                                                                \
-    X(2500)                                                                                \
-    X(5000) X(10000) X(25000) X(50000) X(100000) X(250000) X(500000) X(1000000) X(2500000) \
-        X(10000000)
+#define ZT_HISTOGRAM(X) \
+    X(100)              \
+    X(250)              \
+    X(500)              \
+    X(1000)             \
+    X(2500)             \
+    X(5000)             \
+    X(10000) X(25000) X(50000) X(100000) X(250000) X(500000) X(1000000) X(2500000) X(10000000)
 #define X(us) +1
 enum { ZT_BUCKETS = 0 ZT_HISTOGRAM(X) };
 #undef X

@@ -14,8 +14,12 @@
 /* Takes at most this many items at once, on the stack. */
 #define BATCH 256
 
+#define RECORDS(X) X(upcall) X(ended) X(failed) X(series) X(stats)
+
 struct module_state {
-    PyTypeObject *upcall, *ended, *failed, *series, *stats;
+#define X(record) PyTypeObject *record;
+    RECORDS(X)
+#undef X
 };
 
 struct core_object {
@@ -289,14 +293,6 @@ BY_NUMBER(add_series, zt_series_add)
 BY_NUMBER(remove_series, zt_series_remove)
 BY_NUMBER(release_decision, zt_decision_release)
 
-static int kill_identity(struct zt_core *core, uint64_t identity, enum zt_reason reason) {
-    struct zt_msg m = {.type = ZT_MSG_KILL_IDENTITY, .identity = identity, .reason = reason};
-    int rv = 0;
-
-    for (int i = 0; i < core->nworkers && !rv; i++) rv = zt_worker_post(core->workers[i], &m);
-    return rv;
-}
-
 /* Methods of a number and a reason. */
 #define BY_REASON(method, call)                                                                  \
     static PyObject *core_##method(PyObject *self, PyObject *args) {                             \
@@ -308,7 +304,7 @@ static int kill_identity(struct zt_core *core, uint64_t identity, enum zt_reason
     }
 BY_REASON(close_peer, zt_peer_close)
 BY_REASON(kill_decision, zt_decision_kill)
-BY_REASON(kill_identity, kill_identity)
+BY_REASON(kill_identity, zt_identity_kill)
 
 static PyObject *core_read_series(PyObject *self, PyObject *arg) {
     unsigned long long n = PyLong_AsUnsignedLongLong(arg);
@@ -330,17 +326,19 @@ static PyObject *core_read_series(PyObject *self, PyObject *arg) {
 
 /* --- decisions ------------------------------------------------------------------------------------------------------- */
 
+static void drop_template(struct zt_decision *t) {
+    for (size_t i = 0; i < t->nchoices; i++) zt_decision_put(t->choices[i].decision);
+    free(t->authority);
+    free(t->baggage);
+    free(t->host);
+    free(t->choices);
+}
+
 static PyObject *decide(PyObject *self, struct zt_decision *t, unsigned long long decision,
                         unsigned long long series, unsigned long long peer) {
     int rv = zt_decision_add(core_of(self), t, decision, series, peer);
 
-    if (rv < 0) {
-        for (size_t i = 0; i < t->nchoices; i++) zt_decision_put(t->choices[i].decision);
-        free(t->authority);
-        free(t->baggage);
-        free(t->host);
-        free(t->choices);
-    }
+    if (rv < 0) drop_template(t);
     return done(rv, "decide");
 }
 
@@ -392,9 +390,7 @@ static PyObject *core_decide_tunnel(PyObject *self, PyObject *args) {
     t.baggage = strdup(baggage);
     t.host = strdup(host);
     if (!t.authority || !t.baggage || !t.host) {
-        free(t.authority);
-        free(t.baggage);
-        free(t.host);
+        drop_template(&t);
         return PyErr_NoMemory();
     }
     return decide(self, &t, decision, series, peer);
@@ -430,8 +426,7 @@ static PyObject *core_decide_balance(PyObject *self, PyObject *args) {
     }
     return decide(self, &t, decision, 0, 0);
 fail:
-    for (size_t i = 0; i < t.nchoices; i++) zt_decision_put(t.choices[i].decision);
-    free(t.choices);
+    drop_template(&t);
     return NULL;
 }
 
@@ -568,33 +563,16 @@ TAKE(ended, struct zt_ended, zt_ended_take, ended_object(state_of(self), &items[
 TAKE(failed, struct zt_failed, zt_failed_take, failed_object(state_of(self), &items[i]))
 TAKE(freed, uint64_t, zt_freed_take, number(items[i]))
 
-static void add_counts(zt_count *to, const zt_count *from, size_t n) {
-    for (size_t i = 0; i < n; i++) zt_add(&to[i], zt_get(&from[i]));
-}
-
-static void add_histogram(struct zt_histogram *to, const struct zt_histogram *from) {
-    add_counts(to->bucket, from->bucket, ZT_BUCKETS + 1);
-    zt_add(&to->sum_us, zt_get(&from->sum_us));
-}
-
 static PyObject *core_stats(PyObject *self, PyObject *unused) {
     struct zt_core *core = core_of(self);
     struct zt_worker_stats s;
     PyObject *workers = PyTuple_New(core->nworkers), *loops = PyTuple_New(core->nworkers);
     struct filler f;
 
-    memset(&s, 0, sizeof(s));
+    zt_stats_sum(core, &s);
     for (int i = 0; i < core->nworkers; i++) {
         const struct zt_worker_stats *w = &core->workers[i]->stats;
 
-        add_counts(&s.connections, &w->connections, 1);
-        add_counts(&s.tls_connections, &w->tls_connections, 1);
-        add_counts(&s.upcalls, &w->upcalls, 1);
-        add_counts(&s.table_hits, &w->table_hits, 1);
-        add_counts(s.handshake_failures, w->handshake_failures, ZT_REASON_COUNT);
-        add_histogram(&s.handshakes_client, &w->handshakes_client);
-        add_histogram(&s.handshakes_server, &w->handshakes_server);
-        add_histogram(&s.upcall_latency, &w->upcall_latency);
         if (workers && loops) {
             PyTuple_SET_ITEM(workers, i,
                              Py_BuildValue("KK", (unsigned long long)zt_get(&w->connections),
@@ -755,6 +733,15 @@ static int add_tables(PyObject *module) {
     return PyModule_AddObject(module, "FUNCTIONS", functions);
 }
 
+static const struct {
+    const char *name;
+    enum zt_kind kind;
+} kinds[] = {{"OUTBOUND", ZT_OUTBOUND},
+             {"INBOUND_PLAINTEXT", ZT_INBOUND_PLAINTEXT},
+             {"INBOUND_HBONE", ZT_INBOUND_HBONE},
+             {"PEER_CERTIFICATE", ZT_PEER_CERTIFICATE},
+             {"SERVER_CERTIFICATE", ZT_SERVER_CERTIFICATE}};
+
 static int module_exec(PyObject *module) {
     struct module_state *state = PyModule_GetState(module);
     PyObject *type = PyType_FromModuleAndSpec(module, &core_spec, NULL);
@@ -765,34 +752,27 @@ static int module_exec(PyObject *module) {
         RECORD(series, "SeriesCounters", series_fields) < 0 ||
         RECORD(stats, "Stats", stats_fields) < 0)
         return -1;
-    if (PyModule_AddIntConstant(module, "OUTBOUND", ZT_OUTBOUND) < 0 ||
-        PyModule_AddIntConstant(module, "INBOUND_PLAINTEXT", ZT_INBOUND_PLAINTEXT) < 0 ||
-        PyModule_AddIntConstant(module, "INBOUND_HBONE", ZT_INBOUND_HBONE) < 0 ||
-        PyModule_AddIntConstant(module, "PEER_CERTIFICATE", ZT_PEER_CERTIFICATE) < 0 ||
-        PyModule_AddIntConstant(module, "SERVER_CERTIFICATE", ZT_SERVER_CERTIFICATE) < 0)
-        return -1;
+    for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++) {
+        if (PyModule_AddIntConstant(module, kinds[i].name, kinds[i].kind) < 0) return -1;
+    }
     return add_tables(module);
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     struct module_state *s = PyModule_GetState(module);
 
-    Py_VISIT(s->upcall);
-    Py_VISIT(s->ended);
-    Py_VISIT(s->failed);
-    Py_VISIT(s->series);
-    Py_VISIT(s->stats);
+#define X(record) Py_VISIT(s->record);
+    RECORDS(X)
+#undef X
     return 0;
 }
 
 static int module_clear(PyObject *module) {
     struct module_state *s = PyModule_GetState(module);
 
-    Py_CLEAR(s->upcall);
-    Py_CLEAR(s->ended);
-    Py_CLEAR(s->failed);
-    Py_CLEAR(s->series);
-    Py_CLEAR(s->stats);
+#define X(record) Py_CLEAR(s->record);
+    RECORDS(X)
+#undef X
     return 0;
 }
 

@@ -426,6 +426,14 @@ int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reaso
     return 0;
 }
 
+int zt_identity_kill(struct zt_core *core, uint64_t identity, enum zt_reason reason) {
+    struct zt_msg m = {.type = ZT_MSG_KILL_IDENTITY, .identity = identity, .reason = reason};
+    int rv = 0;
+
+    for (int i = 0; i < core->nworkers && !rv; i++) rv = zt_worker_post(core->workers[i], &m);
+    return rv;
+}
+
 /* --- the core itself ------------------------------------------------------------------------------------ */
 
 int zt_core_start(struct zt_core *core) {

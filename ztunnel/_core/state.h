@@ -239,6 +239,9 @@ int zt_decision_release(struct zt_core *core, uint64_t number);
 /* Nothing to do, and no error, for a decision that nothing refers to any more. */
 int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reason);
 
+/* Cuts the inbound HBONE connections that proved this identity. */
+int zt_identity_kill(struct zt_core *core, uint64_t identity, enum zt_reason reason);
+
 /* Queues an upcall, which passes to the core; returns its id, or 0 without memory. */
 uint64_t zt_upcall_send(struct zt_core *core, struct zt_upcall *u);
 /* Forgets an upcall whose asker has gone. */

@@ -279,6 +279,33 @@ void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
     }
 }
 
+/* --- counters ---------------------------------------------------------------------------------- */
+
+static void add_counts(zt_count *to, const zt_count *from, size_t n) {
+    for (size_t i = 0; i < n; i++) zt_add(&to[i], zt_get(&from[i]));
+}
+
+static void add_histogram(struct zt_histogram *to, const struct zt_histogram *from) {
+    add_counts(to->bucket, from->bucket, ZT_BUCKETS + 1);
+    zt_add(&to->sum_us, zt_get(&from->sum_us));
+}
+
+void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
+    memset(out, 0, sizeof(*out));
+    for (int i = 0; i < core->nworkers; i++) {
+        const struct zt_worker_stats *w = &core->workers[i]->stats;
+
+        add_counts(&out->connections, &w->connections, 1);
+        add_counts(&out->tls_connections, &w->tls_connections, 1);
+        add_counts(&out->upcalls, &w->upcalls, 1);
+        add_counts(&out->table_hits, &w->table_hits, 1);
+        add_counts(out->handshake_failures, w->handshake_failures, ZT_REASON_COUNT);
+        add_histogram(&out->handshakes_client, &w->handshakes_client);
+        add_histogram(&out->handshakes_server, &w->handshakes_server);
+        add_histogram(&out->upcall_latency, &w->upcall_latency);
+    }
+}
+
 /* --- the loop -------------------------------------------------------------------------------------------- */
 
 static void end_everything(struct zt_worker *w) {

@@ -158,6 +158,9 @@ void zt_task_add(struct zt_worker *w, struct zt_task *t);
 void zt_bury(struct zt_worker *w, struct zt_grave *g);
 int zt_io_watch(struct zt_worker *w, struct zt_io *io, uint32_t events);
 
+/* Sums the workers' counters; last_loop_us has no sum and stays 0. */
+void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out);
+
 /* The listener became readable: accept, and give away what another worker has more room for. */
 void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events);
 

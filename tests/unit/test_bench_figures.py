@@ -1,0 +1,140 @@
+"""How rounds become figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshbench.figures import METRICS, Metric, figure, figures, spread
+from meshbench.model import Sample, Spread
+
+RATE = Metric(name="rate", unit="/s", scenario="s", key="per_second", better="higher")
+DELAY = Metric(name="delay", unit="µs", scenario="s", key="ns", better="lower", scale=1e-3)
+
+
+def sample(number: int, subject: str, **values: float) -> Sample:
+    return Sample(round=number, subject=subject, scenario="s", values=values, busy=0.0)
+
+
+def changed(metric: Metric, **fields: object) -> Metric:
+    return Metric(**{name: getattr(metric, name) for name in metric.__struct_fields__} | fields)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([3.0], Spread(3.0, 3.0, 3.0)),
+        ([3.0, 1.0], Spread(1.0, 2.0, 3.0)),
+        ([5.0, 1.0, 2.0], Spread(1.0, 2.0, 5.0)),
+    ],
+)
+def test_spread(values: list[float], expected: Spread) -> None:
+    assert spread(values) == expected
+
+
+def test_spread_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no values"):
+        spread([])
+
+
+@given(st.lists(st.floats(0, 1e12), min_size=1))
+def test_spread_is_in_order(values: list[float]) -> None:
+    found = spread(values)
+    assert found.min <= found.median <= found.max
+    assert found.min in values
+    assert found.max in values
+
+
+def test_ratio_is_taken_within_each_round() -> None:
+    """The machine is three times slower in the second round: the ratio does not notice."""
+    samples = [
+        sample(1, "ours", per_second=20.0),
+        sample(1, "envoy", per_second=10.0),
+        sample(2, "ours", per_second=6.0),
+        sample(2, "envoy", per_second=3.0),
+    ]
+    found = figure(RATE, samples)
+    assert found is not None
+    assert found.spreads["ratio"] == Spread(2.0, 2.0, 2.0)
+    assert (found.ours, found.envoy, found.direct) == (13.0, 6.5, None)
+
+
+def test_a_round_without_the_other_gives_no_ratio() -> None:
+    samples = [
+        sample(1, "ours", per_second=20.0),
+        sample(2, "ours", per_second=6.0),
+        sample(2, "envoy", per_second=3.0),
+    ]
+    found = figure(RATE, samples)
+    assert found is not None
+    assert found.spreads["ratio"] == Spread(2.0, 2.0, 2.0)
+    assert found.spreads["ours"] == Spread(6.0, 13.0, 20.0)
+
+
+def test_a_ratio_to_nothing_is_none() -> None:
+    samples = [sample(1, "ours", per_second=20.0), sample(1, "envoy", per_second=0.0)]
+    found = figure(RATE, samples)
+    assert found is not None
+    assert found.ratio is None
+    assert found.met is None
+
+
+def test_what_a_subject_adds_is_counted_from_no_mesh_of_the_same_round() -> None:
+    samples = [
+        sample(1, "direct", ns=70e3),
+        sample(1, "ours", ns=100e3),
+        sample(1, "envoy", ns=130e3),
+        sample(2, "direct", ns=170e3),
+        sample(2, "ours", ns=200e3),
+        sample(2, "envoy", ns=230e3),
+        sample(3, "ours", ns=999e3),
+    ]
+    found = figure(changed(DELAY, added=True), samples)
+    assert found is not None
+    assert found.direct is None
+    assert found.ours == pytest.approx(30.0)
+    assert found.envoy == pytest.approx(60.0)
+    assert found.ratio == pytest.approx(0.5)
+
+
+def test_an_added_cost_that_drowns_in_noise_gives_no_ratio() -> None:
+    samples = [sample(1, "direct", ns=70e3), sample(1, "ours", ns=90e3), sample(1, "envoy", ns=6e4)]
+    found = figure(changed(DELAY, added=True), samples)
+    assert found is not None
+    assert found.ratio is None
+
+
+@pytest.mark.parametrize(
+    "better, target, absolute, met",
+    [
+        ("higher", 2.0, False, True),
+        ("higher", 2.1, False, False),
+        ("lower", 2.0, False, True),
+        ("lower", 1.9, False, False),
+        ("lower", 20.0, True, True),
+        ("lower", 19.0, True, False),
+        ("higher", None, False, None),
+    ],
+)
+def test_targets(better: str, target: float | None, absolute: bool, met: bool | None) -> None:
+    metric = changed(RATE, better=better, target=target, absolute=absolute)
+    samples = [sample(1, "ours", per_second=20.0), sample(1, "envoy", per_second=10.0)]
+    found = figure(metric, samples)
+    assert found is not None
+    assert found.met is met
+
+
+def test_what_was_not_measured_of_ours_is_no_figure() -> None:
+    assert figures([sample(1, "envoy", per_second=1.0)], [RATE]) == []
+    assert figures([sample(1, "ours", other=1.0)], [RATE]) == []
+
+
+def test_names_of_figures_are_unique_and_their_terms_known() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(names) == len(set(names))
+    assert {metric.better for metric in METRICS} == {"higher", "lower"}
+    assert {metric.against for metric in METRICS} <= {"direct", "envoy", "relay"}
+    assert all(math.isfinite(metric.scale) for metric in METRICS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 import select
 import socket
 import struct
@@ -12,7 +13,7 @@ import threading
 
 import pytest
 
-from support.corelab import CLIENT_V4, CLIENT_V6, SERVER_V4, SERVER_V6, Pair, pair
+from support.corelab import CLIENT_V4, CLIENT_V6, PORT, SERVER_V4, SERVER_V6, Pair, pair
 from support.netns import wait_until
 from ztunnel import _core
 
@@ -256,3 +257,35 @@ def test_a_released_decision_can_still_be_cut_and_is_reported_when_it_has_gone()
             sock.recv(1)
         wait_until(lambda: number in lab.server.freed, "the decision's end")
         core.kill_decision(number, _core.REASONS.index("policy_changed"))
+
+
+def test_without_descriptors_callers_are_sent_away_and_later_ones_are_served() -> None:
+    with pair(workers=1) as lab:
+        listener = lab.listen()
+        first = lab.connect()
+        first.sendall(b"x")
+        accepted, _ = lab.accept(listener)
+        assert accepted.recv(1) == b"x"
+        refused = lab.left.make_socket()
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        fillers: list[int] = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(os.dup(0))
+            with pytest.raises(ConnectionResetError):  # noqa: PT012 - connect may see it already
+                refused.connect((SERVER_V4, PORT))
+                refused.recv(1)
+        finally:
+            for filler in fillers:
+                os.close(filler)
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        lab.client.wait_ended(1)
+        assert lab.client.reasons() == ["no_descriptors"]
+        first.sendall(b"y")
+        assert accepted.recv(1) == b"y"
+        served = lab.connect()
+        served.sendall(b"z")
+        assert lab.accept(listener)[0].recv(1) == b"z"

@@ -2,6 +2,7 @@
 #include "worker.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <sched.h>
 #include <signal.h>
@@ -240,6 +241,29 @@ static struct zt_worker *least_loaded(struct zt_worker *w, bool tls) {
     return best;
 }
 
+/* Out of descriptors, the listener would stay readable for ever. The spare one lets us take the
+ * caller in and send it away. */
+static void shed(struct zt_worker *w, struct zt_listener *l) {
+    struct zt_ended e = {.kind = l->kind,
+                         .pod = l->pod->node.number,
+                         .started_us = w->now,
+                         .reason = ZT_R_NO_DESCRIPTORS};
+    struct sockaddr_storage ss;
+    socklen_t len = sizeof(ss);
+    int fd;
+
+    if (w->spare_fd >= 0) close(w->spare_fd);
+    fd = accept4(l->io.fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0) {
+        zt_addr_from_sockaddr(&e.source, &ss);
+        len = sizeof(ss);
+        if (getsockname(fd, (void *)&ss, &len) == 0) zt_addr_from_sockaddr(&e.destination, &ss);
+        zt_sock_abort(fd);
+        zt_ended_push(w->core, &e);
+    }
+    w->spare_fd = fcntl(w->wake_fd, F_DUPFD_CLOEXEC, 3);
+}
+
 void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
     struct zt_listener *l = ZT_CONTAINER(io, struct zt_listener, io);
 
@@ -253,7 +277,10 @@ void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
 
         if (atomic_load(&l->pod->removed)) return;
         m.fd = accept4(io->fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (m.fd < 0) return;
+        if (m.fd < 0) {
+            if (errno == EMFILE || errno == ENFILE) shed(w, l);
+            return;
+        }
         zt_addr_from_sockaddr(&m.source, &ss);
         len = sizeof(ss);
         if (getsockname(m.fd, (void *)&ss, &len) < 0) {
@@ -351,7 +378,7 @@ int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
     if (!w) return -ENOMEM;
     w->core = core;
     w->index = index;
-    w->epfd = w->wake_fd = -1;
+    w->epfd = w->wake_fd = w->spare_fd = -1;
     w->mail_tail = &w->mail_head;
     w->now = zt_now_us();
     pthread_mutex_init(&w->mail_lock, NULL);
@@ -369,7 +396,8 @@ int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
     if (!rv) {
         w->epfd = epoll_create1(EPOLL_CLOEXEC);
         w->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-        if (w->epfd < 0 || w->wake_fd < 0) rv = -errno;
+        w->spare_fd = fcntl(w->wake_fd, F_DUPFD_CLOEXEC, 3);
+        if (w->epfd < 0 || w->wake_fd < 0 || w->spare_fd < 0) rv = -errno;
     }
     if (!rv) {
         w->wake = (struct zt_io){.on_event = on_wake, .fd = w->wake_fd};
@@ -420,6 +448,7 @@ void zt_worker_free(struct zt_worker *w) {
     free(w->out);
     if (w->epfd >= 0) close(w->epfd);
     if (w->wake_fd >= 0) close(w->wake_fd);
+    if (w->spare_fd >= 0) close(w->spare_fd);
     pthread_mutex_destroy(&w->mail_lock);
     free(w);
 }

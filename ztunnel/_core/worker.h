@@ -114,7 +114,7 @@ struct zt_worker {
     struct zt_core *core;
     int index;
     pthread_t thread;
-    int epfd, wake_fd;
+    int epfd, wake_fd, spare_fd;
     struct zt_io wake;
     bool woken, stopping;
     uint64_t now; /* microseconds, read once a turn */

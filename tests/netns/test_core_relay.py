@@ -10,6 +10,7 @@ import select
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -268,7 +269,7 @@ def test_without_descriptors_callers_are_sent_away_and_later_ones_are_served() -
         assert accepted.recv(1) == b"x"
         refused = lab.left.make_socket()
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
-        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        highest = max(int(entry.name) for entry in Path("/proc/self/fd").iterdir())
         fillers: list[int] = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
         try:

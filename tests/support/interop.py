@@ -25,6 +25,7 @@ from typing import Any, Final
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.lab import App, Lab, LabSpec, Node, Pod, Port, Service, namespaces
 from support import application
@@ -223,6 +224,16 @@ class Interop:
             return wait_until(lambda: self.lines(**wanted), f"a line with {wanted}")[0]
         except TimeoutError as error:
             raise AssertionError(f"{error}; there are {self.lines()}") from None
+
+    def counted(self, metric: str, **labels: str) -> float:
+        """Return the sum of our tunnel's series with these labels."""
+        text = self.lab.node(OUR_NODE).metrics()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == metric and labels.items() <= sample.labels.items()
+        )
 
     # --- changes ---------------------------------------------------------------------------------
 

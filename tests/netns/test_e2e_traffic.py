@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from nodeagent.lab import Lab
-from support.e2e import HTTP_PORT, Mesh, authority, read_all, reset, running, spec, spiffe
+from support.e2e import HTTP_PORT, Mesh, authority, read_all, reset, running, spec, spiffe, watched
 from support.netns import DEADLINE, wait_until
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["v4", "v6"])
@@ -27,8 +27,8 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture
-def mesh(lab: Lab) -> Iterator[Mesh]:
-    with Mesh(lab) as made:
+def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    with watched(lab, request) as made:
         yield made
 
 

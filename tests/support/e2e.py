@@ -42,7 +42,18 @@ from support.certificates import Identity, workload
 from support.hbone import Client, Server, Shown
 from support.netns import DEADLINE, wait_until
 
-__all__ = ["Mesh", "peer_authentication", "reset", "running", "spec", "spiffe"]
+__all__ = [
+    "Mesh",
+    "authority",
+    "peer_authentication",
+    "read_all",
+    "reset",
+    "running",
+    "spec",
+    "spiffe",
+    "strict",
+    "watched",
+]
 
 HTTP_PORT: Final = 8000
 HBONE_PORT: Final = 15008
@@ -159,11 +170,24 @@ def running(described: LabSpec) -> Iterator[Lab]:
     assert not base.exists()
 
 
+@contextlib.contextmanager
+def watched(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    """Give a test its view of a lab that it shares, and show the lab's state if it fails."""
+    failed = request.session.testsfailed
+    with Mesh(lab) as mesh:
+        yield mesh
+        if request.session.testsfailed > failed:
+            show(lab)
+
+
 def show(lab: Lab) -> None:
-    """Print what the daemons said; pytest shows it with a failure."""
+    """Print what the daemons said and what sockets there are; pytest shows it with a failure."""
     for node in lab.nodes:
         for daemon in ("nodeagent", "ztunnel"):
             print(f"--- {node.name}/{daemon}", node.logs(daemon), sep="\n")  # noqa: T201
+        print("--- access log", *node.access_log()[-10:], sep="\n")  # noqa: T201
+    for pod in lab.state.plan.pods:
+        print(f"--- sockets of {pod.uid}", lab.run(pod.uid, ["ss", "-tnoim"]).stdout, sep="\n")  # noqa: T201
 
 
 def reset(sock: socket.socket) -> None:

@@ -40,8 +40,8 @@ def other_identity(mesh: Interop) -> Credential:
 
 
 REFUSED = {"tls_alert", "peer_connection_lost"}
-"""In TLS 1.3 a server refuses the client's certificate after the client's own handshake is complete:
-its alert and the end of its connection arrive together.
+"""In TLS 1.3 a server refuses the client's certificate when the client's own handshake is complete
+already: its alert and the end of its connection arrive together.
 """
 
 Make = Callable[[Interop], Credential]

@@ -30,6 +30,7 @@ from support.embedded_ca import (
     fetch,
     make,
     refusal,
+    start_together,
 )
 from ztunnel import svid as validation
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
@@ -157,18 +158,11 @@ def test_a_restart_goes_on_with_the_same_ca(tmp_path: Path) -> None:
     assert contents(tmp_path / "ca") == before
 
 
-def _start_together(directory: str, barrier: object, results: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    ca = make(Path(directory))
-    signed = fetch(ca)
-    results.put((bundle(ca), signed.chain))  # type: ignore[attr-defined]
-
-
 def test_several_processes_that_start_at_once_make_one_ca(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(4), context.Queue()
     arguments = (str(tmp_path / "ca"), barrier, results)
-    processes = [context.Process(target=_start_together, args=arguments) for _ in range(4)]
+    processes = [context.Process(target=start_together, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
     found = [results.get(timeout=60) for _ in processes]

@@ -3,7 +3,8 @@
 This module owns two small servers for GET and HEAD. It promises that a client costs a bounded
 amount of memory and time (connections, header bytes, deadlines), that a probe is answered on the
 event loop itself, so that an answer shows that the loop turns, and that readiness is true only when
-traffic would pass. It may not change anything.
+traffic would pass, and that a page in a browser cannot reach a loopback address by DNS rebinding
+(Host check). It may not change anything.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Final
 
 import h11
 import structlog
+
+from ztunnel import address
 
 __all__ = ["Check", "Page", "Server", "health_page", "parse_address"]
 
@@ -37,6 +40,7 @@ ANSWER_SECONDS: Final = 15.0
 """To make an answer and have it read."""
 
 READ_BYTES: Final = 4096
+LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "[::1]", "localhost"})
 MAX_PORT: Final = 65535
 
 
@@ -149,7 +153,9 @@ class Server:
         method = request.method.decode("ascii")
         path = request.target.split(b"?", 1)[0].decode("ascii", "replace")
         handler = self._pages.get(path)
-        if method not in ("GET", "HEAD"):
+        if not _host_fits(request, writer.get_extra_info("sockname")[0]):
+            page = Page(421, "text/plain", b"the Host header must name the loopback address\n")
+        elif method not in ("GET", "HEAD"):
             page = Page(405, "text/plain", b"only GET and HEAD\n")
         elif handler is None:
             known = "".join(f"{known}\n" for known in sorted(self._pages))
@@ -164,6 +170,21 @@ class Server:
         except Exception:  # noqa: BLE001 - the daemon must not end by a page
             _log.exception("an admin page failed", path=path)
             return Page(500, "text/plain", b"internal error: see the log\n")
+
+
+def _host_fits(request: h11.Request, local: str) -> bool:
+    """On loopback the Host must be loopback's; elsewhere nobody knows all names of the node.
+
+    A browser that was told that some site's name is 127.0.0.1 still sends that name.
+    """
+    # Without the scope id of a link-local address.
+    if not address.is_local_only(address.pack(local.partition("%")[0])):
+        return True
+    host = next((value.decode("latin-1") for name, value in request.headers if name == b"host"), "")
+    name, colon, port = host.rpartition(":")
+    if not colon or host.endswith("]"):
+        name, port = host, "0"
+    return name in LOOPBACK_HOSTS and port.isascii() and port.isdigit()
 
 
 async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:

@@ -191,8 +191,10 @@ def _table_form(host: str, port: int) -> str:
 
 
 def _own_host(host: str) -> bool:
-    name = host.rsplit("]", 1)[0] + "]" if host.startswith("[") else host.rsplit(":", 1)[0]
-    return name in {"127.0.0.1", "localhost", "[::1]"}
+    name, colon, port = host.rpartition(":")
+    if not colon or host.endswith("]"):
+        name, port = host, "0"
+    return name in {"127.0.0.1", "localhost", "[::1]"} and port.isascii() and port.isdigit()
 
 
 def _silent() -> logging.Logger:

@@ -53,7 +53,9 @@ def asked(data: bytes) -> bytes:
 
 
 def get(path: str, method: str = "GET") -> bytes:
-    return asked(f"{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    return asked(
+        f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+    )
 
 
 def test_a_page_is_served() -> None:
@@ -89,9 +91,10 @@ def test_other_requests_get_their_status(path: str, method: str, status: int) ->
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
         b"GET /hello\r\n\r\n",
-        b"GET /hello HTTP/1.1\r\nhost: x\r\nbad header\r\n\r\n",
+        b"GET /hello HTTP/1.1\r\nhost: localhost\r\nbad header\r\n\r\n",
         b"GET /hello HTTP/1.1\r\nx: " + b"a" * 3 * admin.MAX_HEADER_BYTES,
-        b"POST /hello HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n" + b"a" * 100_000,
+        b"POST /hello HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n"
+        + b"a" * 100_000,
     ],
     ids=["tls", "no version", "bad header", "long header", "long body"],
 )
@@ -102,8 +105,8 @@ def test_nonsense_is_refused_and_the_connection_closed(data: bytes) -> None:
 
 
 def test_one_connection_carries_several_requests() -> None:
-    request = b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n"
-    last = b"GET /hello HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    request = b"GET /hello HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    last = b"GET /hello HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
     assert asked(request + last).count(b"hello\n") == 2
 
 
@@ -118,7 +121,7 @@ def test_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     async def whole() -> None:
         async with serving() as (server, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+            writer.write(b"GET /hello HTTP/1.1\r\nhost: localhost\r\n\r\n")
             await reader.readuntil(b"hello\n")
             assert await exchange(port, b"") == b""
             assert server.refused == 1
@@ -132,7 +135,7 @@ def test_stopping_ends_open_connections() -> None:
     async def whole() -> None:
         async with serving() as (_, port):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+            writer.write(b"GET /hello HTTP/1.1\r\nhost: localhost\r\n\r\n")
             await reader.readuntil(b"hello\n")
         assert await reader.read() == b""
         writer.close()

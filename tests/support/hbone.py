@@ -19,7 +19,7 @@ import dataclasses
 import enum
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from cryptography import x509
@@ -145,6 +145,12 @@ class Tls:
         found: crypto.X509 | None = self._tls.get_peer_certificate()
         assert found is not None
         return found.to_cryptography()
+
+    def identity(self) -> str:
+        """Return the one URI that the other side's certificate names."""
+        names = self.peer().extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (found,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+        return found
 
     def close(self) -> None:
         self.sock.close()
@@ -370,11 +376,3 @@ class Server(_Side):
 
     def answer(self, stream: int, status: int, *, end: bool = False) -> None:
         self.send_headers(stream, [(b":status", str(status).encode())], end=end)
-
-
-@contextlib.contextmanager
-def closing(side: _Side) -> Iterator[_Side]:
-    try:
-        yield side
-    finally:
-        side.close()

@@ -290,3 +290,22 @@ def test_without_descriptors_callers_are_sent_away_and_later_ones_are_served() -
         served = lab.connect()
         served.sendall(b"z")
         assert lab.accept(listener)[0].recv(1) == b"z"
+
+
+def test_both_directions_full_at_once_move_again_when_read() -> None:
+    with pair(workers=1) as lab:
+        listener = lab.listen()
+        left = lab.connect()
+        right, _ = lab.accept(listener)
+        ends = {left: 0, right: 0}
+        block = b"x" * (1 << 20)
+        for sock in ends:
+            sock.setblocking(False)
+        while select.select([], list(ends), [], 0.5)[1]:
+            for sock in ends:
+                with contextlib.suppress(BlockingIOError):
+                    ends[sock] += sock.send(block)
+        for sock, other in ((left, right), (right, left)):
+            sock.setblocking(True)
+            while ends[other]:
+                ends[other] -= len(sock.recv(1 << 20))

@@ -97,7 +97,8 @@ int zt_authority_parse(const char *text, size_t len, struct zt_addr *out) {
     memcpy(ip, text, host_len);
     ip[host_len] = '\0';
     if (v6) {
-        if (inet_pton(AF_INET6, ip, out->ip) != 1) return -EINVAL;
+        /* Two spellings of one address are one too many: IPv4 is written as IPv4. */
+        if (inet_pton(AF_INET6, ip, out->ip) != 1 || zt_addr_is_v4(out)) return -EINVAL;
     } else {
         /* inet_pton wants four decimal numbers without leading zeros; inet_aton would not. */
         if (inet_pton(AF_INET, ip, out->ip + 12) != 1) return -EINVAL;

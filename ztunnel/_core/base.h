@@ -43,6 +43,9 @@
 #define ZT_MAX_FRAME (1024 * 1024)
 #define ZT_SERVER_STREAMS 200
 #define ZT_CLIENT_STREAMS 100
+/* Frames that wait to be sent on one HBONE connection: a few for each stream in honest use. A peer
+ * that makes us answer and does not read the answers has no other bound. */
+#define ZT_MAX_QUEUED 4096
 /* Header bytes of one CONNECT: authority, baggage and forwarded fit many times. */
 #define ZT_MAX_HEADER_BYTES (16 * 1024)
 /* Connections of one pool that may be dialled at once by one worker for one peer. */
@@ -104,7 +107,7 @@ socklen_t zt_addr_to_sockaddr(const struct zt_addr *a, struct sockaddr_storage *
 int zt_addr_text(const struct zt_addr *a, char out[ZT_ADDR_TEXT]);
 /*
  * Parses an HTTP/2 :authority that must be an IP address and a port, in exactly the forms that
- * zt_addr_text writes plus any RFC 4291 spelling of the IPv6 address; no name, no userinfo, no
+ * zt_addr_text writes plus any RFC 4291 spelling of the IPv6 address but the IPv4-mapped; no name, no userinfo, no
  * scope, no leading zeros, port 1 to 65535. Returns 0 or -EINVAL.
  */
 int zt_authority_parse(const char *text, size_t len, struct zt_addr *out);

@@ -311,23 +311,40 @@ static void ask(struct zt_h2 *h) {
         zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
 }
 
-/* HTTP/2 may follow the handshake in the same segment; it waits for the judgement. */
+/* HTTP/2 may follow the handshake in the same segment; it waits for the judgement. Returns false
+ * when the connection has ended. */
 static bool keep_early(struct zt_h2 *h, char detail[ZT_DETAIL]) {
     int n = zt_tls_read(h, h->worker->plain, ZT_CHUNK, detail);
+    uint8_t *kept;
 
     if (n < 0) {
         zt_h2_end(h, (enum zt_reason) - n, detail);
         return false;
     }
     if (n == 0) return true;
-    h->early = malloc((size_t)n);
-    if (!h->early) {
-        zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+    kept =
+        h->early_len + (size_t)n <= ZT_CHUNK ? realloc(h->early, h->early_len + (size_t)n) : NULL;
+    if (!kept) {
+        zt_h2_end(h, ZT_R_NO_MEMORY, "too much data before the certificate was judged");
         return false;
     }
-    memcpy(h->early, h->worker->plain, (size_t)n);
-    h->early_len = (size_t)n;
+    memcpy(kept + h->early_len, h->worker->plain, (size_t)n);
+    h->early = kept;
+    h->early_len += (size_t)n;
     return true;
+}
+
+/* The other side hung up while we judge it. In TLS 1.3 a server refuses our certificate after the
+ * handshake is complete on our side: its alert is still to be read, and says why. */
+static void last_words(struct zt_h2 *h) {
+    char detail[ZT_DETAIL] = "";
+    ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+
+    if (n > 0) {
+        zt_tls_input(h, (size_t)n);
+        if (!keep_early(h, detail)) return;
+    }
+    zt_h2_end(h, ZT_R_PEER_LOST, "the peer closed before its certificate was judged");
 }
 
 static void handshake(struct zt_h2 *h) {
@@ -412,12 +429,6 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
 
 /* --- receiving ------------------------------------------------------------------------------------------------------ */
 
-static bool output_waits(struct zt_h2 *h) {
-    char *data;
-
-    return ossl.BIO_get_mem_data(h->wbio, &data) > 0;
-}
-
 /* Returns false when the connection has ended. */
 static bool take_in(struct zt_h2 *h, size_t n) {
     struct zt_worker *w = h->worker;
@@ -442,10 +453,12 @@ static bool take_in(struct zt_h2 *h, size_t n) {
     return true;
 }
 
+/* Reads on while its own output waits: two tunnels that each wait for the other to read would wait
+ * for ever. What comes in is bounded by the windows, what it makes us say by ZT_MAX_QUEUED. */
 static void receive(struct zt_h2 *h) {
     size_t budget = 0;
 
-    while (h->state == ZT_H_OPEN && h->readable && !h->input_end && !output_waits(h)) {
+    while (h->state == ZT_H_OPEN && h->readable && !h->input_end) {
         ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
 
         if (n < 0) {
@@ -561,8 +574,10 @@ static void on_event(struct zt_worker *w, struct zt_io *io, uint32_t events) {
     case ZT_H_HANDSHAKE:
         handshake(h);
         break;
-    case ZT_H_CREDENTIAL:
     case ZT_H_JUDGED:
+        if (events & (EPOLLERR | EPOLLHUP)) last_words(h);
+        break;
+    case ZT_H_CREDENTIAL:
         if (events & (EPOLLERR | EPOLLHUP)) zt_h2_end(h, ZT_R_PEER_LOST, "the peer has gone");
         break;
     case ZT_H_OPEN:

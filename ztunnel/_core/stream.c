@@ -571,7 +571,9 @@ int zt_session_input(struct zt_h2 *h, const uint8_t *data, size_t len) {
     h->in_session = h->receiving = false;
     if (h->fate) return (int)h->fate;
     if (rv == NGHTTP2_ERR_NOMEM) return ZT_R_NO_MEMORY;
-    if (rv == NGHTTP2_ERR_FLOODED) return ZT_R_H2_LIMIT;
+    if (rv == NGHTTP2_ERR_FLOODED ||
+        nghttp2_session_get_outbound_queue_size(h->session) > ZT_MAX_QUEUED)
+        return ZT_R_H2_LIMIT;
     if (rv < 0) return ZT_R_H2_PROTOCOL;
     return 0;
 }

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import pytest
 
 from nodeagent.lab import Lab, namespaces
@@ -23,6 +22,7 @@ MARKS = pytest.mark.parametrize("mark", [0x539, 0x111, 0x53A], ids=hex)
 
 MARK_TUNNEL: Final = 0x539
 SO_MARK: Final = 36
+IPPROTO_MPTCP: Final = 262
 NOBODY: Final = 65534
 
 # socket(7), ip(7), ipv6(7): what would take a socket past the capture, by option.
@@ -149,6 +149,24 @@ def test_the_mark_of_deliveries_never_leaves_a_pod(mesh: Mesh) -> None:
         starts_connecting(sock, address)
     wait_until(lambda: dropped() >= before + 2, "the guard counts both dropped SYNs")
     assert nobody_came(listener)
+
+
+def test_multipath_tcp_is_captured_like_any_tcp(mesh: Mesh) -> None:
+    """A socket that may open further paths of its own; without privileges (mptcp.org, RFC 8684)."""
+    listener = mesh.listen("far")
+    port = listener.getsockname()[1]
+    sock = mesh.keep(
+        namespaces.run_in(
+            mesh.space("client"),
+            lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, IPPROTO_MPTCP),
+        )
+    )
+    sock.connect((mesh.address("far"), port))
+    app, _ = mesh.accept(listener)
+    mesh.carries(sock, app)
+    sock.close()
+    app.close()
+    assert mesh.line("far", "inbound", port)["src.identity"] == spiffe("client")
 
 
 # --- who is calling -------------------------------------------------------------------------------
@@ -364,57 +382,3 @@ def test_a_pod_that_destroys_the_tunnels_listeners_is_repaired(mesh: Mesh) -> No
     sock, app, port = mesh.call("client", "near")
     mesh.carries(sock, app)
     mesh.refuses("outsider", mesh.address("near"), port)
-
-
-# --- names, addresses and namespaces that come again ----------------------------------------------
-
-
-def test_a_namespace_made_anew_has_nothing_of_the_old_one(mesh: Mesh, lab: Lab) -> None:
-    """Same name, same address, another service account: no connection, pool or identity stays."""
-    uid = "shop/passing"
-    described = msgspec.structs.replace(
-        lab.pod(PODS["far"]).pod, name="passing", labels={"app": "passing"}, service_account="old"
-    )
-
-    def enrolled(cookies: set[int]) -> int:
-        for each in mesh.status("node-2")["pods"]:
-            known = each["netns_cookie"] not in cookies
-            if each["workload"] == uid and each["state"] == "Enrolled" and known:
-                return int(each["netns_cookie"])
-        return 0
-
-    def call(account: str) -> socket.socket:
-        listener = mesh.keep(
-            namespaces.run_in(lab.namespace(uid), lambda: socket.create_server(("0.0.0.0", 8080)))
-        )
-        address = lab.addresses(uid)[0]
-        sock = mesh.connect("client", address, 8080)
-        app, _ = mesh.accept(listener)
-        mesh.carries(sock, app)
-        wait_until(
-            lambda: mesh.count(
-                "far",
-                "istio_tcp_connections_opened_total",
-                destination_principal=spiffe(account),
-                reporter="destination",
-            ),
-            f"a connection to {account} is counted",
-        )
-        return sock
-
-    lab.add_pod(described)
-    try:
-        old = wait_until(lambda: enrolled(set()), "the pod is enrolled")
-        open_until_then = call("old")
-        addresses = lab.addresses(uid)
-        lab.remove_pod(uid)
-        lab.add_pod(msgspec.structs.replace(described, addresses=addresses, service_account="new"))
-        # Its other end went without a word; the client's tunnel cuts it, for somebody else lives
-        # at that address now.
-        with pytest.raises(ConnectionResetError):
-            open_until_then.recv(1)
-        assert mesh.line("client", "outbound", 8080)["reason"] == "identity_mismatch"
-        assert wait_until(lambda: enrolled({old}), "the new pod is enrolled") != old
-        call("new")
-    finally:
-        lab.remove_pod(uid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import socket
 import struct
@@ -21,7 +20,7 @@ from OpenSSL import SSL
 from nodeagent.lab import Lab
 from support.certificates import workload
 from support.e2e import HBONE_PORT, Line, Mesh, authority, running, spec, spiffe
-from support.hbone import PREFACE, Client, Gone, Shown, Tls
+from support.hbone import Client, Gone, Shown, Tls
 from support.netns import wait_until
 
 MOST_POST_HANDSHAKE: Final = 1000
@@ -205,36 +204,6 @@ def test_a_flood_of_key_updates_is_ended(mesh: Mesh) -> None:
             answered += len(data)
     # It has ended, after no more answers (records of the same size, and an alert) than are counted.
     assert answered <= (MOST_POST_HANDSHAKE + 1) * len(records) // FLOOD
-    serves(mesh)
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        b"GET / HTTP/1.1\r\nHost: far\r\n\r\n",
-        PREFACE,
-        b"\x16\x03\x01\x40\x00" + b"\0" * 16384,
-        b"\x16\x03\x01\xff\xff",
-        bytes(range(256)) * 64,
-        b"\x15\x03\x03\x00\x02\x02\x28",
-        b"\x17\x03\x03\x00\x01\x00",
-    ],
-    ids=["http", "h2c", "zeros", "long record", "all bytes", "alert", "data"],
-)
-def test_an_outsider_costs_a_refused_handshake(mesh: Mesh, said: bytes) -> None:
-    known = len(failures(mesh))
-    sock = mesh.connect("outsider", mesh.address("far"), HBONE_PORT)
-    # Refused at any of these, ENOTCONN included: the reset may come before the end is told.
-    try:
-        sock.sendall(said)
-        sock.shutdown(socket.SHUT_WR)
-        while sock.recv(65536):
-            pass
-    except OSError as error:
-        assert error.errno in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
-    line = refused(mesh, known)
-    assert line["reason"] in {"tls_failed", "tls_alert", "peer_connection_lost"}
-    assert "src.identity" not in line
     serves(mesh)
 
 

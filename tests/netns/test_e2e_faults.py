@@ -6,6 +6,8 @@ Whatever ends a daemon here ends it without a word (SIGKILL).
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import select
 import signal
@@ -18,10 +20,9 @@ from pathlib import Path
 import pytest
 
 from nodeagent.lab import Lab
-from nodeagent.lab.processes import ProcessRecord
 from nodeagent.lab.sniffer import Sniffer
 from support.e2e import PODS, Mesh, running, spec, spiffe, strict, watched, with_changes
-from support.netns import wait_until
+from support.netns import DEADLINE, wait_until
 
 SECRET = b"a secret that must not be seen"
 RENEWAL_SECONDS = 120.0
@@ -49,16 +50,17 @@ def own(request: pytest.FixtureRequest) -> Iterator[Mesh]:
         yield made
 
 
-def ended(process: ProcessRecord) -> bool:
-    return not process.alive()
-
-
 def kill(mesh: Mesh, *daemons: str) -> None:
+    """Kill daemons, one after the other, and wait until each one's last thread has ended."""
     for each in daemons:
         node, _, daemon = each.partition("/")
         process = mesh.lab.node(node).process(daemon)
+        # Not by its state: the first thread is a zombie while others still hold the sockets.
+        watch = process.open()
+        assert watch is not None
         assert process.send(signal.SIGKILL)
-        wait_until(partial(ended, process), f"{each} has ended")
+        assert select.select([watch], [], [], DEADLINE)[0]
+        os.close(watch)
 
 
 BOTH = ("node-2/nodeagent", "node-2/ztunnel")
@@ -149,11 +151,11 @@ def test_killing_ztunnel_refuses_no_new_connection(mesh: Mesh, client: str, node
     sock, app, _ = mesh.call(client, "far", listener=listener)
     mesh.carries(sock, app)
     kill(mesh, f"{node}/ztunnel")
-    with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012
-        # What it carried ends, and nobody is left in the dark.
-        sock.recv(1)
-        sock.sendall(b"x")
-        raise ConnectionResetError
+    # What it carried has ended, and nobody is left in the dark.
+    with contextlib.suppress(ConnectionResetError):
+        assert sock.recv(1) == b""
+    with contextlib.suppress(ConnectionResetError):
+        assert app.recv(1) == b""
     waiting = [mesh.connect(client, mesh.address("far", family), port) for family in (4, 6)]
     for one in waiting:
         one.sendall(b"ping")
@@ -187,37 +189,29 @@ def test_with_both_killed_no_plaintext_leaks(own: Mesh, tmp_path: Path) -> None:
             for family in (4, 6):
                 one = mesh.open(client, family)
                 one.setblocking(False)
-                with contextlib.suppress(BlockingIOError, ConnectionRefusedError):
-                    one.connect((mesh.address("far", family), port))
-                with contextlib.suppress(OSError):
-                    one.sendall(SECRET)
-                attempts.append((client, one))
+                found = one.connect_ex((mesh.address("far", family), port))
+                assert found in (errno.EINPROGRESS, errno.ECONNREFUSED)
+                attempts.append(one)
         # What passes without the mesh shows that packets had time to pass.
         witness = mesh.listen("twin")
         known = mesh.connect("outsider", mesh.address("twin"), witness.getsockname()[1])
         known.sendall(b"seen on the wire")
         assert mesh.accept(witness)[0].recv(16) == b"seen on the wire"
-        for _, one in attempts:
-            with contextlib.suppress(OSError):
-                one.sendall(SECRET)
-        wait_until(
-            lambda: b"seen on the wire" in (tmp_path / "wire").read_bytes(), "it is captured"
-        )
+        for one in attempts:
+            # Waiting or refused, but nobody has answered.
+            with pytest.raises(OSError):  # noqa: PT011
+                one.send(SECRET)
+        wait_until(lambda: b"seen on the wire" in sniffer.look().raw, "it is captured")
         capture, dropped = sniffer.stop()
     assert dropped == 0
-    # The outsider is not ours to guard: it speaks in plaintext. But nobody answers it.
-    mine = mesh.address("client"), mesh.address("client", 6)
-    assert not [
-        stream for stream in capture.streams if str(stream.source) in mine and SECRET in stream.data
-    ]
+    assert SECRET not in capture.raw
     listener.setblocking(False)
     with pytest.raises(BlockingIOError):
         listener.accept()
-    with contextlib.suppress(ConnectionResetError):
-        app.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            assert app.recv(100) == b""
-    for _, one in attempts:
+    # All that the application saw of the old connection is its end.
+    with pytest.raises(ConnectionResetError):
+        app.recv(1)
+    for one in attempts:
         one.close()
 
     start(mesh, *ALL)
@@ -252,9 +246,9 @@ def test_a_connection_older_than_the_enrolment_does_not_reach_a_strict_applicati
     for sock, app in older:
         with contextlib.suppress(OSError):
             sock.sendall(SECRET)
-        app.settimeout(1)
-        with contextlib.suppress(OSError):
-            assert app.recv(100) == b""
+        # Cut inside the pod (SOCK_DESTROY); what is on its way meets a guard.
+        with pytest.raises((ConnectionAbortedError, ConnectionResetError)):
+            app.recv(1)
     mesh.refuses("outsider", mesh.address("far"), listener.getsockname()[1], SECRET)
     sock, app, _ = mesh.call("client", "far", listener=listener)
     mesh.carries(sock, app)

@@ -53,6 +53,7 @@ class Bench:
         self._wanted = wanted
         self.samples: list[Sample] = []
         self.notes: list[str] = []
+        self.failed = False
 
     def _wants(self, scenario: str) -> bool:
         return not self._wanted or scenario in self._wanted
@@ -77,6 +78,7 @@ class Bench:
             values = scenario.measure(bed, self._timing)
         except (FailedError, BadOutputError) as error:
             # Said and left out, never filled in: the other figures of the round still stand.
+            self.failed = True
             self.notes.append(f"round {number}, {subject}, {scenario.name}: {error}")
             click.echo(f"  {subject:7} {scenario.name:19} FAILED: {error}", err=True)
             return
@@ -143,7 +145,10 @@ def command(
     tools: Path,
     save: bool,
 ) -> None:
-    """Measure no mesh, ours, Envoy and plaintext relays beside each other."""
+    """Measure no mesh, ours, Envoy and plaintext relays beside each other.
+
+    Exit code 1 when a scenario failed or a target was missed, after everything is reported.
+    """
     unknown = set(wanted) - {one.name for one in SCENARIOS} - {"enrolment"}
     if unknown:
         raise click.BadParameter(f"no scenario is called {', '.join(sorted(unknown))}")
@@ -176,7 +181,7 @@ def command(
         samples=bench.samples,
     )
     _report(run, save=save)
-    if any(figure.met is False for figure in run.figures):
+    if bench.failed or any(figure.met is False for figure in run.figures):
         sys.exit(1)
 
 

@@ -66,7 +66,8 @@ class Bed:
             raise FailedError(f"{argv[0]} in {pod} did not end in {COMMAND_SECONDS} s") from None
         if done.returncode != 0:
             said = (done.stderr.strip() or done.stdout.strip())[-500:]
-            raise FailedError(f"{' '.join(argv)} in {pod}: code {done.returncode}: {said}")
+            shown = " ".join([Path(argv[0]).name, *argv[1:]])
+            raise FailedError(f"{shown} in {pod}: code {done.returncode}: {said}")
         return str(done.stdout)
 
     def load(self, *arguments: str) -> dict[str, float]:

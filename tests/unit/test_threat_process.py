@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import http.client
+import resource
+import socket
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
+import nodeagent.channel
+import ztunnel.channel
 from nodeagent.admin import server as agent_server
+from ztunnel import protocol
 from ztunnel.admin import Page, Server
 
 HOSTILE_HOSTS = [
@@ -69,6 +76,33 @@ def test_loopbacks_own_names_do(host: str) -> None:
 @pytest.mark.parametrize("bound, address", [("0.0.0.0", "127.0.0.1"), ("::", "::1")])
 def test_where_it_is_called_counts_and_not_where_it_listens(bound: str, address: str) -> None:
     assert _status(bound, address, "evil.example") == 421
+
+
+# --- descriptors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("daemon", [nodeagent.channel, ztunnel.channel], ids=["agent", "tunnel"])
+def test_at_the_descriptor_limit_nothing_is_mistaken_for_anything_else(daemon: ModuleType) -> None:
+    """The kernel drops descriptors there without an error, and the next would take their place."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    channel = daemon.Channel(ours)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rights = array.array("i", [theirs.fileno()] * 4)
+    theirs.sendmsg(
+        [protocol.encode(protocol.Ack(1), 4)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+    )
+
+    async def scene() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            await channel.receive()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    with pytest.raises(protocol.ProtocolError, match="MSG_CTRUNC"):
+        asyncio.run(scene())
+    channel.close()
+    theirs.close()
 
 
 # --- dumps ----------------------------------------------------------------------------------------

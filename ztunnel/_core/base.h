@@ -27,6 +27,10 @@
 #define ZT_POD_UPCALLS 512
 /* Ended connections that wait for the access log; beyond it they are counted, not kept. */
 #define ZT_EVENTS_MAX 65536
+/* Ends are reported this many at once, or after this long: waking the interpreter for each costs
+ * more than the connection. A log line may be so much late. */
+#define ZT_EVENTS_BATCH 1024
+#define ZT_REPORT_US 20000u
 /* Failed handshakes that wait for the log: fewer, for an outsider makes them. */
 #define ZT_FAILURES_MAX 4096
 /* Bytes read or encrypted in one system call: 16 full TLS records (measured: the size of each

@@ -381,7 +381,7 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
 
         zt_add(opened ? &s->closed : &s->failed[reason], 1);
     }
-    zt_ended_push(w->core, &e);
+    zt_worker_report(w, &e);
     atomic_fetch_sub(&w->load_connections, 1);
     zt_add(&w->stats.connections, (uint64_t)-1);
     zt_list_remove(&c->link);

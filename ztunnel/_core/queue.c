@@ -156,14 +156,17 @@ void zt_upcall_answer_certificate(struct zt_core *core, uint64_t id, uint64_t id
     zt_upcall_free(u);
 }
 
-void zt_ended_push(struct zt_core *core, const struct zt_ended *e) {
+bool zt_ended_push(struct zt_core *core, const struct zt_ended *e) {
+    bool full;
+
     pthread_mutex_lock(&core->queue_lock);
     if (core->ended_tail - core->ended_head == ZT_EVENTS_MAX)
         core->events_lost++;
     else
         core->ended[core->ended_tail++ % ZT_EVENTS_MAX] = *e;
+    full = core->ended_tail - core->ended_head >= ZT_EVENTS_BATCH;
     pthread_mutex_unlock(&core->queue_lock);
-    zt_core_wake(core);
+    return full;
 }
 
 void zt_failed_push(struct zt_core *core, const struct zt_failed *f) {

@@ -34,15 +34,21 @@ static int open_in(struct zt_worker *w, const struct zt_pod *pod, bool v4, int m
     if (fd < 0) return -errno;
     rv = set(fd, SOL_SOCKET, SO_MARK, mark);
     if (!rv) rv = set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-    if (!rv) rv = set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
-    if (!rv) rv = set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_S);
-    if (!rv) rv = set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S);
-    if (!rv) rv = set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_PROBES);
     if (rv) {
         close(fd);
         return rv;
     }
     return fd;
+}
+
+/* For sockets that leave the pod. On lo the kernel knows when the application has gone. */
+static int keep_alive(int fd) {
+    int rv = set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+
+    if (!rv) rv = set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE_S);
+    if (!rv) rv = set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S);
+    if (!rv) rv = set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_PROBES);
+    return rv;
 }
 
 static int bind_to(int fd, const struct zt_addr *from) {
@@ -74,18 +80,21 @@ static int finish(int fd, int rv) {
 }
 
 int zt_sock_to_peer(struct zt_worker *w, const struct zt_pod *pod, const struct zt_addr *to) {
-    int fd = open_in(w, pod, zt_addr_is_v4(to), ZT_MARK_TUNNEL);
+    int fd = open_in(w, pod, zt_addr_is_v4(to), ZT_MARK_TUNNEL), rv;
 
     if (fd < 0) return fd;
-    return finish(fd, connect_to(fd, to));
+    rv = keep_alive(fd);
+    if (!rv) rv = connect_to(fd, to);
+    return finish(fd, rv);
 }
 
 int zt_sock_forward(struct zt_worker *w, const struct zt_pod *pod, const struct zt_addr *from,
                     const struct zt_addr *to) {
-    int fd = open_in(w, pod, zt_addr_is_v4(to), ZT_MARK_TUNNEL), rv = 0;
+    int fd = open_in(w, pod, zt_addr_is_v4(to), ZT_MARK_TUNNEL), rv;
 
     if (fd < 0) return fd;
-    if (zt_addr_is_v4(from) == zt_addr_is_v4(to)) rv = bind_to(fd, from);
+    rv = keep_alive(fd);
+    if (!rv && zt_addr_is_v4(from) == zt_addr_is_v4(to)) rv = bind_to(fd, from);
     if (!rv) rv = connect_to(fd, to);
     return finish(fd, rv);
 }

@@ -254,7 +254,8 @@ void zt_upcall_answer_certificate(struct zt_core *core, uint64_t id, uint64_t id
 /* Takes the next question for the control side: `out` gets a copy and owns its chain; false when
  * there is none. */
 bool zt_upcall_collect(struct zt_core *core, struct zt_upcall *out);
-void zt_ended_push(struct zt_core *core, const struct zt_ended *e);
+/* True when so many wait that the control side should be woken now; otherwise soon is enough. */
+bool zt_ended_push(struct zt_core *core, const struct zt_ended *e);
 void zt_failed_push(struct zt_core *core, const struct zt_failed *f);
 void zt_core_wake(struct zt_core *core);
 /* Takes up to `most` of what waits; returns how many. */

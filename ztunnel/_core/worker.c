@@ -47,10 +47,24 @@ static void fire_timers(struct zt_worker *w) {
     }
 }
 
+void zt_worker_report(struct zt_worker *w, const struct zt_ended *e) {
+    if (zt_ended_push(w->core, e))
+        w->report_at = w->now;
+    else if (!w->report_at)
+        w->report_at = w->now + ZT_REPORT_US;
+}
+
+static void send_reports(struct zt_worker *w) {
+    if (!w->report_at || w->report_at > w->now) return;
+    w->report_at = 0;
+    zt_core_wake(w->core);
+}
+
 static int next_timeout_ms(const struct zt_worker *w) {
     uint64_t soonest = w->now + HEARTBEAT_MS * 1000u;
 
     if (!zt_list_empty(&w->tasks)) return 0;
+    if (w->report_at && w->report_at < soonest) soonest = w->report_at;
     for (int d = 0; d < ZT_DEADLINES; d++) {
         if (!zt_list_empty(&w->deadlines[d])) {
             const struct zt_timer *t = ZT_CONTAINER(w->deadlines[d].next, struct zt_timer, link);
@@ -259,7 +273,7 @@ static void shed(struct zt_worker *w, struct zt_listener *l) {
         len = sizeof(ss);
         if (getsockname(fd, (void *)&ss, &len) == 0) zt_addr_from_sockaddr(&e.destination, &ss);
         zt_sock_abort(fd);
-        zt_ended_push(w->core, &e);
+        zt_worker_report(w, &e);
     }
     w->spare_fd = fcntl(w->wake_fd, F_DUPFD_CLOEXEC, 3);
 }
@@ -365,8 +379,10 @@ static void *loop(void *arg) {
         zt_table_expire(w);
         zt_h2_flush_dirty(w);
         bury_all(w);
+        send_reports(w);
     }
     end_everything(w);
+    zt_core_wake(w->core);
     return NULL;
 }
 

@@ -9,7 +9,8 @@
  *   3. postponed work (connections that used up their budget);
  *   4. deadlines, and table entries of an older epoch;
  *   5. HBONE connections that have something to send, each flushed once;
- *   6. the graveyard.
+ *   6. the graveyard;
+ *   7. a word to the control side, if connections have ended.
  */
 #ifndef ZT_WORKER_H
 #define ZT_WORKER_H
@@ -117,7 +118,8 @@ struct zt_worker {
     int epfd, wake_fd, spare_fd;
     struct zt_io wake;
     bool woken, stopping;
-    uint64_t now; /* microseconds, read once a turn */
+    uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
+    uint64_t now;       /* microseconds, read once a turn */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
@@ -143,6 +145,9 @@ struct zt_worker {
     struct zt_gather gathers[ZT_GATHERS];
     int ngathers;
 };
+
+/* Report the end of a connection to the control side: many at once, and late by ZT_REPORT_US. */
+void zt_worker_report(struct zt_worker *w, const struct zt_ended *e);
 
 int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index);
 int zt_worker_start(struct zt_worker *w);

@@ -354,6 +354,32 @@ def test_a_pod_made_anew_under_another_identity_has_nothing_of_the_old_one(own: 
     assert mesh.line("client", "outbound", port)["dst.identity"] == spiffe("usurper")
 
 
+def test_churn_leaves_no_generation_behind(own: Mesh) -> None:
+    """One name and address, again and again, each time as somebody else: the kernel may reuse the
+    namespace's inode, and the core the number of a descriptor.
+    """
+    mesh = own
+    pins = mesh.lab.layout.bpf / "node-2"
+    old = mesh.lab.pod(PODS["far"])
+    before = len(list(pins.rglob("*")))
+    for generation in range(5):
+        mesh.lab.remove_pod(PODS["far"])
+        mesh.settled("node-2", lambda state: state["pods"] == [])
+        name = f"generation-{generation}"
+        mesh.lab.add_pod(with_changes(old.pod, service_account=name, addresses=old.addresses))
+        mesh.settled("node-2", lambda s: [p["state"] for p in s["pods"]] == ["Enrolled"])
+        assert mesh.hbone("twin", "far").tls.identity() == spiffe(name)
+        listener = mesh.listen("far")
+        sock, app, port = mesh.call("client", "far", 6, listener=listener)
+        mesh.carries(sock, app)
+        sock.close()
+        app.close()
+        listener.close()
+        assert mesh.line("client", "outbound", port)["dst.identity"] == spiffe(name)
+    assert mesh.count("far", "ztunnel_pods") == 1
+    assert len(list(pins.rglob("*"))) == before
+
+
 # --- certificates are replaced --------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """The tunnel's listening sockets in a pod: opening, adopting, checking.
 
 This module owns their options. It promises that a socket it returns listens on its port in the
-namespace it is meant for, is non-blocking and close-on-exec, and hands what it accepts the mark
-that passes the guard. It may not accept anything. `open_listener` runs inside the namespace.
+namespace it is meant for, is non-blocking and close-on-exec, and gives what it accepts the mark
+of the side that it faces. It may not accept anything. `open_listener` runs inside the namespace.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import struct
 from typing import Final
 
-from nodeagent.capture.layout import MARK_TUNNEL, PORTS
+from nodeagent.capture.layout import MARK_DELIVERY, MARK_TUNNEL, OUTBOUND_PORT, PORTS
 from nodeagent.pods.netns import socket_cookie
 
 __all__ = ["PortTakenError", "adopt_listener", "is_listening", "open_listener", "sock_cookie"]
@@ -53,7 +53,7 @@ def open_listener(port: int) -> socket.socket:
             raise
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        _configure(sock)
+        _configure(sock, port)
         sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104
         sock.listen(BACKLOG)
     except OSError as error:
@@ -64,14 +64,24 @@ def open_listener(port: int) -> socket.socket:
     return sock
 
 
-def _configure(sock: socket.socket) -> None:
+def _mark(port: int) -> int:
+    """Return the mark that accepted sockets inherit.
+
+    Those that face the outside take the pod's own routes and pass the guard. The outbound ones face
+    the application, over lo, where the kernel may have to answer for it when it has gone: its
+    answers reflect the mark (`fwmark_reflect`), and this one brings them back over lo. With the
+    other they would leave by the device, and the tunnel's socket would never learn of the end.
+    """
+    return MARK_DELIVERY if port == OUTBOUND_PORT else MARK_TUNNEL
+
+
+def _configure(sock: socket.socket, port: int) -> None:
     if sock.family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
     # Accepted sockets speak from addresses that are not the pod's.
     sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
-    # Inherited: their answers take the main table and pass the guard.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, MARK_TUNNEL)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, _mark(port))
     # Inherited: an application that restarts may bind its port while we hold connections to it.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -103,7 +113,7 @@ def _what_is_wrong(sock: socket.socket, port: int, netns_cookie: int) -> str:
         return "listens elsewhere"
     if socket_cookie(sock) != netns_cookie:
         return "belongs to another namespace"
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) != MARK_TUNNEL:
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) != _mark(port):
         return "does not carry the tunnel's mark"
     return ""
 

@@ -129,23 +129,29 @@ test-unit: setup ## Run the tests that need no privileges
 test-netns: setup ## Run the tests in network namespaces (root)
 	$(PYTEST) -m netns $(PYTEST_ARGS)
 
-# An instrumented copy of both packages stands before the installed ones on the path, for the tests
-# and for every daemon that they start. The C runtime of the sanitizer must come first in each
-# process. Reports go to files, as most of these processes are daemons, and any file is a failure.
-# Leaks are not reported: CPython itself keeps memory until exit.
+# An instrumented copy of both packages stands before the installed ones on the path, and the tests
+# and every daemon that they start run on an interpreter with the sanitizer linked in: the runtime
+# must come first in each process, and other programs have their own faults. Reports go to files, as
+# most of these processes are daemons, and any file is a failure. Leaks are not reported: CPython
+# itself keeps memory until exit.
 SANITIZER_OPTIONS = log_path=$(CURDIR)/build/$(1)/report:abort_on_error=1
 
 define sanitized_test
 rm -rf build/$(1)
 NODEAGENT_SANITIZE=$(2) $(BIN)/python setup.py --quiet build --build-lib build/$(1) \
 	--build-temp build/$(1)-objects
+mkdir -p build/$(1)/venv/bin
+cp $(VENV)/pyvenv.cfg build/$(1)/venv/
+ln -s $(CURDIR)/$(VENV)/lib build/$(1)/venv/lib
+gcc -g -Wall -Wextra -Werror -fsanitize=$(2) $$($(PYTHON)-config --includes) \
+	-o build/$(1)/venv/bin/python tests/support/interpreter.c \
+	$$($(PYTHON)-config --ldflags --embed)
 failed=0; \
 PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
-LD_PRELOAD="$(foreach library,$(3),$(shell gcc -print-file-name=$(library)))" \
 ASAN_OPTIONS=$(SANITIZER_OPTIONS):detect_leaks=0:detect_stack_use_after_return=1 \
 UBSAN_OPTIONS=$(SANITIZER_OPTIONS):print_stacktrace=1 \
 TSAN_OPTIONS=$(SANITIZER_OPTIONS):second_deadlock_stack=1 \
-	$(4) $(PYTEST) -m netns $(PYTEST_ARGS) || failed=$$?; \
+	$(3) build/$(1)/venv/bin/python -m pytest -m netns $(PYTEST_ARGS) || failed=$$?; \
 shopt -s nullglob; reports=(build/$(1)/report.*); \
 if (( $${#reports[@]} )); then cat "$${reports[@]}"; exit 1; fi; \
 exit $$failed
@@ -153,12 +159,12 @@ endef
 
 .PHONY: sanitize
 sanitize: setup ## Run the namespace tests with AddressSanitizer and UBSan (root)
-	$(call sanitized_test,asan,address$(comma)undefined,libasan.so libubsan.so)
+	$(call sanitized_test,asan,address$(comma)undefined)
 
 # ThreadSanitizer's shadow memory and a wide address space randomisation exclude each other.
 .PHONY: sanitize-threads
 sanitize-threads: setup ## Run the namespace tests with ThreadSanitizer (root)
-	$(call sanitized_test,tsan,thread,libtsan.so,setarch -R)
+	$(call sanitized_test,tsan,thread,setarch -R)
 
 comma := ,
 

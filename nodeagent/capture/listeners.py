@@ -14,7 +14,13 @@ import socket
 import struct
 from typing import Final
 
-from nodeagent.capture.layout import MARK_DELIVERY, MARK_TUNNEL, OUTBOUND_PORT, PORTS
+from nodeagent.capture.layout import (
+    HBONE_PORT,
+    MARK_DELIVERY,
+    MARK_TUNNEL,
+    OUTBOUND_PORT,
+    PORTS,
+)
 from nodeagent.pods.netns import socket_cookie
 
 __all__ = ["PortTakenError", "adopt_listener", "is_listening", "open_listener", "sock_cookie"]
@@ -26,6 +32,9 @@ KEEPALIVE_IDLE: Final = 180
 KEEPALIVE_INTERVAL: Final = 180
 KEEPALIVE_PROBES: Final = 9
 """Seconds, seconds, count: a vanished peer's connection ends after half an hour, as ztunnel's."""
+
+_RESET_AT_CLOSE: Final = struct.pack("ii", 1, 0)
+"""struct linger: on, for no time (socket(7))."""
 
 # linux/in.h, linux/in6.h, asm-generic/socket.h: not in Python's socket module.
 IP_TRANSPARENT: Final = 19
@@ -85,6 +94,9 @@ def _configure(sock: socket.socket, port: int) -> None:
     # Inherited: an application that restarts may bind its port while we hold connections to it.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if port != HBONE_PORT:
+        # Inherited: should the tunnel die, its applications see a reset and no clean end.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)

@@ -102,6 +102,7 @@ AUTHORITIES = {
     "short IPv4": "127.1:{port}",
     "another pod, IPv4-mapped": "[::ffff:10.244.1.3]:{port}",
     "loopback, IPv4-mapped": "[::ffff:127.0.0.1]:{port}",
+    "IPv4 in IPv6": "[::ffff:{far}]:{port}",
     "IPv4 in brackets": "[{far}]:{port}",
     "IPv6 without brackets": "{far6}:{port}",
     "scope": "[{far6}%eth0]:{port}",

@@ -340,7 +340,7 @@ static uint32_t error_code_of(enum zt_reason reason) {
 static void close_leg(struct zt_leg *leg, bool clean) {
     if (leg->io.fd < 0) return;
     if (clean)
-        close(leg->io.fd);
+        zt_sock_close(leg->io.fd);
     else
         zt_sock_abort(leg->io.fd);
     leg->io.fd = -1;

@@ -104,8 +104,9 @@ int zt_sock_forward(struct zt_worker *w, const struct zt_pod *pod, const struct 
 int zt_sock_deliver(struct zt_worker *w, const struct zt_pod *pod, const struct zt_addr *from,
                     const struct zt_addr *to);
 int zt_sock_error(int fd);
-/* Closes with a reset. */
+/* Close an application's socket, with a reset or in good order. */
 void zt_sock_abort(int fd);
+void zt_sock_close(int fd);
 
 /* --- relay.c -------------------------------------------------------------------------------------- */
 

@@ -57,6 +57,22 @@ static struct zt_pool *pool_of(struct zt_h2 *h) {
     return &h->peer->pools[h->worker->index];
 }
 
+/* Ends that deserve a line of their own, for no stream may be there to tell of them. */
+static bool worth_telling(enum zt_h2_state was, enum zt_reason reason) {
+    if (was < ZT_H_OPEN) return true;
+    switch (reason) {
+    case ZT_R_CLOSED:
+    case ZT_R_IDLE:
+    case ZT_R_PEER_LOST:
+    case ZT_R_TLS_TRUNCATED:
+    case ZT_R_SHUTDOWN:
+    case ZT_R_POD_REMOVED:
+        return false;
+    default:
+        return true;
+    }
+}
+
 static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     struct zt_failed f = {.kind = h->server ? ZT_PEER_CERTIFICATE : ZT_SERVER_CERTIFICATE,
                           .pod = h->pod->node.number,
@@ -120,10 +136,9 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     zt_list_remove(&h->task.link);
     zt_timer_stop(&h->timer);
     if (h->upcall) zt_upcall_cancel(w->core, h->upcall);
-    if (was < ZT_H_OPEN) {
-        report_failure(h, reason, detail);
-        if (!h->server && --pool_of(h)->dialling == 0) fail_waiting(pool_of(h), reason);
-    }
+    if (worth_telling(was, reason)) report_failure(h, reason, detail);
+    if (was < ZT_H_OPEN && !h->server && --pool_of(h)->dialling == 0)
+        fail_waiting(pool_of(h), reason);
     if (h->session) nghttp2_session_del(h->session);
     h->session = NULL;
     if (h->ssl) ossl.SSL_free(h->ssl);

@@ -41,6 +41,14 @@ static int open_in(struct zt_worker *w, const struct zt_pod *pod, bool v4, int m
     return fd;
 }
 
+/* An application's socket is closed by a reset unless we say otherwise at its end: if this process
+ * dies, what was under way must not look complete. Accepted ones inherit it from their listener. */
+static int linger(int fd, bool now) {
+    struct linger l = {.l_onoff = now, .l_linger = 0};
+
+    return setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof(l)) < 0 ? -errno : 0;
+}
+
 /* For sockets that leave the pod. On lo the kernel knows when the application has gone. */
 static int keep_alive(int fd) {
     int rv = set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
@@ -93,7 +101,8 @@ int zt_sock_forward(struct zt_worker *w, const struct zt_pod *pod, const struct 
     int fd = open_in(w, pod, zt_addr_is_v4(to), ZT_MARK_TUNNEL), rv;
 
     if (fd < 0) return fd;
-    rv = keep_alive(fd);
+    rv = linger(fd, true);
+    if (!rv) rv = keep_alive(fd);
     if (!rv && zt_addr_is_v4(from) == zt_addr_is_v4(to)) rv = bind_to(fd, from);
     if (!rv) rv = connect_to(fd, to);
     return finish(fd, rv);
@@ -109,6 +118,7 @@ int zt_sock_deliver(struct zt_worker *w, const struct zt_pod *pod, const struct 
     if (fd < 0) return fd;
     /* Bound to lo, so that the capture program takes it for ours and not for one from outside. */
     rv = v4 ? set(fd, IPPROTO_IP, IP_TRANSPARENT, 1) : set(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, 1);
+    if (!rv) rv = linger(fd, true);
     if (!rv && setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, "lo", 3) < 0) rv = -errno;
     if (!rv) rv = bind_to(fd, from);
     if (!rv) rv = connect_to(fd, to);
@@ -124,8 +134,11 @@ int zt_sock_error(int fd) {
 }
 
 void zt_sock_abort(int fd) {
-    struct linger now = {.l_onoff = 1, .l_linger = 0};
+    linger(fd, true);
+    close(fd);
+}
 
-    setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+void zt_sock_close(int fd) {
+    linger(fd, false);
     close(fd);
 }

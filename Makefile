@@ -18,6 +18,7 @@ SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf
 
 C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
 BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
+TEST_C_SOURCES := $(wildcard tests/*/*.c bench/load/*.[ch])
 
 # Where `make install` puts the daemons; the units in systemd/ name the same place.
 PREFIX ?= /opt/nodeagent
@@ -109,13 +110,13 @@ lint: setup ## Check style, types, import layers and C formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	clang-format --dry-run -Werror $(C_SOURCES) $(BPF_SOURCES)
+	clang-format --dry-run -Werror $(C_SOURCES) $(BPF_SOURCES) $(TEST_C_SOURCES)
 
 .PHONY: format
 format: setup ## Rewrite Python and C in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	clang-format -i $(C_SOURCES) $(BPF_SOURCES)
+	clang-format -i $(C_SOURCES) $(BPF_SOURCES) $(TEST_C_SOURCES)
 
 .PHONY: test
 test: setup lint ## Run everything: lint, unit, namespace and interop tests (root)

@@ -15,7 +15,8 @@ HEADER = (Path(__file__).parents[2] / "bpf" / "include" / "nodeagent.h").read_te
 
 
 @pytest.mark.parametrize(
-    "name", ["MARK_TUNNEL", "MARK_DELIVERY", "MARK_OLDER", "HBONE_PORT", "MAX_ADDRESSES", "MAX_EXCEPTIONS"]
+    "name",
+    ["MARK_TUNNEL", "MARK_DELIVERY", "MARK_OLDER", "HBONE_PORT", "MAX_ADDRESSES", "MAX_EXCEPTIONS"],
 )
 def test_numbers_are_the_headers(name: str) -> None:
     found = re.search(rf"^#define {name} +(\w+)", HEADER, re.MULTILINE)

@@ -209,7 +209,9 @@ def test_removal_leaves_what_others_changed_or_own() -> None:
     order = plan.removal(found, SYSCTLS, frozenset())
     assert actions.DeleteClsact(2) not in order
     assert actions.DeleteFilter(theirs) not in order
-    assert "ipv4/conf/eth0/rp_filter" not in {a.name for a in order if isinstance(a, actions.SetSysctl)}
+    assert "ipv4/conf/eth0/rp_filter" not in {
+        a.name for a in order if isinstance(a, actions.SetSysctl)
+    }
     kept = plan.removal(HEALTHY, SYSCTLS, frozenset({"eth0"}))
     assert actions.DeleteClsact(2) not in kept
 

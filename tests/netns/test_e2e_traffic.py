@@ -217,10 +217,14 @@ def _pump(sock: socket.socket, block: bytes, count: int) -> tuple[str, str]:
     return sent.hexdigest(), received.hexdigest()
 
 
-@SERVERS
-def test_64_mebibytes_both_ways_at_once_arrive_intact(mesh: Mesh, server: str) -> None:
-    sock, app, port = mesh.call("client", server, 6)
-    block, blocks = os.urandom(1 << 20), 64
+@pytest.mark.parametrize(
+    "server, family, blocks", [("far", 4, 1024), ("far", 6, 64), ("near", 6, 64)]
+)
+def test_up_to_a_gibibyte_both_ways_at_once_arrives_intact(
+    mesh: Mesh, server: str, family: int, blocks: int
+) -> None:
+    sock, app, port = mesh.call("client", server, family)
+    block = os.urandom(1 << 20)
     result: list[tuple[str, str]] = []
     thread = threading.Thread(target=lambda: result.append(_pump(app, block[::-1], blocks)))
     thread.start()

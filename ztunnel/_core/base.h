@@ -36,8 +36,6 @@
 /* Bytes read or encrypted in one system call: 16 full TLS records (measured: the size of each
  * call, not the cipher, decides the throughput). */
 #define ZT_CHUNK (256 * 1024)
-/* Ciphertext waiting for a socket; beyond it the streams behind it are not read. */
-#define ZT_OUT_HIGH (256 * 1024)
 /* Bytes that one event may move before the others get their turn. */
 #define ZT_BUDGET (1024 * 1024)
 /* HTTP/2 windows and limits: what the field's node proxy announces, so that the two are equals on
@@ -89,7 +87,6 @@ enum zt_deadline {
 /* Marks of our own sockets (docs/architecture.md, table of marks). */
 #define ZT_MARK_TUNNEL 0x539
 #define ZT_MARK_DELIVER 0x111
-#define ZT_HBONE_PORT 15008
 
 /* --- addresses ------------------------------------------------------------------------------- */
 

@@ -48,7 +48,6 @@ struct zt_stream {
     bool remote_end;    /* END_STREAM came */
     bool local_end;     /* END_STREAM was sent */
     struct zt_chunk *pending, **pending_tail;
-    size_t pending_bytes;
 };
 
 struct zt_half {

@@ -38,7 +38,7 @@ struct zt_h2 {
     struct zt_peer *peer; /* client only */
     struct zt_credential *credential;
     enum zt_h2_state state;
-    bool server, readable, writable, hangup, retiring, pinged, goaway_sent;
+    bool server, readable, writable, hangup, retiring, pinged;
     bool input_end;      /* close_notify, FIN or error: nothing more will come */
     bool receiving;      /* within nghttp2_session_mem_recv: chunks may be gathered */
     bool in_session;     /* nghttp2 is on the stack: do not tear the session down */

@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include "h2.h"
@@ -49,7 +48,6 @@ void zt_stream_free_pending(struct zt_conn *c) {
         free(k);
     }
     c->stream.pending_tail = &c->stream.pending;
-    c->stream.pending_bytes = 0;
 }
 
 /* The stream's window bounds what may wait here: the peer may not send more until it is written. */
@@ -61,7 +59,6 @@ static int keep_pending(struct zt_conn *c, const void *data, size_t len) {
     memcpy(k->data, data, len);
     *c->stream.pending_tail = k;
     c->stream.pending_tail = &k->next;
-    c->stream.pending_bytes += len;
     return 0;
 }
 
@@ -110,7 +107,6 @@ static int write_pending(struct zt_conn *c) {
         }
         sent = write_leg(leg, iov, n, len);
         if (sent < 0) return -1;
-        c->stream.pending_bytes -= (size_t)sent;
         if (sent) delivered(c, (size_t)sent);
         while (sent > 0) {
             struct zt_chunk *k = c->stream.pending;

@@ -172,7 +172,7 @@ comma := ,
 # Each fuzzer states its invariant at its head. What it finds is kept in build/fuzz.
 FUZZ_SECONDS ?= 60
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
-FUZZED := $(filter-out ztunnel/_core/module.c,$(wildcard ztunnel/_core/*.c))
+FUZZED := $(filter-out $(wildcard ztunnel/_core/module*.c),$(wildcard ztunnel/_core/*.c))
 
 build/fuzz/%: tests/fuzz/%.c $(C_SOURCES) | system-packages
 	mkdir -p build/fuzz

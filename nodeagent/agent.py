@@ -98,6 +98,7 @@ class Agent:
                 settings.trust_domain,
                 settings.locality,
                 settings.node_addresses,
+                settings.deadlines,
             ),
             on_held=self._held,
             before_snapshot=self._before_snapshot,

@@ -18,7 +18,9 @@ from typing import Annotated, Final
 
 import msgspec
 
+from nodeagent import deadlines
 from nodeagent.api import Check, ConfigError, read_struct, values
+from ztunnel.protocol import Deadlines
 
 __all__ = ["LogFormat", "LogLevel", "Settings", "load_settings"]
 
@@ -116,6 +118,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     admin_address: Annotated[str, Check(_admin_address)] | None = None
     log_format: LogFormat | None = None
     log_level: LogLevel | None = None
+    deadlines: deadlines.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +145,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     admin_address: str = "127.0.0.1:15000"
     log_format: LogFormat = LogFormat.TEXT
     log_level: LogLevel = LogLevel.INFO
+    deadlines: Deadlines = Deadlines()
 
     def __post_init__(self) -> None:
         if self.ca_dir == Path():
@@ -155,6 +159,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     given = {
         name: value for name, value in msgspec.structs.asdict(found).items() if value is not None
     }
+    given["deadlines"] = deadlines.resolve(found.deadlines)
     settings = Settings(**given)
     try:
         _node(settings.node)

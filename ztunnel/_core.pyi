@@ -21,6 +21,8 @@ REASONS: Final[tuple[str, ...]]
 """Why a connection ended: the closed set of tokens, index = number used everywhere below."""
 HISTOGRAM_BOUNDS_US: Final[tuple[int, ...]]
 """Upper bounds of the latency histograms' buckets, microseconds; one more bucket is unbounded."""
+DEADLINES: Final[dict[str, int]]
+"""The deadlines' names and defaults, microseconds, in the order of `Stats.expired`."""
 FUNCTIONS: Final[dict[str, str]]
 """OpenSSL functions that the core calls: name to C declaration as cffi prints it."""
 
@@ -82,6 +84,7 @@ class Stats(NamedTuple):
     handshakes_server: tuple[int, ...]
     handshakes_server_sum_us: int
     handshake_failures: tuple[int, ...]  # by reason
+    expired: tuple[int, ...]  # waits that a deadline has ended, by deadline (DEADLINES)
     upcalls: int
     upcall_latency: tuple[int, ...]  # histogram
     upcall_latency_sum_us: int
@@ -103,6 +106,10 @@ class Core:
     def epoch(self) -> int: ...
     def advance_epoch(self) -> int:
         """From this call's return on, no table entry made before it is used again."""
+
+    def set_deadline(self, name: str, us: int) -> None:
+        """Change a deadline of DEADLINES, also for the waits under way; in force within half a
+        second. Raises KeyError, and ValueError unless 1 us to a week."""
 
     # pods. Descriptors are duplicated; the caller keeps its own.
     def add_pod(

@@ -160,6 +160,7 @@ class Daemon:
                 self._control.status,
                 self._log,
                 _core.HISTOGRAM_BOUNDS_US,
+                tuple(_core.DEADLINES),
             )
             body = await asyncio.to_thread(stats.render, picture)
         return Page(200, CONTENT_TYPE_PLAIN_0_0_4, body)

@@ -41,6 +41,7 @@ __all__ = [
     "Answer",
     "Credential",
     "DataPlane",
+    "Deadlines",
     "Endpoint",
     "Frame",
     "FrameDecoder",
@@ -65,7 +66,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Raised when a message changes in a way that an older peer would misread."""
 
 MAX_FRAME: Final = 4 * 1024 * 1024
@@ -236,6 +237,27 @@ class HeldPod(_Base, frozen=True, tag="held_pod"):
     netns_cookie: int
 
 
+class Deadlines(_Base, frozen=True, kw_only=True, tag="deadlines"):
+    """How long ztunnel waits for what, in whole seconds, by the names of its core's deadlines.
+
+    The reason for each default is beside its namesake in `_core/base.h`.
+    """
+
+    decision: int = 15
+    credential: int = 15
+    connect: int = 10
+    first_byte: int = 5
+    tls_handshake: int = 10
+    http2_settings: int = 10
+    connect_request: int = 10
+    connect_answer: int = 20
+    stream_wait: int = 35
+    half_closed: int = 3600
+    ping_interval: int = 10
+    ping_answer: int = 20
+    idle: int = 300
+
+
 class Settings(_Base, frozen=True, tag="settings"):
     """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own."""
 
@@ -244,6 +266,7 @@ class Settings(_Base, frozen=True, tag="settings"):
     trust_domain: str
     locality: str = ""
     node_addresses: tuple[str, ...] = ()
+    deadlines: Deadlines = Deadlines()
 
 
 class Welcome(_Base, frozen=True, tag="welcome"):

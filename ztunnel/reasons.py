@@ -77,6 +77,10 @@ class Reason(enum.StrEnum):
     POD_REMOVED = "pod_removed"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal_error"
+    FIRST_BYTE_TIMEOUT = "first_byte_timeout"
+    REQUEST_TIMEOUT = "connect_request_timeout"
+    STREAM_TIMEOUT = "stream_wait_timeout"
+    HALF_CLOSED_TIMEOUT = "half_closed_timeout"
 
 
 NO_FLAG: Final = "-"
@@ -176,6 +180,19 @@ _TABLE: Final[dict[Reason, tuple[str, str]]] = {
     _R.POD_REMOVED: (NO_FLAG, "the pod left the mesh"),
     _R.SHUTDOWN: (NO_FLAG, "the tunnel stopped"),
     _R.INTERNAL: (_CONNECT, "internal error: see the tunnel's log"),
+    _R.FIRST_BYTE_TIMEOUT: (
+        _TLS,
+        "somebody connected to the HBONE port and said nothing: a port scan, or a lossy network",
+    ),
+    _R.REQUEST_TIMEOUT: (_H2, "the peer began a CONNECT and did not end it: it is stuck"),
+    _R.STREAM_TIMEOUT: (
+        _CONNECT,
+        "the peer's tunnel allows no more streams, and none became free: it is overloaded",
+    ),
+    _R.HALF_CLOSED_TIMEOUT: (
+        NO_FLAG,
+        "one side ended and nothing moved on the other: it has probably gone (half_closed)",
+    ),
 }
 
 RESPONSE_FLAGS: Final[dict[Reason, str]] = {reason: flag for reason, (flag, _) in _TABLE.items()}

@@ -53,6 +53,7 @@ class Picture(msgspec.Struct, frozen=True):
     early: dict[tuple[Labels, str], int]
     core: Stats
     bounds_us: tuple[int, ...]
+    deadlines: tuple[str, ...]
     handshake_failures: dict[tuple[str, Reason], int]
     expiries: dict[str, int]
     own: dict[str, float]
@@ -86,6 +87,7 @@ def take(
     control: ControlStatus,
     access_log: AccessLog,
     bounds_us: tuple[int, ...],
+    deadlines: tuple[str, ...],
 ) -> Picture:
     """Copy every counter; a few microseconds for each series. On the loop's thread only."""
     state = tunnel.state
@@ -94,6 +96,7 @@ def take(
         early=dict(tunnel.events.early),
         core=core.stats(),
         bounds_us=bounds_us,
+        deadlines=deadlines,
         handshake_failures=dict(tunnel.events.handshake_failures),
         expiries={uid: identity.not_after for uid, identity in state.identities.items()},
         own={
@@ -109,7 +112,7 @@ def take(
             "control_version": control.version,
             "series_overflow_total": tunnel.series.overflowed,
             "series_evicted_total": tunnel.series.evicted,
-            "connections_cut_total": tunnel.cut,
+            "connections_cut_total": tunnel.recheck.cut,
             "waits_expired_total": tunnel.waited_too_long,
             "internal_errors_total": tunnel.internal_errors,
             "access_log_lines_total": access_log.written,
@@ -279,6 +282,14 @@ def _core(picture: Picture) -> Iterator[Metric]:
         "Reports of the core that found no room: log lines that are missing.",
         value=core.events_lost,
     )
+    expired = CounterMetricFamily(
+        "ztunnel_deadlines_expired",
+        "Connections and waits that a deadline has ended, by its name in the settings.",
+        labels=["deadline"],
+    )
+    for name, count in zip(picture.deadlines, core.expired, strict=True):
+        expired.add_metric([name], count)
+    yield expired
     connections = GaugeMetricFamily(
         "ztunnel_worker_connections", "Connections open now, by worker.", labels=["worker"]
     )

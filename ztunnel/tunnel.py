@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import structlog
 
 from ztunnel import protocol, svid
@@ -32,9 +33,10 @@ from ztunnel.corelike import Kind
 from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
 from ztunnel.events import Events
 from ztunnel.identities import Identities, Proven, reason_of
-from ztunnel.judge import NUMBER_OF, Judge, still_allowed
+from ztunnel.judge import NUMBER_OF, Judge
 from ztunnel.pods import Builder, Held, PodError, Pods, PodSockets, build_pair
 from ztunnel.reasons import Reason
+from ztunnel.recheck import Recheck
 from ztunnel.route import Balance, Refuse, Route, route
 from ztunnel.route import Tunnel as TunnelRoute
 from ztunnel.state import EMPTY, Change, State, StateError, apply
@@ -62,14 +64,10 @@ UPCALLS_A_TURN: Final = 64
 EVENTS_A_TURN: Final = 512
 """Ended connections, failures and freed decisions taken before the loop turns."""
 
-RECHECK_PORTION: Final = 256
-"""Decisions re-judged before the loop turns: a few microseconds each."""
-
-TRUST_PORTION: Final = 16
-"""Chains verified anew before the loop turns: about half a millisecond each."""
-
 LARGE_CHANGE: Final = 2000
 """Resources above which a change is applied on a thread: it takes tens of milliseconds."""
+
+MICROSECONDS: Final = 1_000_000
 
 _COUNTER_BYTES: Final = 8
 """An eventfd's counter (eventfd(2))."""
@@ -111,6 +109,7 @@ class Tunnel:
         self.decisions = Decisions(core, self.series, self.peers)
         self.identities = Identities(numbers, self._evicted)
         self.pods = Pods(core, numbers, clock, build)
+        self.recheck = Recheck(core, self.decisions, self.identities, self.peers, self.pods, wall)
         self._judge = Judge(core, numbers, self.decisions, self.series, self.peers)
         self.events = Events(self, self._judge, sink, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
@@ -119,8 +118,6 @@ class Tunnel:
         self._collected_at = clock()
         self._failed_at = -FAILURE_MEMORY
         self.internal_errors = 0
-        self.cut = 0
-        """Decisions whose live connections a change has cut."""
         self.waited_too_long = 0
 
     # --- changes of state ---------------------------------------------------------------------
@@ -135,10 +132,7 @@ class Tunnel:
         try:
             before = self.state
             await self._commit(change, owned)
-            if before.bundles is not self.state.bundles:
-                await self._recheck_trust(before)
-            if self._touches_live(before, self.state):
-                await self._recheck_decisions()
+            await self.recheck.after(before, self.state)
             await self._ask_again()
         except (StateError, PodError) as error:
             return str(error)
@@ -172,11 +166,20 @@ class Tunnel:
         for uid in list(owned):
             if uid in stage.added or owned[uid] in stage.surplus:
                 del owned[uid]
+        if after.settings is not None and after.settings is not self.state.settings:
+            self._set(after.settings)
         self.state = after
         for gone in self.pods.commit(stage):
             self._drop_peers(gone)
         self._new_epoch()
         self.committed = True
+
+    def _set(self, settings: protocol.Settings) -> None:
+        for name, seconds in msgspec.structs.asdict(settings.deadlines).items():
+            self._core.set_deadline(name, seconds * MICROSECONDS)
+
+    def _evicted(self, proven: Proven) -> None:
+        self.recheck.evicted(proven)
 
     def _new_epoch(self) -> None:
         self.epoch = self._core.advance_epoch()
@@ -186,57 +189,6 @@ class Tunnel:
         for peer in self.peers:
             if peer.pod == held.number:
                 self.peers.remove(peer)
-
-    @staticmethod
-    def _touches_live(before: State, after: State) -> bool:
-        return not (
-            before.policies is after.policies
-            and before.workloads is after.workloads
-            and before.bundles is after.bundles
-        )
-
-    async def _recheck_decisions(self) -> None:
-        """Cut what is no longer allowed. New decisions, made meanwhile, follow the new state."""
-        for count, record in enumerate(self.decisions, start=1):
-            if count % RECHECK_PORTION == 0:
-                await asyncio.sleep(0)
-            if record.killed:
-                continue
-            cut = still_allowed(self.state, self.pods.get(record.pod), record)
-            if cut is None:
-                continue
-            record.killed = True
-            record.cut_by = cut.origin
-            # KeyError: nothing was left of it, and the core's report of that is on its way.
-            with contextlib.suppress(KeyError):
-                self._core.kill_decision(record.number, NUMBER_OF[cut.reason])
-                self.cut += 1
-
-    async def _recheck_trust(self, before: State) -> None:
-        changed = {
-            domain
-            for domain in before.bundles.keys() | self.state.bundles.keys()
-            if before.bundles.get(domain) != self.state.bundles.get(domain)
-        }
-        withdrawn: set[int] = set()
-        count = 0
-        for proven in self.identities:
-            if proven.id.trust_domain not in changed:
-                continue
-            count += 1
-            if count % TRUST_PORTION == 0:
-                await asyncio.sleep(0)
-            if not self.identities.still_trusted(proven, self.state.bundles, self._wall()):
-                withdrawn.add(proven.number)
-                self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
-        for peer in self.peers:
-            if not withdrawn.isdisjoint(peer.proven):
-                self._core.close_peer(peer.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
-                peer.forget()
-
-    def _evicted(self, proven: Proven) -> None:
-        # What is not remembered cannot be re-checked: its connections may not outlive it.
-        self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
 
     # --- the core's questions and reports -----------------------------------------------------
 

@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from support.certificates import authority, workload
+from OpenSSL import SSL
+
+from support.certificates import Identity, authority, workload
+from support.hbone import Client, Server, Shown, Tls
 from support.netns import DEADLINE, Namespace, namespace, veth, wait_until
 from ztunnel import _core, tls
 
@@ -26,6 +29,9 @@ SERVER_ID: Final = "spiffe://cluster.local/ns/default/sa/httpbin"
 CLIENT_V4, SERVER_V4 = "10.9.0.1", "10.9.0.2"
 CLIENT_V6, SERVER_V6 = "fd09::1", "fd09::2"
 PORT: Final = 8080
+HBONE_PORT: Final = 15008
+HAND_PORT: Final = 15018
+"""Where a test speaks HBONE by hand, in the server's namespace."""
 MARK_TUNNEL, MARK_DELIVER = 0x539, 0x111
 SO_MARK, IP_TRANSPARENT, IPV6_TRANSPARENT = 36, 19, 75
 
@@ -81,6 +87,15 @@ class Judged:
         wait_until(lambda: len(self.ended) >= count, f"{count} ended connections")
         return self.ended
 
+    def expired(self) -> dict[str, int]:
+        """Return how often each deadline has ended something; those that have not are left out."""
+        counts = zip(_core.DEADLINES, self.core.stats().expired, strict=True)
+        return {name: count for name, count in counts if count}
+
+    def wait_failed(self, count: int) -> list[_core.Failed]:
+        wait_until(lambda: len(self.failed) >= count, f"{count} failed handshakes")
+        return self.failed
+
     def reasons(self) -> list[str]:
         return [_core.REASONS[ended.reason] for ended in self.ended]
 
@@ -116,7 +131,7 @@ def ip6_rule(pod: Namespace, rule: str) -> None:
     pod.check_output("ip", "-6", "rule", "add", "pref", *rule.split())
 
 
-def outbound_rule(judged: Judged, upcall: _core.Upcall) -> None:
+def outbound_rule(judged: Judged, upcall: _core.Upcall, *, port: int = HBONE_PORT) -> None:
     """Tunnel everything to the server's HBONE port; trust what OpenSSL trusted."""
     if upcall.kind == _core.SERVER_CERTIFICATE:
         judged.core.answer_certificate(upcall.id, 1, 0)
@@ -124,12 +139,17 @@ def outbound_rule(judged: Judged, upcall: _core.Upcall) -> None:
     number = DECISION + upcall.id
     peer = PEER + upcall.id
     host = upcall.destination
-    judged.core.add_peer(peer, POD, host, 15008, CREDENTIAL)
+    judged.core.add_peer(peer, POD, host, port, CREDENTIAL)
     address = ipaddress.ip_address(host)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     authority_text = f"{mapped}:{PORT}" if mapped else f"[{address}]:{PORT}"
     judged.core.decide_tunnel(number, SERIES, peer, authority_text, "k8s.cluster.name=test", "")
     judged.core.answer(upcall.id, upcall.epoch, number)
+
+
+def hand_rule(judged: Judged, upcall: _core.Upcall) -> None:
+    """Tunnel everything to HAND_PORT, where the test itself speaks HBONE."""
+    outbound_rule(judged, upcall, port=HAND_PORT)
 
 
 def inbound_rule(judged: Judged, upcall: _core.Upcall) -> None:
@@ -143,13 +163,64 @@ def inbound_rule(judged: Judged, upcall: _core.Upcall) -> None:
 
 
 class Pair:
-    """The two pods: `client` and `server` are their cores, `left` and `right` their namespaces."""
+    """The two pods: `client` and `server` are their cores, `left` and `right` their namespaces.
 
-    def __init__(self, left: Namespace, right: Namespace, client: Judged, server: Judged) -> None:
+    `root` signs what both believe.
+    """
+
+    def __init__(
+        self, left: Namespace, right: Namespace, client: Judged, server: Judged, root: Identity
+    ) -> None:
         self.left, self.right, self.client, self.server = left, right, client, server
+        self.root = root
 
     def connect(self, address: str = SERVER_V4) -> socket.socket:
         return self.left.connect((address, PORT))
+
+    def _shown(self, uri: str) -> Shown:
+        now = time.time()
+        return Shown(leaf=workload(self.root, uri, not_before=now - 60, not_after=now + 3600))
+
+    def drop(self, port: int) -> None:
+        """From here on the server's namespace drops what comes in for this port."""
+        rules = (
+            "add table inet lost; add chain inet lost in { type filter hook input priority 0; };"
+            f" add rule inet lost in tcp dport {port} drop"
+        )
+        self.right.check_output("nft", rules)
+
+    def raw(self, port: int = HBONE_PORT) -> socket.socket:
+        """Return a socket from the client's namespace to a port of the server core."""
+        sock = self.left.make_socket()
+        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, MARK_TUNNEL)
+        sock.connect((SERVER_V4, port))
+        return sock
+
+    def raw_tls(self) -> Tls:
+        """Return TLS to the server core, before its handshake."""
+        return Tls(self.raw(), self._shown(CLIENT_ID).context())
+
+    def hand_client(self) -> Client:
+        """Speak HBONE to the server core by hand."""
+        return Client(self.raw(), self._shown(CLIENT_ID).context())
+
+    def hand_listen(self) -> socket.socket:
+        """Listen where `hand_rule` sends the client core."""
+        return self.right.listen(SERVER_V4, HAND_PORT)
+
+    def hand_tls(self, listener: socket.socket) -> Tls:
+        """Take the client core's next HBONE connection as far as its handshake."""
+        tunnel = Tls(self.right.accept(listener)[0], self.server_context(), server=True)
+        tunnel.handshake()
+        return tunnel
+
+    def hand_server(self, listener: socket.socket, *extra: tuple[int, int]) -> Server:
+        """Take the client core's next HBONE connection; `extra` are further SETTINGS."""
+        accepted, _ = self.right.accept(listener)
+        return Server(accepted, self.server_context(), extra)
+
+    def server_context(self) -> SSL.Context:
+        return self._shown(SERVER_ID).context(server=True)
 
     def accept(self, listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
         sock, peer = listener.accept()
@@ -169,7 +240,9 @@ def pair(
     inbound: Callable[[Judged, _core.Upcall], None] = inbound_rule,
     *,
     workers: int = 2,
+    certified: bool = True,
 ) -> Iterator[Pair]:
+    """Make both pods; without `certified` the server's has no certificate yet."""
     now = time.time()
     root = authority(not_before=now - 60, not_after=now + 3600)
     with namespace("client") as left, namespace("server") as right:
@@ -217,11 +290,14 @@ def pair(
                     tuple(map(packed, addresses)),
                     CREDENTIAL,
                 )
-                judged.core.set_credential(
-                    CREDENTIAL, tls.context_pointer(made.client), tls.context_pointer(made.server)
-                )
+                if certified or judged is client:
+                    judged.core.set_credential(
+                        CREDENTIAL,
+                        tls.context_pointer(made.client),
+                        tls.context_pointer(made.server),
+                    )
                 judged.start()
-            yield Pair(left, right, client, server)
+            yield Pair(left, right, client, server, root)
         finally:
             client.stop()
             server.stop()

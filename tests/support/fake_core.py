@@ -52,6 +52,7 @@ class FakeCore:
         self.killed: dict[int, Reason] = {}
         self.killed_identities: dict[int, Reason] = {}
         self.closed_peers: dict[int, Reason] = {}
+        self.deadlines: dict[str, int] = {}
         self.fail_add_pod: Exception | None = None
         self.last_loop_us: tuple[int, ...] = (0,)
         self._epoch = 1
@@ -150,6 +151,9 @@ class FakeCore:
         self._epoch += 1
         self._told("advance_epoch", self._epoch)
         return self._epoch
+
+    def set_deadline(self, name: str, us: int) -> None:
+        self.deadlines[name] = us
 
     def add_pod(
         self,
@@ -278,6 +282,7 @@ class FakeCore:
             buckets,
             6_000,
             (0,) * len(REASONS),
+            (0, 4),
             len(self.answers),
             buckets,
             700,

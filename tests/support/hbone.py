@@ -47,6 +47,7 @@ class Kind(enum.IntEnum):
     PING = 6
     GOAWAY = 7
     WINDOW_UPDATE = 8
+    CONTINUATION = 9
 
 
 class Gone(Exception):  # noqa: N818 - an end, no error
@@ -265,10 +266,17 @@ class _Side:
         head = struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream)
         self.tls.send(head + payload)
 
-    def settings(self) -> None:
-        """Send SETTINGS (INITIAL_WINDOW_SIZE) and open the connection's window."""
-        self.frame(Kind.SETTINGS, 0, 0, struct.pack("!HI", 4, WINDOW))
+    def settings(self, *extra: tuple[int, int]) -> None:
+        """Send SETTINGS (INITIAL_WINDOW_SIZE and `extra`) and open the connection's window."""
+        self.limits((4, WINDOW), *extra)
         self.frame(Kind.WINDOW_UPDATE, 0, 0, struct.pack("!I", WINDOW))
+
+    def limits(self, *settings: tuple[int, int]) -> None:
+        """Send SETTINGS of these identifiers and values, and nothing else."""
+        self.frame(Kind.SETTINGS, 0, 0, b"".join(struct.pack("!HI", *each) for each in settings))
+
+    def goaway(self, last_stream: int, code: int = 0) -> None:
+        self.frame(Kind.GOAWAY, 0, 0, struct.pack("!II", last_stream, code))
 
     def send_headers(
         self, stream: int, fields: Sequence[tuple[bytes, bytes]], *, end: bool = False
@@ -357,10 +365,12 @@ class Client(_Side):
 class Server(_Side):
     """The side that answers. Making it performs the handshake and reads the preface."""
 
-    def __init__(self, sock: socket.socket, context: SSL.Context) -> None:
+    def __init__(
+        self, sock: socket.socket, context: SSL.Context, extra: Sequence[tuple[int, int]] = ()
+    ) -> None:
         super().__init__(Tls(sock, context, server=True))
         self.tls.handshake()
-        self.settings()
+        self.settings(*extra)
         while len(self._buffer) < len(PREFACE):
             self._buffer += self.tls.receive()
         assert self._buffer.startswith(PREFACE)

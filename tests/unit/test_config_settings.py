@@ -9,6 +9,7 @@ import pytest
 
 from nodeagent.api import ConfigError
 from nodeagent.settings import LogFormat, LogLevel, Settings, load_settings
+from ztunnel.protocol import Deadlines
 
 
 def write(folder: Path, text: str) -> Path:
@@ -51,6 +52,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
             admin_address: "[::1]:15000"
             log_format: json
             log_level: debug
+            deadlines: {connect: 3, half_closed: 60}
             """,
         )
     )
@@ -60,6 +62,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         state_dir=Path("/var/lib/n1"), config_dir=Path("/etc/n1"), bpf_dir=Path("/sys/fs/bpf/n1"),
         ca_dir=Path("/var/lib/n1/ca"), svid_ttl_seconds=600, admin_address="[::1]:15000",
         log_format=LogFormat.JSON, log_level=LogLevel.DEBUG,
+        deadlines=Deadlines(connect=3, half_closed=60),
     )  # fmt: skip
 
 
@@ -93,6 +96,13 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         ("log_format: xml", "log_format"),
         ("log_level: 3", "log_level"),
         ("cluster: ''", "cluster"),
+        ("deadlines: 3", "deadlines"),
+        ("deadlines: {lunch: 3}", "deadlines.lunch"),
+        ("deadlines: {connect: 0}", "deadlines.connect"),
+        ("deadlines: {connect: 301}", "deadlines.connect"),
+        ("deadlines: {half_closed: 59}", "deadlines.half_closed"),
+        ("deadlines: {idle: 604801}", "deadlines.idle"),
+        ("deadlines: {idle: '300'}", "deadlines.idle"),
         ("node:", "node"),
     ],
 )

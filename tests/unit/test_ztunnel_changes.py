@@ -3,9 +3,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
-from support.mesh_state import pod, policy, service, workload
+from support.mesh_state import SETTINGS, pod, policy, service, workload
 from support.tunnel_rig import (
     MESH,
     POD,
@@ -13,16 +14,19 @@ from support.tunnel_rig import (
     Rig,
     credential,
     is_open,
+    run,
     sockets,
 )
-from ztunnel import tunnel
+from ztunnel import _core, tunnel
 from ztunnel.pods import PodSockets
 from ztunnel.protocol import (
+    Deadlines,
     Mode,
     Removal,
     Resource,
 )
 from ztunnel.reasons import Reason
+from ztunnel.state import Change
 from ztunnel.tls import TlsError
 
 
@@ -62,7 +66,7 @@ def test_a_decision_that_the_core_has_just_freed_stops_no_change(rig: Rig) -> No
     rig.core.free(gone)
     assert rig.apply(policy(SLEEP.uid, Mode.STRICT)) == ""
     assert set(rig.core.killed) == {kept}
-    assert rig.tunnel.cut == 1
+    assert rig.tunnel.recheck.cut == 1
 
 
 def test_an_answer_from_an_older_snapshot_is_not_used(rig: Rig) -> None:
@@ -155,3 +159,19 @@ def test_a_large_change_is_applied_as_a_small_one(
     monkeypatch.setattr(tunnel, "LARGE_CHANGE", 1)
     rig.start()
     assert rig.core.answer_to(rig.outbound("10.2.0.1")).action == "tunnel"
+
+
+def test_the_deadlines_of_new_settings_are_the_cores(rig: Rig) -> None:
+    rig.start()
+    assert rig.core.deadlines == _core.DEADLINES
+    settings = msgspec.structs.replace(SETTINGS, deadlines=Deadlines(connect=3))
+    rig.version += 1
+    assert (
+        run(
+            rig.tunnel.apply(
+                Change(rig.version, reset=False, upserts=(), removals=(), settings=settings), {}
+            )
+        )
+        == ""
+    )
+    assert rig.core.deadlines == {**_core.DEADLINES, "connect": 3_000_000}

@@ -62,27 +62,51 @@
 /* Pipes kept for reuse by one worker (two descriptors each). */
 #define ZT_PIPE_POOL 64
 
-/* Deadlines. All waits of one class are equally long, so each class is a queue. */
+/*
+ * Deadlines: X(NAME, name in the settings, seconds unless the settings say otherwise). All waits of
+ * one class are equally long, so each class is a queue. They may be changed while they run.
+ *
+ * DECISION    Python answers in microseconds; a young pod's own state may take ten seconds.
+ * CREDENTIAL  A pod's first certificate: an identity provider that answers at all answers in less.
+ * CONNECT     Three SYNs, 1 + 2 + 4 s, and some slack.
+ * FIRST_BYTE  Who dials the HBONE port speaks at once: two lost segments, and some slack.
+ * HANDSHAKE   TLS, both sides: a few round trips, and a signature on a busy node.
+ * SETTINGS    The preface and SETTINGS come right behind the handshake and its judgement.
+ * REQUEST     A CONNECT that has begun is one segment; until it is whole, nothing else may come.
+ * ANSWER      The peer dials its application, for as long as CONNECT, before it answers.
+ * STREAM      Waiting for a stream of a peer that allows no more of them: longer than a dial takes
+ *             to fail (CONNECT, HANDSHAKE, SETTINGS), which tells those that wait by itself.
+ * HALF_CLOSED One direction has ended and nothing moves in the other: whoever still computes an
+ *             answer does so within an hour; what is left over by a crash would stay for ever.
+ * PING        How often an HBONE connection is looked after.
+ * PONG        The answer to a PING: several retransmissions.
+ * IDLE        An HBONE connection without streams; a new one costs a handshake, an old one memory.
+ *             Looked at with each PING.
+ */
+#define ZT_DEADLINE_TABLE(X)            \
+    X(DECISION, "decision", 15)         \
+    X(CREDENTIAL, "credential", 15)     \
+    X(CONNECT, "connect", 10)           \
+    X(FIRST_BYTE, "first_byte", 5)      \
+    X(HANDSHAKE, "tls_handshake", 10)   \
+    X(SETTINGS, "http2_settings", 10)   \
+    X(REQUEST, "connect_request", 10)   \
+    X(ANSWER, "connect_answer", 20)     \
+    X(STREAM, "stream_wait", 35)        \
+    X(HALF_CLOSED, "half_closed", 3600) \
+    X(PING, "ping_interval", 10)        \
+    X(PONG, "ping_answer", 20)          \
+    X(IDLE, "idle", 300)
+
 enum zt_deadline {
-    ZT_D_DECISION,  /* Python answers in microseconds; a pod's first SVID may take seconds */
-    ZT_D_CONNECT,   /* three SYNs: 1 + 2 + 4 s, and some slack */
-    ZT_D_HANDSHAKE, /* TCP, TLS and the judgement of one HBONE connection */
-    ZT_D_ANSWER,    /* the peer dials its application before it answers CONNECT */
-    ZT_D_PING,      /* how often an HBONE connection is looked after */
-    ZT_D_PONG,      /* how long the answer to a PING may take */
-    ZT_DEADLINES
+#define X(name, setting, seconds) ZT_D_##name,
+    ZT_DEADLINE_TABLE(X)
+#undef X
+        ZT_DEADLINES
 };
 #define ZT_SECONDS(n) ((uint64_t)(n)*1000000u) /* microseconds */
-#define ZT_DEADLINE_US                                                     \
-    {                                                                      \
-        [ZT_D_DECISION] = ZT_SECONDS(15), [ZT_D_CONNECT] = ZT_SECONDS(10), \
-        [ZT_D_HANDSHAKE] = ZT_SECONDS(10), [ZT_D_ANSWER] = ZT_SECONDS(20), \
-        [ZT_D_PING] = ZT_SECONDS(10), [ZT_D_PONG] = ZT_SECONDS(20),        \
-    }
-/* Silence after which a PING asks whether the peer is there. */
-#define ZT_QUIET_US ZT_SECONDS(9)
-/* How long an HBONE connection without streams is kept. */
-#define ZT_IDLE_US ZT_SECONDS(300)
+/* The longest that may be set: a week. What is set longer is meant as "never", and leaks. */
+#define ZT_DEADLINE_MAX_US ZT_SECONDS(7 * 24 * 3600)
 
 /* Marks of our own sockets (docs/architecture.md, table of marks). */
 #define ZT_MARK_TUNNEL 0x539

@@ -118,12 +118,14 @@ struct zt_conn *zt_conn_requested(struct zt_worker *w, struct zt_h2 *h, int32_t 
     c->stream.id = stream_id;
     zt_list_append(&h->streams, &c->stream.link);
     h->nstreams++;
+    zt_timer_set(w, &c->timer, ZT_D_REQUEST);
     return c;
 }
 
 void zt_conn_judge(struct zt_conn *c) {
     const struct zt_h2 *h = c->stream.h2;
 
+    zt_timer_stop(&c->timer);
     if (!c->stream.is_connect || !c->stream.has_authority)
         zt_conn_end(c, ZT_R_BAD_REQUEST);
     else if (!zt_addr_ip_equal(&c->destination, &h->local))
@@ -288,11 +290,34 @@ static void on_server(struct zt_worker *w, struct zt_io *io, uint32_t events) {
 static void on_deadline(struct zt_worker *w, struct zt_timer *t) {
     struct zt_conn *c = ZT_CONTAINER(t, struct zt_conn, timer);
 
-    (void)w;
-    if (c->state == ZT_C_CONNECTING && c->stream.h2 && c->kind == ZT_OUTBOUND)
+    if (t->deadline == ZT_D_HALF_CLOSED && !zt_timer_over(w, t->deadline, c->moved)) {
+        zt_timer_set_since(w, t, t->deadline, c->moved);
+        return;
+    }
+    zt_add(&w->stats.expired[t->deadline], 1);
+    switch (t->deadline) {
+    case ZT_D_REQUEST:
+        /* RFC 9113, 6.10: in the middle of a header block, nothing else may follow. */
+        zt_h2_end(c->stream.h2, ZT_R_REQUEST_TIMEOUT, "CONNECT did not become complete");
+        break;
+    case ZT_D_STREAM:
+        zt_conn_end(c, ZT_R_STREAM_TIMEOUT);
+        break;
+    case ZT_D_ANSWER:
         zt_conn_end(c, ZT_R_ANSWER_TIMEOUT);
-    else
+        break;
+    case ZT_D_HALF_CLOSED:
+        zt_conn_end(c, ZT_R_HALF_CLOSED_TIMEOUT);
+        break;
+    default:
         zt_conn_end(c, ZT_R_CONNECT_TIMEOUT);
+    }
+}
+
+void zt_conn_half_closed(struct zt_conn *c) {
+    if (c->state != ZT_C_OPEN || c->timer.since) return;
+    c->moved = c->worker->now;
+    zt_timer_set(c->worker, &c->timer, ZT_D_HALF_CLOSED);
 }
 
 static void on_task(struct zt_worker *w, struct zt_task *t) {
@@ -307,6 +332,7 @@ static void on_task(struct zt_worker *w, struct zt_task *t) {
 void zt_conn_count(struct zt_conn *c, uint64_t received, uint64_t sent) {
     struct zt_series_counters *s = &c->decision->series->by_worker[c->worker->index];
 
+    c->moved = c->worker->now;
     c->received += received;
     c->sent += sent;
     zt_add(&s->received, received);

@@ -69,6 +69,7 @@ struct zt_conn {
     uint64_t identity;
     struct zt_addr source, destination, upstream;
     uint64_t started, received, sent;
+    uint64_t moved;               /* when bytes last reached one of the two ends; 0: never */
     struct zt_leg client, server; /* io.fd -1: none */
     struct zt_stream stream;
     struct zt_half up, down; /* client to server, server to client */
@@ -88,6 +89,8 @@ void zt_conn_open(struct zt_conn *c);
 /* The end, exactly once; safe to call again. Anything but CLOSED resets both ends. */
 void zt_conn_end(struct zt_conn *c, enum zt_reason reason);
 void zt_conn_count(struct zt_conn *c, uint64_t received, uint64_t sent);
+/* One direction has ended: the other must move, or end, before its deadline. May be repeated. */
+void zt_conn_half_closed(struct zt_conn *c);
 /* The leg that is a socket, of a connection with a stream. */
 struct zt_leg *zt_conn_leg(struct zt_conn *c);
 /* Updates the leg's flags from epoll's events. */

@@ -47,7 +47,7 @@ static struct zt_h2 *h2_new(struct zt_worker *w, struct zt_pod *pod, struct zt_c
     zt_list_init(&h->streams);
     zt_list_append(&w->h2s, &h->link);
     zt_add(&w->stats.tls_connections, 1);
-    zt_timer_set(w, &h->timer, ZT_D_HANDSHAKE);
+    zt_timer_set(w, &h->timer, ZT_D_CREDENTIAL);
     return h;
 }
 
@@ -162,6 +162,7 @@ static void begin_tls(struct zt_h2 *h) {
         return;
     }
     h->state = ZT_H_HANDSHAKE;
+    zt_timer_set(h->worker, &h->timer, h->server ? ZT_D_FIRST_BYTE : ZT_D_HANDSHAKE);
     handshake(h);
 }
 
@@ -201,6 +202,7 @@ static void start_connect(struct zt_h2 *h) {
     }
     h->io.fd = fd;
     h->state = ZT_H_CONNECTING;
+    zt_timer_set(h->worker, &h->timer, ZT_D_CONNECT);
     if (zt_io_watch(h->worker, &h->io, H2_EVENTS) < 0) zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
 }
 
@@ -254,7 +256,7 @@ void zt_h2_pool_serve(struct zt_worker *w, struct zt_peer *peer) {
 void zt_h2_want_stream(struct zt_conn *c, struct zt_peer *peer) {
     c->state = ZT_C_POOL;
     c->upstream = peer->addr;
-    zt_timer_set(c->worker, &c->timer, ZT_D_CONNECT);
+    zt_timer_set(c->worker, &c->timer, ZT_D_STREAM);
     zt_list_append(&peer->pools[c->worker->index].waiting, &c->wait);
     zt_h2_pool_serve(c->worker, peer);
 }
@@ -281,6 +283,12 @@ void zt_h2_retire(struct zt_worker *w) {
             if (!h->nstreams) zt_h2_end(h, ZT_R_IDLE, NULL);
         }
     }
+}
+
+void zt_h2_settled(struct zt_h2 *h) {
+    if (h->settled) return;
+    h->settled = true;
+    zt_timer_set(h->worker, &h->timer, ZT_D_PING);
 }
 
 void zt_h2_idle_check(struct zt_h2 *h) {
@@ -320,6 +328,7 @@ static void ask(struct zt_h2 *h) {
     }
     h->upcall = zt_upcall_send(h->worker->core, u);
     zt_add(&h->worker->stats.upcalls, 1);
+    zt_timer_set(h->worker, &h->timer, ZT_D_DECISION);
     if (h->upcall)
         h->state = ZT_H_JUDGED;
     else
@@ -395,6 +404,8 @@ static void handshake(struct zt_h2 *h) {
             return;
         }
         input = (size_t)n;
+        if (h->timer.deadline == ZT_D_FIRST_BYTE)
+            zt_timer_set(h->worker, &h->timer, ZT_D_HANDSHAKE);
     }
 }
 
@@ -423,7 +434,7 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
     h->state = ZT_H_OPEN;
     zt_observe(h->server ? &w->stats.handshakes_server : &w->stats.handshakes_client,
                w->now - h->started);
-    zt_timer_set(w, &h->timer, ZT_D_PING);
+    zt_timer_set(w, &h->timer, ZT_D_SETTINGS);
     h->heard = h->idle_since = w->now;
     zt_h2_mark_dirty(h);
     if (!h->server) {
@@ -451,7 +462,10 @@ static bool take_in(struct zt_h2 *h, size_t n) {
     int got, rv;
 
     h->heard = w->now;
-    h->pinged = false;
+    if (h->pinged) {
+        h->pinged = false;
+        zt_timer_set(w, &h->timer, ZT_D_PING);
+    }
     zt_tls_input(h, n);
     do {
         got = zt_tls_read(h, w->plain, ZT_CHUNK, detail);
@@ -603,34 +617,44 @@ static void on_event(struct zt_worker *w, struct zt_io *io, uint32_t events) {
     }
 }
 
+/* What a deadline says when it ends the connection. */
+static const struct {
+    enum zt_reason reason;
+    const char *detail;
+} expiry[ZT_DEADLINES] = {
+    [ZT_D_CREDENTIAL] = {ZT_R_NO_CREDENTIAL, "no certificate for this pod yet"},
+    [ZT_D_CONNECT] = {ZT_R_CONNECT_TIMEOUT,
+                      "no answer from the HBONE port: maybe a NetworkPolicy blocks 15008"},
+    [ZT_D_FIRST_BYTE] = {ZT_R_FIRST_BYTE_TIMEOUT, "connected to the HBONE port and said nothing"},
+    [ZT_D_HANDSHAKE] = {ZT_R_TLS_TIMEOUT, "the TLS handshake did not end"},
+    [ZT_D_DECISION] = {ZT_R_DECISION_TIMEOUT, "the certificate was not judged in time"},
+    [ZT_D_SETTINGS] = {ZT_R_H2_TIMEOUT, "no HTTP/2 SETTINGS after the TLS handshake"},
+    [ZT_D_PONG] = {ZT_R_KEEPALIVE_TIMEOUT, "a PING was not answered"},
+    [ZT_D_IDLE] = {ZT_R_IDLE, NULL},
+};
+
+static void expire(struct zt_h2 *h, enum zt_deadline d) {
+    zt_add(&h->worker->stats.expired[d], 1);
+    zt_h2_end(h, expiry[d].reason, expiry[d].detail);
+}
+
 static void on_timer(struct zt_worker *w, struct zt_timer *t) {
     struct zt_h2 *h = ZT_CONTAINER(t, struct zt_h2, timer);
-    static const char *const waited_for[] = {
-        [ZT_H_CREDENTIAL] = "no certificate for this pod yet",
-        [ZT_H_CONNECTING] = "no answer from the HBONE port: maybe a NetworkPolicy blocks 15008",
-        [ZT_H_HANDSHAKE] = "the TLS handshake did not end",
-        [ZT_H_JUDGED] = "the certificate was not judged in time",
-    };
 
-    if (h->state < ZT_H_OPEN) {
-        enum zt_reason reason = h->state == ZT_H_CREDENTIAL   ? ZT_R_NO_CREDENTIAL
-                                : h->state == ZT_H_CONNECTING ? ZT_R_CONNECT_TIMEOUT
-                                                              : ZT_R_TLS_TIMEOUT;
-
-        zt_h2_end(h, reason, waited_for[h->state]);
+    if (t->deadline != ZT_D_PING && (t->deadline != ZT_D_PONG || h->pinged)) {
+        expire(h, t->deadline);
         return;
     }
     zt_tls_shrink(h);
-    if (h->pinged) {
-        zt_h2_end(h, ZT_R_KEEPALIVE_TIMEOUT, NULL);
-    } else if (!h->nstreams && w->now - h->idle_since >= ZT_IDLE_US) {
-        zt_h2_end(h, ZT_R_IDLE, NULL);
-    } else if (w->now - h->heard >= ZT_QUIET_US) {
+    if (!h->nstreams && zt_timer_over(w, ZT_D_IDLE, h->idle_since)) {
+        expire(h, ZT_D_IDLE);
+    } else if (zt_timer_over(w, ZT_D_PING, h->heard)) {
         h->pinged = true;
         nghttp2_submit_ping(h->session, NGHTTP2_FLAG_NONE, NULL);
         zt_h2_mark_dirty(h);
-        zt_timer_set(w, &h->timer, ZT_D_PONG);
+        zt_timer_set(w, t, ZT_D_PONG);
     } else {
-        zt_timer_set(w, &h->timer, ZT_D_PING);
+        /* Asked again when it has been silent for a whole interval. */
+        zt_timer_set_since(w, t, ZT_D_PING, h->heard);
     }
 }

@@ -39,6 +39,7 @@ struct zt_h2 {
     struct zt_credential *credential;
     enum zt_h2_state state;
     bool server, readable, writable, hangup, retiring, pinged;
+    bool settled;        /* the peer's SETTINGS have come */
     bool input_end;      /* close_notify, FIN or error: nothing more will come */
     bool receiving;      /* within nghttp2_session_mem_recv: chunks may be gathered */
     bool in_session;     /* nghttp2 is on the stack: do not tear the session down */
@@ -74,6 +75,8 @@ void zt_h2_retire(struct zt_worker *w);
 void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail);
 void zt_h2_flush_dirty(struct zt_worker *w);
 void zt_h2_mark_dirty(struct zt_h2 *h);
+/* The peer's SETTINGS have come: the first, or others. */
+void zt_h2_settled(struct zt_h2 *h);
 /* Something was read or written: the connection lives. */
 void zt_h2_idle_check(struct zt_h2 *h);
 void zt_h2_pool_serve(struct zt_worker *w, struct zt_peer *peer);

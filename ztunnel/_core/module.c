@@ -212,10 +212,11 @@ static PyType_Spec core_spec = {
 };
 
 static int add_tables(PyObject *module) {
-    PyObject *reasons = PyTuple_New(ZT_REASON_COUNT), *bounds, *functions = PyDict_New();
+    PyObject *reasons = PyTuple_New(ZT_REASON_COUNT), *bounds, *functions = PyDict_New(),
+             *deadlines = PyDict_New();
     int i = 0;
 
-    if (!reasons || !functions) return -1;
+    if (!reasons || !functions || !deadlines) return -1;
 #define X(name, token) PyTuple_SET_ITEM(reasons, i++, PyUnicode_FromString(token));
     ZT_REASONS(X)
 #undef X
@@ -234,6 +235,16 @@ static int add_tables(PyObject *module) {
     }
     ZT_OSSL(X)
 #undef X
+#define X(name, setting, seconds)                                               \
+    {                                                                           \
+        PyObject *us = zt_py_number(ZT_SECONDS(seconds));                       \
+                                                                                \
+        if (!us || PyDict_SetItemString(deadlines, setting, us) < 0) return -1; \
+        Py_DECREF(us);                                                          \
+    }
+    ZT_DEADLINE_TABLE(X)
+#undef X
+    if (PyModule_AddObject(module, "DEADLINES", deadlines) < 0) return -1;
     if (PyModule_AddObject(module, "REASONS", reasons) < 0) return -1;
     if (PyModule_AddObject(module, "HISTOGRAM_BOUNDS_US", bounds) < 0) return -1;
     return PyModule_AddObject(module, "FUNCTIONS", functions);

@@ -35,6 +35,7 @@ struct core_object {
     X(start, METH_NOARGS)               \
     X(stop, METH_NOARGS)                \
     X(advance_epoch, METH_NOARGS)       \
+    X(set_deadline, METH_VARARGS)       \
     X(add_pod, METH_VARARGS)            \
     X(remove_pod, METH_O)               \
     X(set_credential, METH_VARARGS)     \

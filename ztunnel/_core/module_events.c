@@ -180,6 +180,7 @@ PyObject *zt_py_stats(PyObject *self, PyObject *unused) {
     zt_py_put(&f, zt_py_counts(s.handshakes_server.bucket, ZT_BUCKETS + 1));
     zt_py_put(&f, zt_py_number(zt_get(&s.handshakes_server.sum_us)));
     zt_py_put(&f, zt_py_counts(s.handshake_failures, ZT_REASON_COUNT));
+    zt_py_put(&f, zt_py_counts(s.expired, ZT_DEADLINES));
     zt_py_put(&f, zt_py_number(zt_get(&s.upcalls)));
     zt_py_put(&f, zt_py_counts(s.upcall_latency.bucket, ZT_BUCKETS + 1));
     zt_py_put(&f, zt_py_number(zt_get(&s.upcall_latency.sum_us)));
@@ -219,6 +220,7 @@ static PyStructSequence_Field stats_fields[] = {F(connections),
                                                 F(handshakes_server),
                                                 F(handshakes_server_sum_us),
                                                 F(handshake_failures),
+                                                F(expired),
                                                 F(upcalls),
                                                 F(upcall_latency),
                                                 F(upcall_latency_sum_us),

@@ -3,6 +3,28 @@
  */
 #include "module.h"
 
+PyObject *zt_py_set_deadline(PyObject *self, PyObject *args) {
+    static const char *const names[ZT_DEADLINES] = {
+#define X(name, setting, seconds) setting,
+        ZT_DEADLINE_TABLE(X)
+#undef X
+    };
+    unsigned long long us;
+    const char *name;
+
+    if (!PyArg_ParseTuple(args, "sK", &name, &us)) return NULL;
+    if (us < 1 || us > ZT_DEADLINE_MAX_US)
+        return PyErr_Format(PyExc_ValueError, "deadline %s: %llu is not 1 to %llu microseconds",
+                            name, us, (unsigned long long)ZT_DEADLINE_MAX_US);
+    for (int d = 0; d < ZT_DEADLINES; d++) {
+        if (strcmp(name, names[d]) == 0) {
+            atomic_store(&zt_py_core(self)->deadline_us[d], us);
+            Py_RETURN_NONE;
+        }
+    }
+    return PyErr_Format(PyExc_KeyError, "no deadline is called %s", name);
+}
+
 /* --- pods, credentials, peers, series ------------------------------------------------------------------------------ */
 
 PyObject *zt_py_add_pod(PyObject *self, PyObject *args) {

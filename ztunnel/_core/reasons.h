@@ -65,7 +65,12 @@
     X(POD_LIMIT, "pod_limit")                          \
     X(POD_REMOVED, "pod_removed")                      \
     X(SHUTDOWN, "shutdown")                            \
-    X(INTERNAL, "internal_error")
+    X(INTERNAL, "internal_error")                      \
+    /* deadlines of their own */                       \
+    X(FIRST_BYTE_TIMEOUT, "first_byte_timeout")        \
+    X(REQUEST_TIMEOUT, "connect_request_timeout")      \
+    X(STREAM_TIMEOUT, "stream_wait_timeout")           \
+    X(HALF_CLOSED_TIMEOUT, "half_closed_timeout")
 
 enum zt_reason {
 #define X(name, token) ZT_R_##name,

@@ -105,6 +105,7 @@ void zt_relay_run(struct zt_conn *c) {
     enum outcome down = up < FROM_FAILED ? move(w, &c->server, &c->client, &c->down, &sent) : AGAIN;
 
     if (received || sent) zt_conn_count(c, received, sent);
+    if (c->client.eof || c->server.eof) zt_conn_half_closed(c);
     if (up == NO_PIPE || down == NO_PIPE)
         zt_conn_end(c, ZT_R_NO_DESCRIPTORS);
     else if (up == FROM_FAILED || down == TO_FAILED)

@@ -465,6 +465,9 @@ int zt_core_new(struct zt_core **out, int nworkers) {
     if (!core) return -ENOMEM;
     core->event_fd = -1;
     core->epoch = 1;
+#define X(name, setting, seconds) core->deadline_us[ZT_D_##name] = ZT_SECONDS(seconds);
+    ZT_DEADLINE_TABLE(X)
+#undef X
     core->next_upcall = 1;
     core->upcalls_tail = &core->upcalls_head;
     core->freed_tail = &core->freed_head;

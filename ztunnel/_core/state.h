@@ -178,6 +178,7 @@ struct zt_core {
     struct zt_worker **workers;
     bool running;
     _Atomic uint64_t epoch;
+    _Atomic uint64_t deadline_us[ZT_DEADLINES];
     int event_fd;
 
     pthread_mutex_t lock; /* the maps */

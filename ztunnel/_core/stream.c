@@ -129,6 +129,7 @@ void zt_stream_deliver(struct zt_conn *c) {
     struct zt_leg *leg = zt_conn_leg(c);
 
     if (c->state != ZT_C_OPEN) return;
+    if (c->stream.remote_end) zt_conn_half_closed(c);
     if (write_pending(c) < 0) {
         zt_conn_end(c, leg_reset(c));
         return;
@@ -255,6 +256,7 @@ static ssize_t read_leg(nghttp2_session *session, int32_t id, uint8_t *buf, size
     if (n == 0) {
         leg->eof = true;
         c->stream.local_end = true;
+        zt_conn_half_closed(c);
         *flags |= NGHTTP2_DATA_FLAG_EOF;
     } else if (c->kind == ZT_OUTBOUND) {
         zt_conn_count(c, (uint64_t)n, 0);
@@ -458,6 +460,8 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
     struct zt_conn *c = conn_of(session, frame->hd.stream_id);
 
     if (frame->hd.type == NGHTTP2_HEADERS) h->header_bytes = 0;
+    if (frame->hd.type == NGHTTP2_SETTINGS && !(frame->hd.flags & NGHTTP2_FLAG_ACK))
+        zt_h2_settled(h);
     if (frame->hd.type == NGHTTP2_GOAWAY) {
         h->retiring = true;
         zt_h2_idle_check(h);

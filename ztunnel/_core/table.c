@@ -127,6 +127,7 @@ static void on_decision_deadline(struct zt_worker *w, struct zt_timer *t) {
     struct zt_entry *e = ZT_CONTAINER(t, struct zt_entry, timer);
     struct zt_key key = e->key;
 
+    zt_add(&w->stats.expired[t->deadline], 1);
     drop(w, find(&w->table, &key), ZT_R_DECISION_TIMEOUT);
 }
 

@@ -19,20 +19,40 @@
 /* A worker turns at least this often, so that a watchdog can tell idle from stuck. */
 #define HEARTBEAT_MS 500
 
-static const uint64_t deadline_us[ZT_DEADLINES] = ZT_DEADLINE_US;
-
 /* --- timers, tasks, graves ------------------------------------------------------------------------- */
 
 void zt_timer_set(struct zt_worker *w, struct zt_timer *t, enum zt_deadline d) {
     zt_timer_stop(t);
-    t->at = w->now + deadline_us[d];
+    t->since = w->now;
+    t->deadline = d;
     zt_list_append(&w->deadlines[d], &t->link);
 }
 
+void zt_timer_set_since(struct zt_worker *w, struct zt_timer *t, enum zt_deadline d,
+                        uint64_t since) {
+    struct zt_list *before = w->deadlines[d].prev;
+
+    zt_timer_stop(t);
+    t->since = since;
+    t->deadline = d;
+    /* The queue is ordered by when the waits began. */
+    while (before != &w->deadlines[d] && ZT_CONTAINER(before, struct zt_timer, link)->since > since)
+        before = before->prev;
+    zt_list_append(before->next, &t->link);
+}
+
 void zt_timer_stop(struct zt_timer *t) {
-    if (!t->at) return;
+    if (!t->since) return;
     zt_list_remove(&t->link);
-    t->at = 0;
+    t->since = 0;
+}
+
+static uint64_t length_of(const struct zt_worker *w, enum zt_deadline d) {
+    return atomic_load_explicit(&w->core->deadline_us[d], memory_order_relaxed);
+}
+
+bool zt_timer_over(const struct zt_worker *w, enum zt_deadline d, uint64_t since) {
+    return w->now - since >= length_of(w, d);
 }
 
 static void fire_timers(struct zt_worker *w) {
@@ -40,7 +60,7 @@ static void fire_timers(struct zt_worker *w) {
         while (!zt_list_empty(&w->deadlines[d])) {
             struct zt_timer *t = ZT_CONTAINER(w->deadlines[d].next, struct zt_timer, link);
 
-            if (t->at > w->now) break;
+            if (!zt_timer_over(w, (enum zt_deadline)d, t->since)) break;
             zt_timer_stop(t);
             t->fire(w, t);
         }
@@ -68,8 +88,9 @@ static int next_timeout_ms(const struct zt_worker *w) {
     for (int d = 0; d < ZT_DEADLINES; d++) {
         if (!zt_list_empty(&w->deadlines[d])) {
             const struct zt_timer *t = ZT_CONTAINER(w->deadlines[d].next, struct zt_timer, link);
+            uint64_t at = t->since + length_of(w, (enum zt_deadline)d);
 
-            if (t->at < soonest) soonest = t->at;
+            if (at < soonest) soonest = at;
         }
     }
     return soonest <= w->now ? 0 : (int)((soonest - w->now + 999) / 1000);
@@ -341,6 +362,7 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
         add_counts(&out->upcalls, &w->upcalls, 1);
         add_counts(&out->table_hits, &w->table_hits, 1);
         add_counts(out->handshake_failures, w->handshake_failures, ZT_REASON_COUNT);
+        add_counts(out->expired, w->expired, ZT_DEADLINES);
         add_histogram(&out->handshakes_client, &w->handshakes_client);
         add_histogram(&out->handshakes_server, &w->handshakes_server);
         add_histogram(&out->upcall_latency, &w->upcall_latency);

@@ -26,7 +26,8 @@ struct zt_h2;
 
 struct zt_timer {
     struct zt_list link;
-    uint64_t at; /* microseconds; 0 when not set */
+    uint64_t since; /* when the wait began, microseconds; 0 when not set */
+    enum zt_deadline deadline;
     void (*fire)(struct zt_worker *w, struct zt_timer *t);
 };
 
@@ -94,6 +95,7 @@ struct zt_msg {
 struct zt_worker_stats {
     zt_count connections, tls_connections, accepted, upcalls, table_hits, last_loop_us;
     zt_count handshake_failures[ZT_REASON_COUNT];
+    zt_count expired[ZT_DEADLINES]; /* deadlines that ended something */
     struct zt_histogram handshakes_client, handshakes_server, upcall_latency;
 };
 
@@ -158,6 +160,11 @@ void zt_worker_free(struct zt_worker *w);
 int zt_worker_post(struct zt_worker *w, const struct zt_msg *msg);
 
 void zt_timer_set(struct zt_worker *w, struct zt_timer *t, enum zt_deadline d);
+/* As if set at `since`, for what moved while the timer ran: instead of setting it at each move. */
+void zt_timer_set_since(struct zt_worker *w, struct zt_timer *t, enum zt_deadline d,
+                        uint64_t since);
+/* Whether a wait since then is over, by the deadline as it is set now. */
+bool zt_timer_over(const struct zt_worker *w, enum zt_deadline d, uint64_t since);
 void zt_timer_stop(struct zt_timer *t);
 void zt_task_add(struct zt_worker *w, struct zt_task *t);
 void zt_bury(struct zt_worker *w, struct zt_grave *g);

@@ -1,0 +1,108 @@
+"""What lives is judged anew after a change of state: what the new state does not allow is cut.
+
+This module owns the way from two snapshots to what must end: decisions that are no longer allowed,
+identities that are no longer trusted, and pools towards workloads that have gone. It promises that
+only what the change touches is looked at, that the loop turns between portions, and that new
+connections, judged meanwhile by the new state, are left alone. It may not judge by itself
+(`judge.still_allowed` does), nor answer the core's questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from ztunnel.judge import NUMBER_OF, still_allowed
+from ztunnel.reasons import Reason
+
+if TYPE_CHECKING:
+    from ztunnel.corelike import CoreLike
+    from ztunnel.decisions import Decisions, Peers
+    from ztunnel.identities import Identities, Proven
+    from ztunnel.pods import Pods
+    from ztunnel.state import State
+
+__all__ = ["Recheck"]
+
+PORTION: Final = 256
+"""Decisions re-judged before the loop turns: a few microseconds each."""
+
+TRUST_PORTION: Final = 16
+"""Chains verified anew before the loop turns: about half a millisecond each."""
+
+
+class Recheck:
+    """`wall` is seconds since the epoch. Everything else is shared with the tunnel."""
+
+    def __init__(
+        self,
+        core: CoreLike,
+        decisions: Decisions,
+        identities: Identities,
+        peers: Peers,
+        pods: Pods,
+        wall: Callable[[], float],
+    ) -> None:
+        self._core = core
+        self._decisions = decisions
+        self._identities = identities
+        self._peers = peers
+        self._pods = pods
+        self._wall = wall
+        self.cut = 0
+        """Decisions whose live connections a change has cut."""
+
+    async def after(self, before: State, state: State) -> None:
+        """Cut what `state`, in force since before this call, does not allow any more."""
+        if before.bundles is not state.bundles:
+            await self._trust(before, state)
+        if not (
+            before.policies is state.policies
+            and before.workloads is state.workloads
+            and before.bundles is state.bundles
+        ):
+            await self._allowed(state)
+
+    async def _allowed(self, state: State) -> None:
+        for count, record in enumerate(self._decisions, start=1):
+            if count % PORTION == 0:
+                await asyncio.sleep(0)
+            if record.killed:
+                continue
+            cut = still_allowed(state, self._pods.get(record.pod), record)
+            if cut is None:
+                continue
+            record.killed = True
+            record.cut_by = cut.origin
+            # KeyError: nothing was left of it, and the core's report of that is on its way.
+            with contextlib.suppress(KeyError):
+                self._core.kill_decision(record.number, NUMBER_OF[cut.reason])
+                self.cut += 1
+
+    async def _trust(self, before: State, state: State) -> None:
+        changed = {
+            domain
+            for domain in before.bundles.keys() | state.bundles.keys()
+            if before.bundles.get(domain) != state.bundles.get(domain)
+        }
+        withdrawn: set[int] = set()
+        count = 0
+        for proven in self._identities:
+            if proven.id.trust_domain not in changed:
+                continue
+            count += 1
+            if count % TRUST_PORTION == 0:
+                await asyncio.sleep(0)
+            if not self._identities.still_trusted(proven, state.bundles, self._wall()):
+                withdrawn.add(proven.number)
+                self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
+        for peer in self._peers:
+            if not withdrawn.isdisjoint(peer.proven):
+                self._core.close_peer(peer.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
+                peer.forget()
+
+    def evicted(self, proven: Proven) -> None:
+        """End what rests on an identity that is forgotten: it could not be checked again."""
+        self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])

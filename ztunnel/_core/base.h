@@ -36,6 +36,9 @@
 /* Bytes read or encrypted in one system call: 16 full TLS records (measured: the size of each
  * call, not the cipher, decides the throughput). */
 #define ZT_CHUNK (256 * 1024)
+/* The same in TLS 1.3 records of 16 KiB, each with 22 bytes of header, type and tag (RFC 8446, 5.2):
+ * what a peer like us sends at once is received at once, without a rest of 352 bytes. */
+#define ZT_WIRE (ZT_CHUNK + ZT_CHUNK / 16384 * 22)
 /* Bytes that one event may move before the others get their turn. */
 #define ZT_BUDGET (1024 * 1024)
 /* HTTP/2 windows and limits: what the field's node proxy announces, so that the two are equals on
@@ -107,6 +110,9 @@ enum zt_deadline {
 #define ZT_SECONDS(n) ((uint64_t)(n)*1000000u) /* microseconds */
 /* The longest that may be set: a week. What is set longer is meant as "never", and leaks. */
 #define ZT_DEADLINE_MAX_US ZT_SECONDS(7 * 24 * 3600)
+/* The longest wait that is worth spinning for instead of sleeping: about what it takes to answer a
+ * small request through two tunnels. */
+#define ZT_SPIN_US 100u
 
 /* Marks of our own sockets (docs/architecture.md, table of marks). */
 #define ZT_MARK_TUNNEL 0x539

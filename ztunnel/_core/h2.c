@@ -362,7 +362,7 @@ static bool keep_early(struct zt_h2 *h, char detail[ZT_DETAIL]) {
  * handshake is complete on our side: its alert is still to be read, and says why. */
 static void last_words(struct zt_h2 *h) {
     char detail[ZT_DETAIL] = "";
-    ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+    ssize_t n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
 
     if (n > 0) {
         zt_tls_input(h, (size_t)n);
@@ -393,7 +393,7 @@ static void handshake(struct zt_h2 *h) {
             return;
         }
         if (!h->readable) return;
-        n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+        n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
         if (n < 0 && errno == EAGAIN) {
             h->readable = false;
             return;
@@ -488,7 +488,7 @@ static void receive(struct zt_h2 *h) {
     size_t budget = 0;
 
     while (h->state == ZT_H_OPEN && h->readable && !h->input_end) {
-        ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+        ssize_t n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
 
         if (n < 0) {
             if (errno == EINTR) continue;
@@ -504,7 +504,7 @@ static void receive(struct zt_h2 *h) {
             zt_h2_end(h, ZT_R_TLS_TRUNCATED, NULL);
             return;
         }
-        if (n < ZT_CHUNK && !h->hangup) h->readable = false;
+        if (n < ZT_WIRE && !h->hangup) h->readable = false;
         if (!take_in(h, (size_t)n)) return;
         budget += (size_t)n;
         if (budget >= ZT_BUDGET) {

@@ -179,6 +179,7 @@ struct zt_core {
     bool running;
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
+    _Atomic bool spinning; /* a worker looks for events instead of sleeping */
     int event_fd;
 
     pthread_mutex_t lock; /* the maps */

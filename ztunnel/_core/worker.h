@@ -122,6 +122,7 @@ struct zt_worker {
     bool woken, stopping;
     uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
     uint64_t now;       /* microseconds, read once a turn */
+    uint64_t spin_us;   /* how long to look for events before sleeping */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
@@ -140,7 +141,7 @@ struct zt_worker {
     struct zt_pipe pipes[ZT_PIPE_POOL];
     int npipes;
 
-    uint8_t *in;    /* ciphertext as received: ZT_CHUNK */
+    uint8_t *in;    /* ciphertext as received: ZT_WIRE */
     uint8_t *plain; /* plaintext received: ZT_CHUNK */
     uint8_t *out;   /* plaintext to be encrypted: ZT_CHUNK */
     size_t out_used;

@@ -50,7 +50,7 @@ STDOUT: Final = "-"
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One connection that ended, or one handshake that failed (`handshake`).
+    """One connection that ended, or one HBONE connection that failed by itself (`handshake`).
 
     `start` is in seconds since the epoch. `received` came from the client, `sent` went to it.
     """
@@ -151,6 +151,20 @@ def _keyed(known: _Known, direction: str, destination: str, hbone: str) -> list[
     return fields
 
 
+_BROKE_LATER: Final = frozenset(
+    {Reason.H2_LIMIT, Reason.H2_PROTOCOL, Reason.KEEPALIVE_TIMEOUT, Reason.TRUST_WITHDRAWN}
+)
+"""Ends of an HBONE connection whose handshake was complete."""
+
+
+def _message(reason: Reason, *, handshake: bool) -> str:
+    if not handshake:
+        return '"connection complete"'
+    if reason in _BROKE_LATER:
+        return '"HBONE connection broken"'
+    return '"handshake failed"'
+
+
 def _repeats(line: Line) -> tuple[str, str, str, Labels, Reason, str, str, bool]:
     """What of a line is the same in many others, as a key that hashes quickly."""
     return (
@@ -186,7 +200,7 @@ def _json_frame(
     failed = RESPONSE_FLAGS[reason] != NO_FLAG
     before = [
         ("level", '"error"' if failed else '"info"'),
-        ("message", '"handshake failed"' if handshake else '"connection complete"'),
+        ("message", _message(reason, handshake=handshake)),
     ]
     middle = _keyed(known, direction, destination, hbone)
     after = [("reason", f'"{reason.value}"'), ("connection_security_policy", known.security)]

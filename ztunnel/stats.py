@@ -244,6 +244,11 @@ def _core(picture: Picture) -> Iterator[Metric]:
         "HBONE connections open now, both sides.",
         value=core.tls_connections,
     )
+    yield GaugeMetricFamily(
+        "ztunnel_held_bytes",
+        "Bytes that wait in this process for applications which do not read.",
+        value=core.held_bytes,
+    )
     latency = HistogramMetricFamily(
         "ztunnel_decision_duration_seconds",
         "From the core's question to the answer in force.",

@@ -24,6 +24,7 @@ static void bury(struct zt_worker *w, struct zt_grave *g) {
     zt_peer_put(h->peer);
     zt_credential_put(h->credential);
     free(h->early);
+    free(h->complaint);
     free(h);
 }
 
@@ -80,6 +81,7 @@ static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *d
                           .addr = h->address,
                           .reason = reason};
 
+    if (!detail) detail = h->why ? h->why : h->complaint;
     snprintf(f.detail, sizeof(f.detail), "%s", detail ? detail : "");
     zt_add(&h->worker->stats.handshake_failures[reason], 1);
     zt_failed_push(h->worker->core, &f);
@@ -117,7 +119,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (was == ZT_H_ENDED) return;
     if (h->in_session) {
         if (!h->fate) h->fate = reason;
-        zt_h2_mark_dirty(h);
+        zt_h2_mark_dirty(h); /* what the detail says, its reason says */
         return;
     }
     h->state = ZT_H_ENDED;
@@ -146,6 +148,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (h->io.fd >= 0) close(h->io.fd);
     h->io.fd = -1;
     if (h->server) atomic_fetch_sub(&w->load_tls, 1);
+    if (h->server && was < ZT_H_OPEN) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_add(&w->stats.tls_connections, (uint64_t)-1);
     zt_list_remove(&h->link);
     zt_bury(w, &h->grave);
@@ -166,6 +169,22 @@ static void begin_tls(struct zt_h2 *h) {
     handshake(h);
 }
 
+/* An honest handshake is short: those that wait longest are given up for the next. */
+static void make_room(struct zt_h2 *h) {
+    struct zt_list *deadlines = &h->worker->deadlines[ZT_D_HANDSHAKE], *l;
+
+    for (l = deadlines->next; l != deadlines; l = l->next) {
+        struct zt_h2 *old =
+            ZT_CONTAINER(ZT_CONTAINER(l, struct zt_timer, link), struct zt_h2, timer);
+
+        if (old->server && old->pod == h->pod && old->state == ZT_H_HANDSHAKE) {
+            zt_h2_end(old, ZT_R_POD_LIMIT, "too many handshakes at once: the oldest gives way");
+            return;
+        }
+    }
+    zt_h2_end(h, ZT_R_POD_LIMIT, "too many handshakes at once");
+}
+
 void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,
                     const struct zt_addr *destination) {
     struct zt_h2 *h = h2_new(w, pod, pod->credential);
@@ -181,6 +200,8 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
     h->io.fd = fd;
     h->address = *source;
     h->local = *destination;
+    if (atomic_fetch_add(&pod->handshakes, 1) >= ZT_POD_HANDSHAKES) make_room(h);
+    if (h->state == ZT_H_ENDED) return;
     for (int i = 0; i < pod->naddrs; i++) ours |= zt_addr_ip_equal(&pod->addrs[i], destination);
     if (atomic_load(&pod->removed))
         zt_h2_end(h, ZT_R_POD_REMOVED, NULL);
@@ -432,6 +453,7 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
         return;
     }
     h->state = ZT_H_OPEN;
+    if (h->server) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_observe(h->server ? &w->stats.handshakes_server : &w->stats.handshakes_client,
                w->now - h->started);
     zt_timer_set(w, &h->timer, ZT_D_SETTINGS);

@@ -64,7 +64,9 @@ struct zt_pod {
     int naddrs;
     struct zt_credential *credential;
     _Atomic bool removed;
-    _Atomic int asking; /* questions of this pod that wait for an answer, of all workers */
+    _Atomic int asking;     /* questions of this pod that wait for an answer, of all workers */
+    _Atomic int handshakes; /* as a server, not open yet, of all workers */
+    _Atomic int64_t held;   /* bytes that wait for its readers, of all workers */
 };
 
 /* --- peers: one pool for each worker, touched by that worker only --------------------------------- */

@@ -359,6 +359,7 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
 
         add_counts(&out->connections, &w->connections, 1);
         add_counts(&out->tls_connections, &w->tls_connections, 1);
+        add_counts(&out->held, &w->held, 1);
         add_counts(&out->upcalls, &w->upcalls, 1);
         add_counts(&out->table_hits, &w->table_hits, 1);
         add_counts(out->handshake_failures, w->handshake_failures, ZT_REASON_COUNT);

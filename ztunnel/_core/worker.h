@@ -93,7 +93,7 @@ struct zt_msg {
 /* --- what a worker counts ------------------------------------------------------------------------------ */
 
 struct zt_worker_stats {
-    zt_count connections, tls_connections, accepted, upcalls, table_hits, last_loop_us;
+    zt_count connections, tls_connections, held, accepted, upcalls, table_hits, last_loop_us;
     zt_count handshake_failures[ZT_REASON_COUNT];
     zt_count expired[ZT_DEADLINES]; /* deadlines that ended something */
     struct zt_histogram handshakes_client, handshakes_server, upcall_latency;

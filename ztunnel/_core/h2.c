@@ -169,20 +169,29 @@ static void begin_tls(struct zt_h2 *h) {
     handshake(h);
 }
 
-/* An honest handshake is short: those that wait longest are given up for the next. */
-static void make_room(struct zt_h2 *h) {
-    struct zt_list *deadlines = &h->worker->deadlines[ZT_D_HANDSHAKE], *l;
+/* The pod's handshake that has waited longest in a queue of deadlines, or NULL. */
+static struct zt_h2 *oldest(struct zt_h2 *h, enum zt_deadline d) {
+    struct zt_list *queue = &h->worker->deadlines[d];
 
-    for (l = deadlines->next; l != deadlines; l = l->next) {
-        struct zt_h2 *old =
-            ZT_CONTAINER(ZT_CONTAINER(l, struct zt_timer, link), struct zt_h2, timer);
+    for (struct zt_list *l = queue->next; l != queue; l = l->next) {
+        struct zt_timer *t = ZT_CONTAINER(l, struct zt_timer, link);
+        struct zt_h2 *old = ZT_CONTAINER(t, struct zt_h2, timer);
 
-        if (old->server && old->pod == h->pod && old->state == ZT_H_HANDSHAKE) {
-            zt_h2_end(old, ZT_R_POD_LIMIT, "too many handshakes at once: the oldest gives way");
-            return;
-        }
+        if (old != h && old->server && old->pod == h->pod && old->state == ZT_H_HANDSHAKE)
+            return old;
     }
-    zt_h2_end(h, ZT_R_POD_LIMIT, "too many handshakes at once");
+    return NULL;
+}
+
+/* An honest handshake is short: who has waited longest is given up for the next. */
+static void make_room(struct zt_h2 *h) {
+    struct zt_h2 *silent = oldest(h, ZT_D_FIRST_BYTE), *begun = oldest(h, ZT_D_HANDSHAKE);
+    struct zt_h2 *old = !silent || (begun && begun->started < silent->started) ? begun : silent;
+
+    if (old)
+        zt_h2_end(old, ZT_R_POD_LIMIT, "too many handshakes at once: the oldest gives way");
+    else
+        zt_h2_end(h, ZT_R_POD_LIMIT, "too many handshakes at once");
 }
 
 void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,

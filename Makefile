@@ -28,6 +28,7 @@ PYTEST := $(BIN)/pytest
 PYTEST_ARGS ?=
 # BENCH_ARGS: more arguments for bench/run.py, such as `--rounds 9` or `--scenario latency`.
 BENCH_ARGS ?=
+SOAK_MINUTES ?= 20
 
 .PHONY: help
 help: ## Show this list
@@ -207,6 +208,10 @@ bench: setup $(BENCH_TOOLS) ## Measure against no mesh and against Envoy (root, 
 .PHONY: bench-quick
 bench-quick: setup $(BENCH_TOOLS) ## The same in two short rounds (root, under ten minutes)
 	$(BIN)/python bench/run.py --quick $(BENCH_ARGS)
+
+.PHONY: soak
+soak: setup ## Mixed load and faults for SOAK_MINUTES (20): is anything left behind? (root)
+	PYTHONPATH=tests $(BIN)/python -m soak.run --minutes $(SOAK_MINUTES)
 
 .PHONY: clean
 clean: ## Remove everything that was built or installed here

@@ -1,0 +1,82 @@
+"""What a daemon holds while nothing is carried: memory, descriptors, threads; and what is flat.
+
+This module owns the samples and their comparison. It promises that two samples are compared only
+when they are of the same process. It may not start or stop anything.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["Sample", "growth", "sample"]
+
+LOOKS: Final = 8
+LOOK_SECONDS: Final = 0.25
+"""A sample is the least of several looks: a renewal, a scrape or a look at the directory that is
+under way holds a descriptor and some memory for a moment."""
+
+MEMORY_SHARE: Final = 0.10
+MEMORY_KB: Final = 3 * 1024
+"""Growth that counts as flat: the larger of a tenth and 3 MB. The allocators keep that much back
+or not, by chance; a leak of one object for each connection is many times that over a run."""
+
+KB: Final = 1024
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One daemon at rest. `memory` is VmRSS in KiB."""
+
+    pid: int
+    memory: int
+    descriptors: int
+    threads: int
+
+
+def _look(pid: int) -> Sample:
+    process = Path(f"/proc/{pid}")
+    rows = dict(
+        line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line
+    )
+    return Sample(
+        pid,
+        int(rows["VmRSS"].split()[0]),
+        sum(1 for _ in (process / "fd").iterdir()),
+        int(rows["Threads"]),
+    )
+
+
+def sample(pids: dict[str, int]) -> dict[str, Sample]:
+    """Return a sample of each process, all taken over the same two seconds. Raises OSError."""
+    seen: dict[str, list[Sample]] = {name: [] for name in pids}
+    for _ in range(LOOKS):
+        for name, pid in pids.items():
+            seen[name].append(_look(pid))
+        time.sleep(LOOK_SECONDS)
+    return {
+        name: Sample(
+            pids[name],
+            min(look.memory for look in looks),
+            min(look.descriptors for look in looks),
+            min(look.threads for look in looks),
+        )
+        for name, looks in seen.items()
+    }
+
+
+def growth(first: Sample, last: Sample) -> list[str]:
+    """Return in what the second sample of a process is above the first; empty when it is flat."""
+    if first.pid != last.pid:
+        raise ValueError(f"processes {first.pid} and {last.pid} cannot be compared")
+    found: list[str] = []
+    allowed = max(MEMORY_KB, int(first.memory * MEMORY_SHARE))
+    if last.memory > first.memory + allowed:
+        found.append(f"memory {first.memory / KB:.1f} to {last.memory / KB:.1f} MiB")
+    if last.descriptors > first.descriptors:
+        found.append(f"descriptors {first.descriptors} to {last.descriptors}")
+    if last.threads > first.threads:
+        found.append(f"threads {first.threads} to {last.threads}")
+    return found

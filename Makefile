@@ -18,7 +18,7 @@ SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf
 
 C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
 BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
-TEST_C_SOURCES := $(wildcard tests/*/*.c bench/load/*.[ch])
+TEST_C_SOURCES := $(wildcard tests/*/*.c tests/fuzz/rig/*.[ch] bench/load/*.[ch])
 
 # Where `make install` puts the daemons; the units in systemd/ name the same place.
 PREFIX ?= /opt/nodeagent
@@ -170,24 +170,44 @@ sanitize-threads: setup ## Run the namespace tests with ThreadSanitizer (root)
 
 comma := ,
 
-# Each fuzzer states its invariant at its head. What it finds is kept in build/fuzz.
+# Each fuzzer states its invariant at its head. Those in C drive the product's core in a world of
+# their own (tests/fuzz/rig), which the linker puts in the place of sockets, threads and time; those
+# in Python drive the parsers of what other programs send. What they find is kept in build/fuzz.
 FUZZ_SECONDS ?= 60
-FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
-FUZZED := $(filter-out $(wildcard ztunnel/_core/module*.c),$(wildcard ztunnel/_core/*.c))
+C_FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
+FUZZERS ?= $(C_FUZZERS)
+RIG_SOURCES := $(wildcard tests/fuzz/rig/*.c) \
+	$(filter-out %/tls.c %/sock.c $(wildcard ztunnel/_core/module*.c),$(wildcard ztunnel/_core/*.c))
+RIG_OBJECTS := $(RIG_SOURCES:%.c=build/fuzz/objects/%.o)
+RIG_WRAPPED := malloc calloc realloc free pthread_create pthread_join pthread_setname_np \
+	clock_gettime getrandom epoll_wait accept4 getsockname
+FUZZ_CC := clang -g -O1 -std=gnu17 -Wall -Wextra -Werror -Iztunnel/_core \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
 
-build/fuzz/%: tests/fuzz/%.c $(C_SOURCES) | system-packages
-	mkdir -p build/fuzz
-	clang -g -O1 -std=gnu17 -Wall -Wextra -Werror -Iztunnel/_core \
-		-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-		-o $@ $< $(FUZZED) -lnghttp2 -lpthread
+$(RIG_OBJECTS): build/fuzz/objects/%.o: %.c $(wildcard ztunnel/_core/*.h tests/fuzz/rig/*.h) \
+		| system-packages
+	mkdir -p $(@D)
+	$(FUZZ_CC) -fsanitize=fuzzer-no-link -c -o $@ $<
+
+# nghttp2 is linked in, so that its allocations fail too.
+build/fuzz/%: tests/fuzz/%.c $(RIG_OBJECTS)
+	$(FUZZ_CC) -fsanitize=fuzzer -o $@ $< $(RIG_OBJECTS) $(RIG_WRAPPED:%=-Wl,--wrap=%) \
+		-Wl,-Bstatic -lnghttp2 -Wl,-Bdynamic -lpthread
 
 .PHONY: fuzz
-fuzz: $(FUZZERS:%=build/fuzz/%) ## Fuzz the C parsers, FUZZ_SECONDS (60) each
+fuzz: $(C_FUZZERS:%=build/fuzz/%) ## Fuzz everything, FUZZ_SECONDS (60) each; FUZZERS names some
 	for fuzzer in $(FUZZERS); do \
 		mkdir -p build/fuzz/found/$$fuzzer; \
-		build/fuzz/$$fuzzer -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
-			-artifact_prefix=build/fuzz/ build/fuzz/found/$$fuzzer tests/fuzz/corpus/$$fuzzer; \
+		build/fuzz/$$fuzzer -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=4096 \
+			-print_final_stats=1 -artifact_prefix=build/fuzz/ build/fuzz/found/$$fuzzer \
+			tests/fuzz/corpus/$$fuzzer; \
 	done
+
+# What takes too long for every change, one after the other: CI calls it once a day.
+NIGHTLY := sanitize sanitize-threads fuzz
+.PHONY: nightly
+nightly: ## Run what takes hours: sanitizers, fuzzers for ten minutes each (root)
+	for target in $(NIGHTLY); do $(MAKE) "$$target" FUZZ_SECONDS=600; done
 
 # --- showing -----------------------------------------------------------------------------------
 
@@ -196,7 +216,7 @@ demo: setup ## Two nodes, real traffic, and proof that the wire is encrypted (ro
 	$(BIN)/nodeagent lab demo
 
 # The programs that make the load; they are no part of the product.
-BENCH_TOOLS := $(addprefix build/bench/,serve load many relay)
+BENCH_TOOLS := $(addprefix build/bench/,serve load relay)
 $(BENCH_TOOLS): build/bench/%: bench/load/%.c bench/load/common.c bench/load/common.h | system-packages
 	mkdir -p $(@D)
 	gcc -D_GNU_SOURCE -std=gnu17 -O2 -g -Wall -Wextra -Werror -pthread -o $@ $(filter %.c,$^)

@@ -225,7 +225,10 @@ class Tunnel:
         ended = self._core.ended(EVENTS_A_TURN)
         failed = self._core.failed(EVENTS_A_TURN)
         try:
-            self.events.take(self.state, ended, failed)
+            for connection in ended:
+                self.events.ended(self.state, connection)
+            for handshake in failed:
+                self.events.failed(self.state, handshake)
         except Exception:  # noqa: BLE001 - a log line lost must not stop the data path
             self._internal("an ended connection could not be recorded")
         freed = self._core.freed(EVENTS_A_TURN)

@@ -23,7 +23,7 @@ MAX_LINES = {".bpf.c": 400, ".c": 800, ".h": 800, ".py": 500}
 SOURCES = ("nodeagent", "ztunnel", "bpf", "tests", "bench", "systemd", "vagrant", "docs", ".ci")
 PLAIN = ("Makefile", "README.md", "setup.py", "pyproject.toml", "requirements.lock")
 
-NOT_TEXT = {".so", ".o", ".pyc", ".partial", ".png", ".gz"}
+NOT_TEXT = {".so", ".o", ".pyc", ".partial", ".png", ".gz", ".bin"}
 
 FOREIGN = re.compile(
     # Directories of one person's machine, and addresses of package indexes.

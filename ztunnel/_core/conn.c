@@ -46,8 +46,7 @@ static struct zt_conn *conn_new(struct zt_worker *w, struct zt_pod *pod, enum zt
     zt_list_init(&c->timer.link);
     zt_list_init(&c->task.link);
     zt_list_init(&c->stream.link);
-    c->stream.window = ZT_STREAM_WINDOW;
-    c->stream.taken_at = w->now;
+    c->stream.pending_tail = &c->stream.pending;
     zt_list_append(&w->conns, &c->link);
     zt_add(&w->stats.connections, 1);
     return c;
@@ -81,7 +80,15 @@ void zt_conn_accepted(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind
     struct zt_conn *c = conn_new(w, pod, kind);
 
     if (!c) {
+        struct zt_ended e = {.kind = kind,
+                             .pod = pod->node.number,
+                             .source = *source,
+                             .destination = *destination,
+                             .started_us = w->now,
+                             .reason = ZT_R_NO_MEMORY};
+
         zt_sock_abort(fd);
+        zt_worker_report(w, &e);
         zt_pod_put(pod);
         atomic_fetch_sub(&w->load_connections, 1);
         return;
@@ -211,7 +218,11 @@ void zt_conn_decided(struct zt_conn *c, struct zt_decision *d) {
         dial(c);
         break;
     case ZT_TUNNEL:
-        zt_h2_want_stream(c, d->peer);
+        /* A peer is reached from its pod's namespace, by its pod's identity: nobody else's. */
+        if (d->peer->pod == c->pod)
+            zt_h2_want_stream(c, d->peer);
+        else
+            zt_conn_end(c, ZT_R_INTERNAL);
         break;
     case ZT_BALANCE:
         zt_conn_end(c, ZT_R_INTERNAL);

@@ -24,7 +24,6 @@ static void bury(struct zt_worker *w, struct zt_grave *g) {
     zt_peer_put(h->peer);
     zt_credential_put(h->credential);
     free(h->early);
-    free(h->complaint);
     free(h);
 }
 
@@ -81,7 +80,6 @@ static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *d
                           .addr = h->address,
                           .reason = reason};
 
-    if (!detail) detail = h->why ? h->why : h->complaint;
     snprintf(f.detail, sizeof(f.detail), "%s", detail ? detail : "");
     zt_add(&h->worker->stats.handshake_failures[reason], 1);
     zt_failed_push(h->worker->core, &f);
@@ -119,7 +117,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (was == ZT_H_ENDED) return;
     if (h->in_session) {
         if (!h->fate) h->fate = reason;
-        zt_h2_mark_dirty(h); /* what the detail says, its reason says */
+        zt_h2_mark_dirty(h);
         return;
     }
     h->state = ZT_H_ENDED;
@@ -148,7 +146,6 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (h->io.fd >= 0) close(h->io.fd);
     h->io.fd = -1;
     if (h->server) atomic_fetch_sub(&w->load_tls, 1);
-    if (h->server && was < ZT_H_OPEN) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_add(&w->stats.tls_connections, (uint64_t)-1);
     zt_list_remove(&h->link);
     zt_bury(w, &h->grave);
@@ -169,48 +166,27 @@ static void begin_tls(struct zt_h2 *h) {
     handshake(h);
 }
 
-/* The pod's handshake that has waited longest in a queue of deadlines, or NULL. */
-static struct zt_h2 *oldest(struct zt_h2 *h, enum zt_deadline d) {
-    struct zt_list *queue = &h->worker->deadlines[d];
-
-    for (struct zt_list *l = queue->next; l != queue; l = l->next) {
-        struct zt_timer *t = ZT_CONTAINER(l, struct zt_timer, link);
-        struct zt_h2 *old = ZT_CONTAINER(t, struct zt_h2, timer);
-
-        if (old != h && old->server && old->pod == h->pod && old->state == ZT_H_HANDSHAKE)
-            return old;
-    }
-    return NULL;
-}
-
-/* An honest handshake is short: who has waited longest is given up for the next. */
-static void make_room(struct zt_h2 *h) {
-    struct zt_h2 *silent = oldest(h, ZT_D_FIRST_BYTE), *begun = oldest(h, ZT_D_HANDSHAKE);
-    struct zt_h2 *old = !silent || (begun && begun->started < silent->started) ? begun : silent;
-
-    if (old)
-        zt_h2_end(old, ZT_R_POD_LIMIT, "too many handshakes at once: the oldest gives way");
-    else
-        zt_h2_end(h, ZT_R_POD_LIMIT, "too many handshakes at once");
-}
-
 void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,
                     const struct zt_addr *destination) {
     struct zt_h2 *h = h2_new(w, pod, pod->credential);
+    uint64_t number = pod->node.number;
     bool ours = false;
 
     zt_pod_put(pod); /* the connection has a reference of its own */
     if (!h) {
+        struct zt_failed f = {
+            .kind = ZT_PEER_CERTIFICATE, .pod = number, .addr = *source, .reason = ZT_R_NO_MEMORY};
+
         close(fd);
         atomic_fetch_sub(&w->load_tls, 1);
+        zt_add(&w->stats.handshake_failures[f.reason], 1);
+        zt_failed_push(w->core, &f);
         return;
     }
     h->server = true;
     h->io.fd = fd;
     h->address = *source;
     h->local = *destination;
-    if (atomic_fetch_add(&pod->handshakes, 1) >= ZT_POD_HANDSHAKES) make_room(h);
-    if (h->state == ZT_H_ENDED) return;
     for (int i = 0; i < pod->naddrs; i++) ours |= zt_addr_ip_equal(&pod->addrs[i], destination);
     if (atomic_load(&pod->removed))
         zt_h2_end(h, ZT_R_POD_REMOVED, NULL);
@@ -297,12 +273,12 @@ static bool outdated(const struct zt_h2 *h) {
 }
 
 void zt_h2_retire(struct zt_worker *w) {
-    struct zt_list *l, *next;
+    struct zt_list all;
 
-    for (l = w->h2s.next; l != &w->h2s; l = next) {
-        struct zt_h2 *h = ZT_CONTAINER(l, struct zt_h2, link);
+    zt_list_take_all(&w->h2s, &all);
+    while (!zt_list_empty(&all)) {
+        struct zt_h2 *h = ZT_CONTAINER(zt_list_move_first(&all, &w->h2s), struct zt_h2, link);
 
-        next = l->next;
         if (h->state == ZT_H_CREDENTIAL && atomic_load(&h->credential->generation)) {
             if (h->server)
                 begin_tls(h);
@@ -340,8 +316,12 @@ static void ask(struct zt_h2 *h) {
     n = zt_tls_chain(h, u->chain);
     if (n < 0) {
         free(u);
-        zt_h2_end(h, n == -E2BIG ? ZT_R_CERT_INVALID : ZT_R_CERT_MISSING,
-                  n == -E2BIG ? "certificate chain too long" : "no certificate");
+        if (n == -E2BIG)
+            zt_h2_end(h, ZT_R_CERT_INVALID, "certificate chain too long");
+        else if (n == -ENOMEM)
+            zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
+        else
+            zt_h2_end(h, ZT_R_CERT_MISSING, "no certificate");
         return;
     }
     u->nchain = n;
@@ -392,7 +372,7 @@ static bool keep_early(struct zt_h2 *h, char detail[ZT_DETAIL]) {
  * handshake is complete on our side: its alert is still to be read, and says why. */
 static void last_words(struct zt_h2 *h) {
     char detail[ZT_DETAIL] = "";
-    ssize_t n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
+    ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
 
     if (n > 0) {
         zt_tls_input(h, (size_t)n);
@@ -423,7 +403,7 @@ static void handshake(struct zt_h2 *h) {
             return;
         }
         if (!h->readable) return;
-        n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
+        n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
         if (n < 0 && errno == EAGAIN) {
             h->readable = false;
             return;
@@ -462,7 +442,6 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
         return;
     }
     h->state = ZT_H_OPEN;
-    if (h->server) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_observe(h->server ? &w->stats.handshakes_server : &w->stats.handshakes_client,
                w->now - h->started);
     zt_timer_set(w, &h->timer, ZT_D_SETTINGS);
@@ -519,7 +498,7 @@ static void receive(struct zt_h2 *h) {
     size_t budget = 0;
 
     while (h->state == ZT_H_OPEN && h->readable && !h->input_end) {
-        ssize_t n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
+        ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
 
         if (n < 0) {
             if (errno == EINTR) continue;
@@ -535,7 +514,7 @@ static void receive(struct zt_h2 *h) {
             zt_h2_end(h, ZT_R_TLS_TRUNCATED, NULL);
             return;
         }
-        if (n < ZT_WIRE && !h->hangup) h->readable = false;
+        if (n < ZT_CHUNK && !h->hangup) h->readable = false;
         if (!take_in(h, (size_t)n)) return;
         budget += (size_t)n;
         if (budget >= ZT_BUDGET) {
@@ -681,7 +660,7 @@ static void on_timer(struct zt_worker *w, struct zt_timer *t) {
         expire(h, ZT_D_IDLE);
     } else if (zt_timer_over(w, ZT_D_PING, h->heard)) {
         h->pinged = true;
-        nghttp2_submit_ping(h->session, NGHTTP2_FLAG_NONE, NULL);
+        zt_session_check(h, nghttp2_submit_ping(h->session, NGHTTP2_FLAG_NONE, NULL));
         zt_h2_mark_dirty(h);
         zt_timer_set(w, t, ZT_D_PONG);
     } else {

@@ -15,7 +15,6 @@
 #include <nghttp2/nghttp2.h>
 
 #include "conn.h"
-#include "glitch.h"
 
 enum zt_h2_state {
     ZT_H_CREDENTIAL, /* there is no certificate for this pod yet */
@@ -59,10 +58,6 @@ struct zt_h2 {
     struct zt_list streams; /* struct zt_conn by stream.link */
     int nstreams;
     size_t header_bytes; /* decoded, of the header block at hand */
-    uint32_t grown;      /* what its streams' windows have grown by: <= ZT_CONN_GROWTH */
-    struct zt_glitch glitch;
-    const char *why; /* of the fate, for the log; static */
-    char *complaint; /* libnghttp2's, when it ended the connection; or NULL */
 };
 
 /* --- h2.c: the connection's life -------------------------------------------------------------------- */
@@ -108,6 +103,8 @@ void zt_tls_configure_server(SSL_CTX *ctx);
 /* --- stream.c: HTTP/2 and the streams ------------------------------------------------------------------ */
 
 int zt_session_start(struct zt_h2 *h);
+/* The connection ends when nghttp2 had no memory: it has forgotten what it was told. */
+void zt_session_check(struct zt_h2 *h, int rv);
 int zt_session_input(struct zt_h2 *h, const uint8_t *data, size_t len);
 /* Sends CONNECT for `c`; 0 or -errno. */
 int zt_stream_request(struct zt_h2 *h, struct zt_conn *c);

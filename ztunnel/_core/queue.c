@@ -54,12 +54,26 @@ void zt_core_wake(struct zt_core *core) {
 
 void zt_upcall_free(struct zt_upcall *u) {
     for (int i = 0; i < u->nchain; i++) free(u->chain[i].data);
+    free(u->reply);
     free(u);
+}
+
+/* Sends the answer by the upcall's own message, and forgets the upcall. */
+static void reply(struct zt_upcall *u, const struct zt_msg *msg) {
+    *u->reply = *msg;
+    zt_worker_put(u->worker, u->reply);
+    u->reply = NULL;
+    zt_upcall_free(u);
 }
 
 uint64_t zt_upcall_send(struct zt_core *core, struct zt_upcall *u) {
     uint64_t id;
 
+    u->reply = malloc(sizeof(*u->reply));
+    if (!u->reply) {
+        zt_upcall_free(u);
+        return 0;
+    }
     pthread_mutex_lock(&core->queue_lock);
     id = core->next_upcall++;
     if (zt_map_add(&core->asked, &u->node, id) < 0) {
@@ -137,8 +151,7 @@ int zt_upcall_answer(struct zt_core *core, uint64_t id, uint64_t epoch, uint64_t
         return 1;
     }
     msg.key = u->key;
-    zt_worker_post(u->worker, &msg);
-    zt_upcall_free(u);
+    reply(u, &msg);
     return current;
 }
 
@@ -151,9 +164,7 @@ void zt_upcall_answer_certificate(struct zt_core *core, uint64_t id, uint64_t id
     pthread_mutex_lock(&core->queue_lock);
     u = take_asked(core, id);
     pthread_mutex_unlock(&core->queue_lock);
-    if (!u) return;
-    zt_worker_post(u->worker, &msg);
-    zt_upcall_free(u);
+    if (u) reply(u, &msg);
 }
 
 bool zt_ended_push(struct zt_core *core, const struct zt_ended *e) {

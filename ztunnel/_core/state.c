@@ -40,6 +40,12 @@ void zt_pod_put(struct zt_pod *pod) {
         if (pod->listeners[i].io.fd >= 0) close(pod->listeners[i].io.fd);
     }
     if (pod->netns >= 0) close(pod->netns);
+    while (pod->gone) {
+        struct zt_msg *m = pod->gone;
+
+        pod->gone = m->next;
+        free(m);
+    }
     zt_credential_put(pod->credential);
     free(pod);
 }
@@ -121,11 +127,10 @@ static struct zt_decision *find_decision(struct zt_core *core, uint64_t number) 
 }
 
 static void post_all(struct zt_core *core, struct zt_msg msg, struct zt_decision *decision,
-                     struct zt_peer *peer, struct zt_pod *pod) {
+                     struct zt_peer *peer) {
     for (int i = 0; i < core->nworkers; i++) {
         if (decision) msg.decision = zt_decision_get(decision);
         if (peer) msg.peer = zt_peer_get(peer);
-        if (pod) msg.pod = zt_pod_get(pod);
         zt_worker_post(core->workers[i], &msg);
     }
 }
@@ -179,7 +184,7 @@ int zt_credential_set(struct zt_core *core, uint64_t number, SSL_CTX *client, SS
     if (old_client) ossl.SSL_free(old_client);
     if (old_server) ossl.SSL_free(old_server);
     zt_credential_put(c);
-    post_all(core, (struct zt_msg){.type = ZT_MSG_RETIRE}, NULL, NULL, NULL);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_RETIRE}, NULL, NULL);
     return 0;
 }
 
@@ -206,16 +211,21 @@ SSL *zt_credential_ssl(struct zt_credential *c, bool server, uint64_t *generatio
 
 /* --- pods ------------------------------------------------------------------------------------------ */
 
-static void pod_watch(struct zt_core *core, struct zt_pod *pod, int op) {
+/* 0, or the errno of one that failed. */
+static int pod_watch(struct zt_core *core, struct zt_pod *pod, int op) {
+    int rv = 0;
+
     for (int i = 0; i < core->nworkers; i++) {
         for (int k = 0; k < 3; k++) {
             /* Level-triggered, one worker woken for each connection. */
             struct epoll_event ev = {.events = EPOLLIN | EPOLLEXCLUSIVE,
                                      .data.ptr = &pod->listeners[k].io};
 
-            epoll_ctl(core->workers[i]->epfd, op, pod->listeners[k].io.fd, &ev);
+            if (epoll_ctl(core->workers[i]->epfd, op, pod->listeners[k].io.fd, &ev) < 0)
+                rv = -errno;
         }
     }
+    return rv;
 }
 
 int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int listeners[3],
@@ -238,6 +248,16 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
         l->io.fd = fcntl(listeners[k], F_DUPFD_CLOEXEC, 3);
         if (l->io.fd < 0 && !rv) rv = -errno;
     }
+    for (int i = 0; i < core->nworkers; i++) {
+        struct zt_msg *m = malloc(sizeof(*m));
+
+        if (m) {
+            m->next = pod->gone;
+            pod->gone = m;
+        } else if (!rv) {
+            rv = -ENOMEM;
+        }
+    }
     memcpy(pod->addrs, addrs, (size_t)naddrs * sizeof(*addrs));
     pod->naddrs = naddrs;
     pod->credential = credential_mention(core, credential);
@@ -251,8 +271,9 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
         zt_pod_put(pod);
         return rv;
     }
-    if (core->running) pod_watch(core, pod, EPOLL_CTL_ADD);
-    return 0;
+    if (core->running) rv = pod_watch(core, pod, EPOLL_CTL_ADD);
+    if (rv) zt_pod_remove(core, number);
+    return rv;
 }
 
 int zt_pod_remove(struct zt_core *core, uint64_t number) {
@@ -265,7 +286,13 @@ int zt_pod_remove(struct zt_core *core, uint64_t number) {
     atomic_store(&pod->removed, true);
     if (core->running) {
         pod_watch(core, pod, EPOLL_CTL_DEL);
-        post_all(core, (struct zt_msg){.type = ZT_MSG_POD_GONE}, NULL, NULL, pod);
+        for (int i = 0; i < core->nworkers; i++) {
+            struct zt_msg *m = pod->gone;
+
+            pod->gone = m->next;
+            *m = (struct zt_msg){.type = ZT_MSG_POD_GONE, .pod = zt_pod_get(pod)};
+            zt_worker_put(core->workers[i], m);
+        }
     }
     zt_pod_put(pod);
     return 0;
@@ -309,7 +336,7 @@ int zt_peer_remove(struct zt_core *core, uint64_t number) {
     pthread_mutex_unlock(&core->lock);
     if (!peer) return -ENOENT;
     atomic_store(&peer->draining, true);
-    post_all(core, (struct zt_msg){.type = ZT_MSG_RETIRE}, NULL, NULL, NULL);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_RETIRE}, NULL, NULL);
     zt_peer_put(peer);
     return 0;
 }
@@ -318,7 +345,7 @@ int zt_peer_close(struct zt_core *core, uint64_t number, enum zt_reason reason) 
     struct zt_peer *peer = find_peer(core, number);
 
     if (!peer) return -ENOENT;
-    post_all(core, (struct zt_msg){.type = ZT_MSG_CLOSE_PEER, .reason = reason}, NULL, peer, NULL);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_CLOSE_PEER, .reason = reason}, NULL, peer);
     zt_peer_put(peer);
     return 0;
 }
@@ -421,17 +448,16 @@ int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reaso
 
     if (!d) return 0;
     atomic_store(&d->killed, 1 + (int)reason);
-    post_all(core, (struct zt_msg){.type = ZT_MSG_KILL_DECISION, .reason = reason}, d, NULL, NULL);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_KILL_DECISION, .reason = reason}, d, NULL);
     zt_decision_put(d);
     return 0;
 }
 
 int zt_identity_kill(struct zt_core *core, uint64_t identity, enum zt_reason reason) {
-    struct zt_msg m = {.type = ZT_MSG_KILL_IDENTITY, .identity = identity, .reason = reason};
-    int rv = 0;
-
-    for (int i = 0; i < core->nworkers && !rv; i++) rv = zt_worker_post(core->workers[i], &m);
-    return rv;
+    post_all(core,
+             (struct zt_msg){.type = ZT_MSG_KILL_IDENTITY, .identity = identity, .reason = reason},
+             NULL, NULL);
+    return 0;
 }
 
 /* --- the core itself ------------------------------------------------------------------------------------ */
@@ -439,22 +465,31 @@ int zt_identity_kill(struct zt_core *core, uint64_t identity, enum zt_reason rea
 int zt_core_start(struct zt_core *core) {
     int rv = 0;
 
-    for (int i = 0; i < core->nworkers && !rv; i++) rv = zt_worker_start(core->workers[i]);
-    if (rv) return rv;
+    for (int i = 0; i < core->nworkers; i++) {
+        rv = zt_worker_start(core->workers[i]);
+        if (!rv) continue;
+        while (i--) {
+            struct zt_msg stop = {.type = ZT_MSG_STOP};
+
+            zt_worker_post(core->workers[i], &stop);
+            zt_worker_join(core->workers[i]);
+        }
+        return rv;
+    }
     core->running = true;
     pthread_mutex_lock(&core->lock);
-    for (size_t b = 0; b < core->pods.nbuckets; b++) {
-        for (struct zt_map_node *n = core->pods.buckets[b]; n; n = n->next)
-            pod_watch(core, AS(struct zt_pod, n), EPOLL_CTL_ADD);
+    for (size_t b = 0; b < core->pods.nbuckets && !rv; b++) {
+        for (struct zt_map_node *n = core->pods.buckets[b]; n && !rv; n = n->next)
+            rv = pod_watch(core, AS(struct zt_pod, n), EPOLL_CTL_ADD);
     }
     pthread_mutex_unlock(&core->lock);
-    return 0;
+    return rv;
 }
 
 void zt_core_stop(struct zt_core *core) {
     if (!core->running) return;
     core->running = false;
-    post_all(core, (struct zt_msg){.type = ZT_MSG_STOP}, NULL, NULL, NULL);
+    post_all(core, (struct zt_msg){.type = ZT_MSG_STOP}, NULL, NULL);
     for (int i = 0; i < core->nworkers; i++) zt_worker_join(core->workers[i]);
 }
 

@@ -16,6 +16,7 @@
 #include "ossl.h"
 
 struct zt_core;
+struct zt_msg;
 struct zt_worker;
 
 enum zt_kind {
@@ -64,9 +65,8 @@ struct zt_pod {
     int naddrs;
     struct zt_credential *credential;
     _Atomic bool removed;
-    _Atomic int asking;     /* questions of this pod that wait for an answer, of all workers */
-    _Atomic int handshakes; /* as a server, not open yet, of all workers */
-    _Atomic int64_t held;   /* bytes that wait for its readers, of all workers */
+    struct zt_msg *gone; /* for each worker, so that it learns of the removal even without memory */
+    _Atomic int asking;  /* questions of this pod that wait for an answer, of all workers */
 };
 
 /* --- peers: one pool for each worker, touched by that worker only --------------------------------- */
@@ -151,7 +151,8 @@ struct zt_upcall {
     struct zt_key key;
     uint64_t epoch, peer;
     struct zt_addr source, destination;
-    bool cancelled; /* while queued: free instead of collecting */
+    struct zt_msg *reply; /* an answer must not fail for want of memory */
+    bool cancelled;       /* while queued: free instead of collecting */
     bool queued;
     int nchain;
     struct zt_der chain[ZT_MAX_CHAIN];
@@ -181,7 +182,6 @@ struct zt_core {
     bool running;
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
-    _Atomic bool spinning; /* a worker looks for events instead of sleeping */
     int event_fd;
 
     pthread_mutex_t lock; /* the maps */

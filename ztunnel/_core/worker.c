@@ -103,12 +103,8 @@ void zt_task_add(struct zt_worker *w, struct zt_task *t) {
 static void run_tasks(struct zt_worker *w) {
     struct zt_list batch;
 
-    if (zt_list_empty(&w->tasks)) return;
     /* What is postponed again meanwhile waits for the next turn. */
-    batch = w->tasks;
-    batch.next->prev = &batch;
-    batch.prev->next = &batch;
-    zt_list_init(&w->tasks);
+    zt_list_take_all(&w->tasks, &batch);
     while (!zt_list_empty(&batch)) {
         struct zt_task *t = ZT_CONTAINER(batch.next, struct zt_task, link);
 
@@ -147,25 +143,38 @@ static void drop_message(struct zt_msg *m) {
     free(m);
 }
 
-int zt_worker_post(struct zt_worker *w, const struct zt_msg *msg) {
-    struct zt_msg *m = malloc(sizeof(*m));
+static void wake(struct zt_worker *w) {
     uint64_t one = 1;
+
+    /* A full counter is a wake-up that has not been served yet. */
+    if (write(w->wake_fd, &one, sizeof(one)) < 0) return;
+}
+
+void zt_worker_put(struct zt_worker *w, struct zt_msg *m) {
     bool first;
 
-    if (!m) {
-        zt_decision_put(msg->decision);
-        zt_peer_put(msg->peer);
-        zt_pod_put(msg->pod);
-        return -ENOMEM;
-    }
-    *m = *msg;
     m->next = NULL;
     pthread_mutex_lock(&w->mail_lock);
     first = !w->mail_head;
     *w->mail_tail = m;
     w->mail_tail = &m->next;
     pthread_mutex_unlock(&w->mail_lock);
-    if (first && write(w->wake_fd, &one, sizeof(one)) < 0 && errno != EAGAIN) return -errno;
+    if (first) wake(w);
+}
+
+int zt_worker_post(struct zt_worker *w, const struct zt_msg *msg) {
+    struct zt_msg *m = malloc(sizeof(*m));
+
+    if (!m) {
+        atomic_fetch_or(&w->lost, 1u << msg->type);
+        wake(w);
+        zt_decision_put(msg->decision);
+        zt_peer_put(msg->peer);
+        zt_pod_put(msg->pod);
+        return -ENOMEM;
+    }
+    *m = *msg;
+    zt_worker_put(w, m);
     return 0;
 }
 
@@ -177,23 +186,48 @@ static void on_wake(struct zt_worker *w, struct zt_io *io, uint32_t events) {
 }
 
 static void end_where(struct zt_worker *w, const struct zt_msg *m) {
-    struct zt_list *l, *next;
+    struct zt_list all;
 
-    for (l = w->conns.next; l != &w->conns; l = next) {
-        struct zt_conn *c = ZT_CONTAINER(l, struct zt_conn, link);
+    zt_list_take_all(&w->conns, &all);
+    while (!zt_list_empty(&all)) {
+        struct zt_conn *c = ZT_CONTAINER(zt_list_move_first(&all, &w->conns), struct zt_conn, link);
 
-        next = l->next;
         if ((m->decision && c->decision == m->decision) || (m->pod && c->pod == m->pod))
             zt_conn_end(c, m->reason);
     }
-    for (l = w->h2s.next; l != &w->h2s; l = next) {
-        struct zt_h2 *h = ZT_CONTAINER(l, struct zt_h2, link);
+    zt_list_take_all(&w->h2s, &all);
+    while (!zt_list_empty(&all)) {
+        struct zt_h2 *h = ZT_CONTAINER(zt_list_move_first(&all, &w->h2s), struct zt_h2, link);
 
-        next = l->next;
         if ((m->pod && h->pod == m->pod) || (m->peer && h->peer == m->peer) ||
             (m->identity && h->identity == m->identity))
             zt_h2_end(h, m->reason, NULL);
     }
+}
+
+/* Orders for which there was no memory. Better one connection too many ended than one too few. */
+static void make_up(struct zt_worker *w) {
+    unsigned lost = atomic_exchange(&w->lost, 0);
+    bool inbound = lost & 1u << ZT_MSG_KILL_IDENTITY, outbound = lost & 1u << ZT_MSG_CLOSE_PEER;
+    struct zt_list all;
+
+    if (!lost) return;
+    zt_list_take_all(&w->conns, &all);
+    while (!zt_list_empty(&all)) {
+        struct zt_conn *c = ZT_CONTAINER(zt_list_move_first(&all, &w->conns), struct zt_conn, link);
+        int killed = c->decision ? atomic_load(&c->decision->killed) : 0;
+
+        if (killed) zt_conn_end(c, (enum zt_reason)(killed - 1));
+    }
+    zt_list_take_all(&w->h2s, &all);
+    while (!zt_list_empty(&all)) {
+        struct zt_h2 *h = ZT_CONTAINER(zt_list_move_first(&all, &w->h2s), struct zt_h2, link);
+
+        if (h->server ? inbound : outbound)
+            zt_h2_end(h, ZT_R_NO_MEMORY, "no memory for the order that may have meant it");
+    }
+    if (lost & 1u << ZT_MSG_RETIRE) zt_h2_retire(w);
+    if (lost & 1u << ZT_MSG_STOP) w->stopping = true;
 }
 
 static void handle_message(struct zt_worker *w, struct zt_msg *m) {
@@ -253,6 +287,7 @@ static void serve_mail(struct zt_worker *w) {
         drop_message(m);
         m = next;
     }
+    make_up(w);
 }
 
 /* --- accepting ----------------------------------------------------------------------------------------- */
@@ -329,11 +364,14 @@ void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
         load = l->kind == ZT_INBOUND_HBONE ? &to->load_tls : &to->load_connections;
         atomic_fetch_add(load, 1);
         if (to != w) {
-            if (zt_worker_post(to, &m) < 0) {
-                atomic_fetch_sub(load, 1);
-                close(m.fd);
-            }
-        } else if (l->kind == ZT_INBOUND_HBONE) {
+            if (zt_worker_post(to, &m) == 0) continue;
+            /* No memory for the message: we keep it, and the reference anew. */
+            atomic_fetch_sub(load, 1);
+            load = l->kind == ZT_INBOUND_HBONE ? &w->load_tls : &w->load_connections;
+            atomic_fetch_add(load, 1);
+            zt_pod_get(m.pod);
+        }
+        if (l->kind == ZT_INBOUND_HBONE) {
             zt_h2_accepted(w, m.pod, m.fd, &m.source, &m.destination);
         } else {
             zt_conn_accepted(w, m.pod, l->kind, m.fd, &m.source, &m.destination);
@@ -359,7 +397,6 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
 
         add_counts(&out->connections, &w->connections, 1);
         add_counts(&out->tls_connections, &w->tls_connections, 1);
-        add_counts(&out->held, &w->held, 1);
         add_counts(&out->upcalls, &w->upcalls, 1);
         add_counts(&out->table_hits, &w->table_hits, 1);
         add_counts(out->handshake_failures, w->handshake_failures, ZT_REASON_COUNT);
@@ -382,47 +419,12 @@ static void end_everything(struct zt_worker *w) {
     bury_all(w);
 }
 
-/*
- * Looks for events for a moment before it sleeps, when the last wait was a short one: to be woken
- * costs more than all else that a small request costs. As KVM does for a halted guest
- * (Documentation/virt/kvm/halt-polling.rst), the moment grows while waits are shorter than
- * ZT_SPIN_US, and is nothing after a longer one. One worker of the process at a time, so that it
- * costs one processor at most, and that one is offered to others in every round.
- */
-static int spin(struct zt_worker *w, struct epoll_event *events, uint64_t until) {
-    int n = 0;
-
-    if (atomic_exchange_explicit(&w->core->spinning, true, memory_order_relaxed)) return 0;
-    do {
-        sched_yield();
-        n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
-    } while (n == 0 && zt_now_us() < until);
-    atomic_store_explicit(&w->core->spinning, false, memory_order_relaxed);
-    return n;
-}
-
-static int next_events(struct zt_worker *w, struct epoll_event *events) {
-    int timeout = next_timeout_ms(w), n = 0;
-    uint64_t began, waited;
-
-    if (timeout == 0) return epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
-    began = zt_now_us();
-    if (w->spin_us) n = spin(w, events, began + w->spin_us);
-    if (n == 0) n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, timeout);
-    waited = zt_now_us() - began;
-    if (waited > ZT_SPIN_US)
-        w->spin_us = 0;
-    else if (w->spin_us < ZT_SPIN_US)
-        w->spin_us = w->spin_us ? 2 * w->spin_us : ZT_SPIN_US / 8;
-    return n;
-}
-
 static void *loop(void *arg) {
     struct zt_worker *w = arg;
     struct epoll_event events[EVENTS_PER_TURN];
 
     while (!w->stopping) {
-        int n = next_events(w, events);
+        int n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, next_timeout_ms(w));
 
         w->now = zt_now_us();
         atomic_store_explicit(&w->stats.last_loop_us, w->now, memory_order_relaxed);
@@ -463,7 +465,7 @@ int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
     for (int d = 0; d < ZT_DEADLINES; d++) zt_list_init(&w->deadlines[d]);
     *out = w; /* from here on zt_worker_free undoes it */
     core->workers[index] = w;
-    w->in = malloc(ZT_WIRE);
+    w->in = malloc(ZT_CHUNK);
     w->plain = malloc(ZT_CHUNK);
     w->out = malloc(ZT_CHUNK);
     rv = w->in && w->plain && w->out ? zt_table_init(&w->table) : -ENOMEM;

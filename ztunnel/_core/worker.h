@@ -93,7 +93,7 @@ struct zt_msg {
 /* --- what a worker counts ------------------------------------------------------------------------------ */
 
 struct zt_worker_stats {
-    zt_count connections, tls_connections, held, accepted, upcalls, table_hits, last_loop_us;
+    zt_count connections, tls_connections, accepted, upcalls, table_hits, last_loop_us;
     zt_count handshake_failures[ZT_REASON_COUNT];
     zt_count expired[ZT_DEADLINES]; /* deadlines that ended something */
     struct zt_histogram handshakes_client, handshakes_server, upcall_latency;
@@ -122,13 +122,13 @@ struct zt_worker {
     bool woken, stopping;
     uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
     uint64_t now;       /* microseconds, read once a turn */
-    uint64_t spin_us;   /* how long to look for events before sleeping */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
 
     pthread_mutex_t mail_lock;
     struct zt_msg *mail_head, **mail_tail;
+    _Atomic unsigned lost; /* types of messages for which there was no memory, as bits */
 
     const struct zt_pod *netns; /* whose namespace this thread is in */
     struct zt_table table;
@@ -141,7 +141,7 @@ struct zt_worker {
     struct zt_pipe pipes[ZT_PIPE_POOL];
     int npipes;
 
-    uint8_t *in;    /* ciphertext as received: ZT_WIRE */
+    uint8_t *in;    /* ciphertext as received: ZT_CHUNK */
     uint8_t *plain; /* plaintext received: ZT_CHUNK */
     uint8_t *out;   /* plaintext to be encrypted: ZT_CHUNK */
     size_t out_used;
@@ -157,8 +157,14 @@ int zt_worker_start(struct zt_worker *w);
 void zt_worker_join(struct zt_worker *w);
 void zt_worker_free(struct zt_worker *w);
 
-/* From any thread. The message is copied; what it refers to passes to the worker. -ENOMEM. */
+/*
+ * From any thread. The message is copied; what it refers to passes to the worker. Without memory
+ * (-ENOMEM) an order is not lost but widened: the worker looks for whatever its objects say has
+ * ended, and where they cannot say it, ends all that the order may have meant.
+ */
 int zt_worker_post(struct zt_worker *w, const struct zt_msg *msg);
+/* The same for a message that is on the heap already, which passes to the worker too. */
+void zt_worker_put(struct zt_worker *w, struct zt_msg *m);
 
 void zt_timer_set(struct zt_worker *w, struct zt_timer *t, enum zt_deadline d);
 /* As if set at `since`, for what moved while the timer ran: instead of setting it at each move. */

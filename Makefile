@@ -216,7 +216,7 @@ demo: setup ## Two nodes, real traffic, and proof that the wire is encrypted (ro
 	$(BIN)/nodeagent lab demo
 
 # The programs that make the load; they are no part of the product.
-BENCH_TOOLS := $(addprefix build/bench/,serve load relay)
+BENCH_TOOLS := $(addprefix build/bench/,serve load many relay)
 $(BENCH_TOOLS): build/bench/%: bench/load/%.c bench/load/common.c bench/load/common.h | system-packages
 	mkdir -p $(@D)
 	gcc -D_GNU_SOURCE -std=gnu17 -O2 -g -Wall -Wextra -Werror -pthread -o $@ $(filter %.c,$^)

@@ -3,6 +3,9 @@
 This module owns the command: rounds, order, and the files of a run. It promises that subjects are
 interleaved within each round, each in fresh namespaces, and that nothing is left behind when it
 ends or is told to end (SIGINT, SIGTERM).
+
+Exit codes: 0, everything was measured and every target met; 1, something could not be measured, so
+that the table has holes; 2, wrong usage; 3, everything was measured and a target was missed.
 """
 
 from __future__ import annotations
@@ -13,17 +16,20 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import msgspec
 
-from meshbench import enrolment, figures, host, report, subjects
-from meshbench.bed import CONGESTION_CONTROL, SYSCTLS, Bed, FailedError
-from meshbench.model import SUBJECTS, Run, Sample
+from meshbench import cipher, enrolment, figures, held, host, report, subjects
+from meshbench.bed import CONGESTION_CONTROL, SYSCTLS, FailedError
+from meshbench.model import SUBJECTS, Run, Sample, decode
 from meshbench.parse import BadOutputError
-from meshbench.scenarios import CONNECTIONS, IDLE, PARALLEL, SCENARIOS, Scenario, Timing
+from meshbench.rows import METRICS
+from meshbench.scenarios import CONNECTIONS, PARALLEL, SCENARIOS, Scenario, Timing
 from nodeagent.lab import LabError
 
 ROOT: Final = Path(__file__).parents[1]
@@ -33,7 +39,9 @@ ROUNDS: Final = 5
 TIMING: Final = Timing(bulk=4, requests=4, connections=4)
 QUICK_ROUNDS: Final = 2
 QUICK_TIMING: Final = Timing(bulk=3, requests=3, connections=3)
-ENROLLED_PODS: Final = 100
+ENROLMENT: Final = "enrolment"
+NOT_MEASURED: Final = 1
+TARGET_MISSED: Final = 3
 
 PATIENCE_SECONDS: Final = 3.0
 """How long each scenario waits for a quiet machine before it goes ahead and says so."""
@@ -58,31 +66,40 @@ class Bench:
     def _wants(self, scenario: str) -> bool:
         return not self._wanted or scenario in self._wanted
 
+    def _due(self, scenario: Scenario, subject: str, number: int) -> bool:
+        """Say whether a scenario is measured now; what is asked for by name is in every round."""
+        if subject not in scenario.subjects or not self._wants(scenario.name):
+            return False
+        return bool(self._wanted) or scenario.due(number)
+
     def round(self, number: int, names: tuple[str, ...]) -> None:
         """Visit each subject once. Raises FailedError, LabError."""
         for subject in names:
-            chosen = [one for one in SCENARIOS if subject in one.subjects and self._wants(one.name)]
+            chosen = [one for one in SCENARIOS if self._due(one, subject, number)]
             if not chosen:
                 continue
             with subjects.up(subject, self._tools) as bed:
                 for scenario in chosen:
-                    self._measure(number, subject, scenario, bed)
-        if "ours" in names and self._wants("enrolment"):
-            busy = host.quiet(self._patience)
-            values = enrolment.measure(self._tools, ENROLLED_PODS)
-            self._keep(number, "ours", "enrolment", values, busy)
+                    self._measure(
+                        number, subject, scenario.name, partial(scenario.measure, bed, self._timing)
+                    )
+        if "ours" in names and number == 1 and self._wants(ENROLMENT):
+            work = partial(enrolment.measure, self._tools, self._timing.connections)
+            self._measure(number, "ours", ENROLMENT, work)
 
-    def _measure(self, number: int, subject: str, scenario: Scenario, bed: Bed) -> None:
+    def _measure(
+        self, number: int, subject: str, scenario: str, work: Callable[[], dict[str, float]]
+    ) -> None:
         busy = host.quiet(self._patience)
         try:
-            values = scenario.measure(bed, self._timing)
-        except (FailedError, BadOutputError) as error:
+            values = work()
+        except (FailedError, BadOutputError, ProcessLookupError, FileNotFoundError) as error:
             # Said and left out, never filled in: the other figures of the round still stand.
             self.failed = True
-            self.notes.append(f"round {number}, {subject}, {scenario.name}: {error}")
-            click.echo(f"  {subject:7} {scenario.name:19} FAILED: {error}", err=True)
+            self.notes.append(f"round {number}, {subject}, {scenario}: {error}")
+            click.echo(f"  {subject:7} {scenario:19} FAILED: {error}", err=True)
             return
-        self._keep(number, subject, scenario.name, values, busy)
+        self._keep(number, subject, scenario, values, busy)
 
     def _keep(
         self, number: int, subject: str, scenario: str, values: dict[str, float], busy: float
@@ -105,8 +122,14 @@ def _method(timing: Timing) -> dict[str, Any]:
         "requests": f"wrk, {CONNECTIONS} connections, 1 thread, {timing.requests} s",
         "connections": f"bench/load/load connect, {PARALLEL} at a time, {timing.connections} s",
         "first_byte": f"bench/load/load connect, one at a time, {timing.requests} s, right after",
-        "memory": f"VmRSS, idle after the first requests, then with {IDLE} idle connections",
-        "enrolment": f"{ENROLLED_PODS} pods in one file, until agent and tunnel both say so",
+        "beside_bulk": f"latency for {timing.requests} s beside one iperf3 stream, same pods",
+        "memory": f"VmRSS, idle after the first requests, then with {held.IDLE} idle connections",
+        "many": f"{held.MANY} connections, {held.BUSY} of them with 1 KB back and forth for "
+        f"{held.WORK_SECONDS} s; VmRSS {held.CLOSED_SECONDS:.0f} s after all are closed",
+        "enrolment": f"{enrolment.PODS} pods of {enrolment.IDENTITIES} service accounts in one "
+        "file, until agent and tunnel both say so; connections as above, before and after",
+        "rounds": {one.name: sorted(one.rounds) or "all" for one in SCENARIOS} | {ENROLMENT: [1]},
+        "cipher": f"AES-128-GCM, {cipher.CHUNK_BYTES} bytes at a time, once sealed, once opened",
         "cpu": "utime and stime of each process; system: /proc/stat without idle",
         "congestion_control": f"{CONGESTION_CONTROL}, on every route of every pod, checked",
         "sysctls": SYSCTLS,
@@ -135,6 +158,11 @@ def _prepare() -> None:
 @click.option("--patience", default=PATIENCE_SECONDS, help="Seconds to wait for a quiet machine.")
 @click.option("--tools", type=click.Path(path_type=Path), default=ROOT / "build" / "bench")
 @click.option("--save/--no-save", default=True, help="Write the run to bench/runs.")
+@click.option(
+    "--show",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Measure nothing: print this run's table again, and draw its picture anew.",
+)
 def command(
     *,
     quick: bool,
@@ -144,12 +172,19 @@ def command(
     patience: float,
     tools: Path,
     save: bool,
+    show: Path | None,
 ) -> None:
     """Measure no mesh, ours, Envoy and plaintext relays beside each other.
 
-    Exit code 1 when a scenario failed or a target was missed, after everything is reported.
+    Exit codes, after everything is reported: 0, all measured and all targets met; 1, a scenario
+    failed; 2, wrong usage; 3, a target was missed.
     """
-    unknown = set(wanted) - {one.name for one in SCENARIOS} - {"enrolment"}
+    if show:
+        _print(run := decode(show.read_bytes()))
+        show.with_suffix(".svg").write_text(report.picture(run))
+        return
+    scenarios = {one.name for one in SCENARIOS} | {ENROLMENT}
+    unknown = set(wanted) - scenarios
     if unknown:
         raise click.BadParameter(f"no scenario is called {', '.join(sorted(unknown))}")
     _prepare()
@@ -170,6 +205,7 @@ def command(
             f"others used more than {NOISE_SHARE:.0%} of the processors just before {disturbed} "
             f"of {len(bench.samples)} samples"
         )
+    found = figures.figures(bench.samples, METRICS)
     run = Run(
         started=f"{started:%Y-%m-%dT%H:%M:%SZ}",
         seconds=round(time.monotonic() - began, 1),
@@ -177,24 +213,32 @@ def command(
         host=facts,
         method=_method(timing),
         notes=bench.notes,
-        figures=figures.figures(bench.samples),
+        figures=found,
+        unmeasured=figures.unmeasured(found, METRICS, wanted or scenarios),
         samples=bench.samples,
     )
-    _report(run, save=save)
-    if bench.failed or any(figure.met is False for figure in run.figures):
-        sys.exit(1)
+    if save:
+        _save(run)
+    _print(run)
+    if bench.failed or run.unmeasured:
+        sys.exit(NOT_MEASURED)
+    if any(figure.met is False for figure in run.figures):
+        sys.exit(TARGET_MISSED)
 
 
-def _report(run: Run, *, save: bool) -> None:
+def _save(run: Run) -> None:
+    RUNS.mkdir(exist_ok=True)
+    path = RUNS / f"{run.started.replace(':', '')}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
+    path.with_suffix(".svg").write_text(report.picture(run))
+    click.echo(f"samples: {path.relative_to(ROOT)}\npicture: {path.stem}.svg beside it\n")
+
+
+def _print(run: Run) -> None:
     click.echo(report.table(run.figures))
     for note in run.notes:
         click.echo(f"note: {note}")
-    if save:
-        RUNS.mkdir(exist_ok=True)
-        path = RUNS / f"{run.started.replace(':', '')}.json"
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1) + b"\n")
-        path.with_suffix(".svg").write_text(report.picture(run))
-        click.echo(f"samples: {path.relative_to(ROOT)}\npicture: {path.stem}.svg beside it")
+    click.echo(report.verdict(run))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import pytest
 PRIVILEGED_MARKERS: Final = ("netns", "interop")
 """Markers of tests that make network namespaces."""
 
-PRIVILEGED_DIRECTORIES: Final = ("netns", "interop")
-"""Directories of such tests, each named as its marker: nobody can forget the marker there."""
+PRIVILEGED_DIRECTORIES: Final = {"netns": "netns", "faults": "netns", "interop": "interop"}
+"""Directories of such tests, and their marker: nobody can forget the marker there."""
 
 REQUIRED_CAPABILITIES: Final = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 """Numbers from linux/capability.h: addresses and rules; making and entering namespaces."""
@@ -50,7 +50,7 @@ def is_privileged(node: pytest.Item | pytest.Collector) -> bool:
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.path.parent.name in PRIVILEGED_DIRECTORIES:
-        item.add_marker(item.path.parent.name)
+        item.add_marker(PRIVILEGED_DIRECTORIES[item.path.parent.name])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -11,9 +11,11 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    # structlog imports rich where it is installed, for colours that the daemon never prints:
-    # four of its 45 MB. None in sys.modules is Python's way to say "not there".
-    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+    # structlog imports rich where it is installed, for colours that the daemon never prints, and
+    # asyncio imports ssl, with it the system's libssl, which the daemon does not use either: four
+    # megabytes each. None in sys.modules is Python's way to say "not there".
+    for unused in ("rich", "ssl"):
+        sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
     from ztunnel.daemon import command  # noqa: PLC0415 - see above
 
     command(prog_name="ztunnel")

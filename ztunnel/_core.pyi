@@ -79,6 +79,7 @@ class SeriesCounters(NamedTuple):
 class Stats(NamedTuple):
     connections: int  # open application connections
     tls_connections: int  # open HBONE connections, both sides
+    held_bytes: int  # that came for applications which do not read: waiting now
     handshakes_client: tuple[int, ...]  # histogram, see HISTOGRAM_BOUNDS_US
     handshakes_client_sum_us: int
     handshakes_server: tuple[int, ...]

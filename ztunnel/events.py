@@ -8,8 +8,9 @@ It may not write the lines out, nor change what it reads.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ztunnel import address, labels, reasons
@@ -38,7 +39,13 @@ MAX_EARLY: Final = 4000
 MAX_EXPLAINED: Final = 1024
 """Refused certificates whose details wait for the core's report of the failed handshake."""
 
+MAX_SPELLED: Final = 4096
+"""Addresses whose text is kept: those that a node talks to, again and again."""
+
 _REASONS: Final = tuple(Reason)
+# Plain numbers: comparing with a member of the enum takes ten times as long, for every line.
+_OUTBOUND: Final = int(Kind.OUTBOUND)
+_INBOUND_HBONE: Final = int(Kind.INBOUND_HBONE)
 
 Side = str
 CLIENT: Final[Side] = "client"
@@ -84,37 +91,48 @@ class Events:
         while len(self._details) > MAX_EXPLAINED:
             self._details.popitem(last=False)
 
-    def ended(self, state: State, event: Ended) -> None:
+    def take(self, state: State, ended: Iterable[Ended], failed: Iterable[Failed]) -> None:
+        """Count and log what the core reports of one turn."""
+        lines: list[Line] = []
+        try:
+            for connection in ended:
+                line = self._ended(state, connection)
+                if line is not None:
+                    lines.append(line)
+            lines += [self._failed(state, handshake) for handshake in failed]
+        finally:
+            self._sink.write(lines)
+
+    def _ended(self, state: State, event: Ended) -> Line | None:
         reason = _REASONS[event.reason]
         record = self._owner.decisions.get(event.decision) if event.decision else None
-        hbone = event.kind == Kind.OUTBOUND and event.upstream_port == HBONE_PORT
+        outbound = event.kind == _OUTBOUND
+        hbone = outbound and event.upstream_port == HBONE_PORT
         if record is None:
             found = self._early_labels(state, event, reason)
             if found is None:
-                return
+                return None
             self._count_early(found, reasons.flag(reason, hbone=hbone))
         else:
             found = record.labels
         started = self._wall() - (self._clock() - event.started_us / 1e6)
         destination, hbone_address = _addresses(event, record)
-        self._sink.write(
-            Line(
-                start=started,
-                duration_us=event.duration_us,
-                direction="outbound" if event.kind == Kind.OUTBOUND else "inbound",
-                source=address.authority(event.source, event.source_port),
-                destination=destination,
-                hbone_destination=hbone_address,
-                labels=found,
-                received=event.received,
-                sent=event.sent,
-                reason=reason,
-                error=reasons.explain(reason, hbone=hbone),
-                policy=_policy(record),
-            )
+        return Line(
+            start=started,
+            duration_us=event.duration_us,
+            direction="outbound" if outbound else "inbound",
+            source=f"{_host(event.source)}:{event.source_port}",
+            destination=destination,
+            hbone_destination=hbone_address,
+            labels=found,
+            received=event.received,
+            sent=event.sent,
+            reason=reason,
+            error=reasons.explain(reason, hbone=hbone),
+            policy=_policy(record),
         )
 
-    def failed(self, state: State, event: Failed) -> None:
+    def _failed(self, state: State, event: Failed) -> Line:
         """A handshake that failed: its line has no bytes and no duration."""
         reason = _REASONS[event.reason]
         inbound = event.kind == Kind.PEER_CERTIFICATE
@@ -127,28 +145,26 @@ class Events:
         here = address.text(pod)
         detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
         cause = reasons.explain(reason, hbone=not inbound)
-        self._sink.write(
-            Line(
-                start=self._wall(),
-                duration_us=0,
-                direction="inbound" if inbound else "outbound",
-                source=there if inbound else here,
-                destination=f"{here}:{HBONE_PORT}" if inbound else there,
-                hbone_destination="",
-                labels=labels.make(
-                    labels.DESTINATION if inbound else labels.SOURCE,
-                    labels.UNKNOWN,
-                    remote if inbound else local,
-                    local if inbound else remote,
-                    None,
-                ),
-                received=0,
-                sent=0,
-                reason=reason,
-                error=f"{cause} ({detail})" if detail else cause,
-                policy="",
-                handshake=True,
-            )
+        return Line(
+            start=self._wall(),
+            duration_us=0,
+            direction="inbound" if inbound else "outbound",
+            source=there if inbound else here,
+            destination=f"{here}:{HBONE_PORT}" if inbound else there,
+            hbone_destination="",
+            labels=labels.make(
+                labels.DESTINATION if inbound else labels.SOURCE,
+                labels.UNKNOWN,
+                remote if inbound else local,
+                local if inbound else remote,
+                None,
+            ),
+            received=0,
+            sent=0,
+            reason=reason,
+            error=f"{cause} ({detail})" if detail else cause,
+            policy="",
+            handshake=True,
         )
 
     def _early_labels(self, state: State, event: Ended, reason: Reason) -> Labels | None:
@@ -186,14 +202,23 @@ def _policy(record: Record | None) -> str:
     return record.outcome.origin if isinstance(record.outcome, Verdict) else ""
 
 
+@functools.lru_cache(maxsize=MAX_SPELLED)
+def _host(packed: bytes) -> str:
+    spelling = address.text(packed)
+    return f"[{spelling}]" if ":" in spelling else spelling
+
+
 def _addresses(event: Ended, record: Record | None) -> tuple[str, str]:
     """Return whom the bytes went to, and the address inside HBONE if there was one."""
-    asked = address.authority(event.destination, event.destination_port)
-    if event.kind == Kind.INBOUND_HBONE:
-        return address.authority(event.destination, HBONE_PORT), asked
+    there = _host(event.destination)
+    asked = f"{there}:{event.destination_port}"
+    if event.kind == _INBOUND_HBONE:
+        return f"{there}:{HBONE_PORT}", asked
     if not event.upstream:
         return asked, ""
-    dialled = address.authority(event.upstream, event.upstream_port)
+    if event.kind != _OUTBOUND:
+        return asked, ""
+    dialled = f"{_host(event.upstream)}:{event.upstream_port}"
     if record is not None and isinstance(record.outcome, Tunnel):
         return dialled, record.outcome.authority
-    return (dialled, "") if event.kind == Kind.OUTBOUND else (asked, "")
+    return dialled, ""

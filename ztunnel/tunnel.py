@@ -225,10 +225,7 @@ class Tunnel:
         ended = self._core.ended(EVENTS_A_TURN)
         failed = self._core.failed(EVENTS_A_TURN)
         try:
-            for connection in ended:
-                self.events.ended(self.state, connection)
-            for handshake in failed:
-                self.events.failed(self.state, handshake)
+            self.events.take(self.state, ended, failed)
         except Exception:  # noqa: BLE001 - a log line lost must not stop the data path
             self._internal("an ended connection could not be recorded")
         freed = self._core.freed(EVENTS_A_TURN)

@@ -1,5 +1,6 @@
 /*
  * serve PORT: answers every request with 1 KB, for as long as the client likes.
+ * serve PORT echo: sends back every byte instead.
  *
  * A request ends at an empty line; whatever it asks, the answer is the same. One thread with epoll,
  * so that the server's own cost is small and alike for every subject.
@@ -18,6 +19,7 @@
 #define MAX_FILES 1048576
 
 static char answer[ANSWER_BYTES];
+static int echoes;
 /* By descriptor: how many bytes of the empty line have been seen. */
 static unsigned char seen[MAX_FILES];
 
@@ -57,6 +59,7 @@ static int serve(int fd) {
     char data[READ_BYTES];
     ssize_t length = recv(fd, data, sizeof(data), 0);
     if (length <= 0) return length < 0 && errno == EAGAIN;
+    if (echoes) return send(fd, data, (size_t)length, MSG_NOSIGNAL) == length;
     for (int left = requests(fd, data, (size_t)length); left; left--) {
         /* A client that asks and does not read for 1 MB is none of ours. */
         if (send(fd, answer, sizeof(answer), MSG_NOSIGNAL) != (ssize_t)sizeof(answer)) return 0;
@@ -65,7 +68,8 @@ static int serve(int fd) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 2) fail("usage: serve PORT");
+    echoes = argc == 3 && !strcmp(argv[2], "echo");
+    if (argc != 2 && !echoes) fail("usage: serve PORT [echo]");
     memcpy(answer, HEAD, sizeof(HEAD) - 1);
     memset(answer + sizeof(HEAD) - 1, 'x', BODY_BYTES);
     raise_file_limit();

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -18,13 +19,24 @@ from typing import Any, Final
 from meshbench import parse
 from nodeagent.lab import App, Lab, LabSpec, Node, Pod
 
-__all__ = ["BULK_PORT", "CONGESTION_CONTROL", "HTTP_PORT", "Bed", "FailedError", "spec", "tune"]
+__all__ = [
+    "BULK_PORT",
+    "CONGESTION_CONTROL",
+    "ECHO_PORT",
+    "HTTP_PORT",
+    "Bed",
+    "FailedError",
+    "ready",
+    "spec",
+    "tune",
+]
 
 CONGESTION_CONTROL: Final = "cubic"
 """Set on every route: hosts that default to bbr pace what a veth pair could carry unhindered."""
 ALGORITHMS: Final = frozenset({"bbr", "cubic", "reno"})
 
 HTTP_PORT: Final = 8080
+ECHO_PORT: Final = 8081
 BULK_PORT: Final = 5201
 
 SYSCTLS: Final = {
@@ -33,6 +45,9 @@ SYSCTLS: Final = {
     "net.ipv4.ip_local_port_range": "20000 64999",
     "net.ipv4.tcp_tw_reuse": "1",
 }
+
+READY_SECONDS: Final = 20.0
+READY_STEP_SECONDS: Final = 0.05
 
 COMMAND_SECONDS: Final = 60.0
 """Beyond any scenario's own time: whatever takes longer hangs."""
@@ -92,10 +107,14 @@ class Bed:
 def spec(name: str, tools: Path, *, extra_pods: int = 0) -> LabSpec:
     """Return the lab's description; `extra_pods` more on node-1, which the mesh does not know."""
     serve = App(name="serve", command=(str(tools / "serve"), str(HTTP_PORT)), ready=HTTP_PORT)
+    echo = (str(tools / "serve"), str(ECHO_PORT), "echo")
+    echoes = App(name="echo", command=echo, ready=ECHO_PORT)
     bulk = App(name="iperf3", command=("iperf3", "-s", "-p", str(BULK_PORT)), ready=BULK_PORT)
 
     def pod(which: str, node: str, *, mesh: bool = True) -> Pod:
-        return Pod(name=which, node=node, service_account=which, mesh=mesh, apps=(serve, bulk))
+        return Pod(
+            name=which, node=node, service_account=which, mesh=mesh, apps=(serve, echoes, bulk)
+        )
 
     pods = (
         Pod(name="client", node="node-1", service_account="client"),
@@ -104,7 +123,8 @@ def spec(name: str, tools: Path, *, extra_pods: int = 0) -> LabSpec:
         pod("outside", "node-2", mesh=False),
         *(Pod(name=f"extra-{index}", node="node-1", mesh=False) for index in range(extra_pods)),
     )
-    return LabSpec(name=name, nodes=(Node(name="node-1"), Node(name="node-2")), pods=pods)
+    nodes = (Node(name="node-1"), Node(name="node-2"))
+    return LabSpec(name=name, nodes=nodes, pods=pods, large=extra_pods > 0)
 
 
 def tune(lab: Lab) -> None:
@@ -116,6 +136,22 @@ def tune(lab: Lab) -> None:
         for route in json.loads(listed):
             if route.get("type", "unicast") in {"unicast", "local"}:
                 _check(lab, pod, ["ip", "route", "change", *_words(route)])
+
+
+def ready(bed: Bed) -> None:
+    """Wait until a request is answered on the subject's way, and with it the tunnels' first
+    handshakes are over. Raises FailedError.
+    """
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            bed.load("connect", "1", "4")
+        except FailedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(READY_STEP_SECONDS)
+        else:
+            return
 
 
 def _words(route: dict[str, Any]) -> list[str]:
@@ -132,7 +168,7 @@ def _words(route: dict[str, Any]) -> list[str]:
     }.items():
         if key in route:
             words += [word, str(route[key])]
-    return [*words, "congctl", CONGESTION_CONTROL]
+    return [*words, *(route.get("flags") or []), "congctl", CONGESTION_CONTROL]
 
 
 def _check(lab: Lab, pod: str, argv: list[str]) -> str:

@@ -1,6 +1,7 @@
-"""A run for people: the table on a terminal, and a picture.
+"""A run for people: the table on a terminal, the last word, and a picture.
 
-This module owns how figures look. It is pure: figures in, text out.
+This module owns how figures look. It is pure: figures in, text out. The picture is drawn with the
+reader's own colours, light or dark, and says nothing by colour alone.
 """
 
 from __future__ import annotations
@@ -11,17 +12,34 @@ from typing import Final
 
 from meshbench.model import Figure, Run, Spread
 
-__all__ = ["number", "picture", "table"]
+__all__ = ["number", "picture", "table", "verdict"]
 
-COLUMNS: Final = ("direct", "relay", "envoy", "ours")
-COLOURS: Final = {"direct": "#9aa0a6", "relay": "#c5b37a", "envoy": "#d0698a", "ours": "#2f7d6b"}
+PLAIN: Final = ("direct", "relay", "bound")
+"""Shown by their medians alone: they are there to compare with."""
+SPREAD: Final = ("envoy", "ours")
+COLUMNS: Final = (*PLAIN, *SPREAD)
+LEFT: Final = 2
+"""Columns of text; those after them are numbers, and end at the same place."""
 
-WIDTH: Final = 860
-LABEL_WIDTH: Final = 300
-BAR_WIDTH: Final = 400
+WIDTH: Final = 960
+LABEL_WIDTH: Final = 330
+BAR_WIDTH: Final = 330
+VERDICT_AT: Final = 790
 BAR_HEIGHT: Final = 11
-ROW_GAP: Final = 10
-HEAD_HEIGHT: Final = 58
+ROW_GAP: Final = 12
+HEAD_HEIGHT: Final = 62
+SECTION_HEIGHT: Final = 26
+LEGEND_STEP: Final = 110
+
+STYLE: Final = """
+svg{background:var(--paper);--paper:#fff;--ink:#202124;--faint:#5f6368;--direct:#9aa0a6;
+--relay:#c9b458;--bound:#7b6fb0;--envoy:#d0698a;--ours:#2f7d6b;--miss:#b3261e}
+@media(prefers-color-scheme:dark){svg{--paper:#16181c;--ink:#e8eaed;--faint:#9aa0a6;
+--direct:#80868b;--relay:#a8933a;--bound:#9d92d6;--envoy:#d0698a;--ours:#4db396;--miss:#f28b82}}
+text{font:11px sans-serif;fill:var(--ink)}.f{fill:var(--faint)}.m{fill:var(--miss)}
+.h{font-weight:bold;font-size:13px}.e{text-anchor:end}.l{stroke:var(--ink)}
+.t{stroke:var(--ink);stroke-width:2}.d{fill:var(--ink)}
+""".replace("\n", "")
 
 
 def number(value: float) -> str:
@@ -31,7 +49,7 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if size >= 10:
         return f"{value:.1f}"
-    return f"{value:.2f}" if size >= 1 else f"{value:.3f}"
+    return f"{value:.2f}" if size >= 1 else f"{value:.3g}"
 
 
 def _cell(found: Spread | None) -> str:
@@ -46,16 +64,27 @@ def _ratio(figure: Figure) -> str:
 
 
 def _target(figure: Figure) -> str:
+    """Return a target as a bound: at least or at most, times the other subject or in our unit."""
     if figure.target is None:
-        return "–"
-    return f"{number(figure.target)} {'met' if figure.met else 'missed'}"
+        return ""
+    sign = "≥" if figure.better == "higher" else "≤"
+    unit = f" × {figure.against}" if figure.target_of != "ours" else f" {figure.unit}".rstrip()
+    return f"{sign} {number(figure.target)}{unit}"
+
+
+def _word(figure: Figure) -> str:
+    return {True: "met", False: "MISSED", None: ""}[figure.met]
 
 
 def _rows(figures: Sequence[Figure]) -> list[list[str]]:
-    rows = [["figure", "unit", *COLUMNS, "ratio", "target"]]
+    rows = [["figure", "unit", *COLUMNS, "ratio", "target", ""]]
     for figure in figures:
-        cells = [_cell(figure.spreads.get(name)) for name in COLUMNS]
-        rows.append([figure.name, figure.unit, *cells, _ratio(figure), _target(figure)])
+        plain = [
+            number(found.median) if (found := figure.spreads.get(name)) else "–" for name in PLAIN
+        ]
+        spread = [_cell(figure.spreads.get(name)) for name in SPREAD]
+        verdict = [_ratio(figure), _target(figure), _word(figure)]
+        rows.append([figure.name, figure.unit, *plain, *spread, *verdict])
     return rows
 
 
@@ -66,66 +95,132 @@ def table(figures: Sequence[Figure]) -> str:
     lines = []
     for index, row in enumerate(rows):
         cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < LEFT or column == len(row) - 1 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
         if index == 0:
-            lines.append("  ".join("-" * width for width in widths))
+            lines.append("  ".join("-" * width for width in widths).rstrip())
     return "\n".join(lines) + "\n"
 
 
-def _text(x: float, y: float, text: str, extra: str = "") -> str:
+def verdict(run: Run) -> str:
+    """Return the last line: how many targets are met, and which are not."""
+    judged = [figure for figure in run.figures if figure.met is not None]
+    missed = [f"{figure.name} ({_reached(figure)})" for figure in judged if not figure.met]
+    met = len(judged) - len(missed)
+    parts = [f"targets: {met} of {len(judged) + len(run.unmeasured)} met"]
+    if missed:
+        parts.append("missed: " + "; ".join(missed))
+    if run.unmeasured:
+        parts.append("not measured: " + "; ".join(run.unmeasured))
+    return ". ".join(parts)
+
+
+def _reached(figure: Figure) -> str:
+    value = figure.ours if figure.target_of == "ours" else figure.ratio
+    return f"{'–' if value is None else number(value)}, target {_target(figure)}"
+
+
+# --- the picture -------------------------------------------------------------------------------
+
+
+def _text(x: float, y: float, text: str, kind: str = "") -> str:
+    extra = f' class="{kind}"' if kind else ""
     return f'<text x="{x:.0f}" y="{y:.0f}"{extra}>{escape(text)}</text>'
 
 
-def _bars(figure: Figure, top: float) -> list[str]:
-    """Return the bars of one figure: each as long as its share of the figure's largest."""
-    shown = [(name, figure.spreads[name]) for name in COLUMNS if name in figure.spreads]
-    longest = max(found.max for _, found in shown)
+def _bar(x: float, y: float, width: float, name: str, height: float) -> str:
+    return (
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.1f}" height="{height:.0f}" '
+        f'style="fill:var(--{name})"/>'
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def _goal(figure: Figure) -> float | None:
+    """Return where the target lies, in the figure's unit."""
+    if figure.target is None:
+        return None
+    if figure.target_of == "ours":
+        return figure.target
+    other = figure.spreads.get(figure.against)
+    return None if other is None else figure.target * other.median
+
+
+def _shown(figure: Figure) -> list[tuple[str, Spread]]:
+    return [(name, figure.spreads[name]) for name in COLUMNS if name in figure.spreads]
+
+
+def _height(figure: Figure) -> float:
+    return max(len(_shown(figure)), 1 + (figure.target is not None)) * BAR_HEIGHT + ROW_GAP
+
+
+def _group(figure: Figure, top: float) -> list[str]:
+    """Return one figure: bars as long as their share of its largest, the target, the verdict."""
+    shown, goal = _shown(figure), _goal(figure)
+    longest = max([found.max for _, found in shown] + [goal or 0.0])
+    scale = BAR_WIDTH / longest if longest > 0 else 0.0
     arrow = "▲" if figure.better == "higher" else "▼"
-    parts = [
-        _text(LABEL_WIDTH - 10, top + 10, f"{figure.name} {arrow}", ' text-anchor="end"'),
-    ]
+    parts = [_text(LABEL_WIDTH - 10, top + 10, f"{figure.name} {arrow}", "e")]
     for index, (name, found) in enumerate(shown):
         y = top + index * BAR_HEIGHT
-        scale = BAR_WIDTH / longest if longest > 0 else 0.0
         length = max(found.median * scale, 1.0)
-        parts.append(
-            f'<rect x="{LABEL_WIDTH}" y="{y:.0f}" width="{length:.1f}" '
-            f'height="{BAR_HEIGHT - 2}" fill="{COLOURS[name]}"/>'
-        )
+        parts.append(_bar(LABEL_WIDTH, y, length, name, BAR_HEIGHT - 2))
         # The thin line goes from the smallest to the largest round.
         least, most = (LABEL_WIDTH + max(value, 0.0) * scale for value in (found.min, found.max))
         middle = y + (BAR_HEIGHT - 2) / 2
-        parts.append(
-            f'<line x1="{least:.1f}" y1="{middle:.1f}" x2="{most:.1f}" y2="{middle:.1f}" '
-            'stroke="#202124" stroke-width="1"/>'
-        )
-        label = f"{number(found.median)} {figure.unit}"
-        parts.append(_text(max(LABEL_WIDTH + length, most) + 5, y + 9, label))
+        parts.append(_line(least, middle, most, middle, "l"))
+        end = max(LABEL_WIDTH + length, most, LABEL_WIDTH + (goal or 0.0) * scale) + 8
+        parts.append(_text(end, y + 9, f"{number(found.median)} {figure.unit}".rstrip()))
+    if goal is not None:
+        x, bottom = LABEL_WIDTH + goal * scale, top + len(shown) * BAR_HEIGHT
+        parts.append(_line(x, top - 2, x, bottom, "t"))
+        parts.append(f'<path d="M{x - 4:.1f} {top - 6:.1f}h8l-4 5z" class="d"/>')
+    if figure.target is not None:
+        mark = {True: "✓ met", False: "✗ missed", None: "? not known"}[figure.met]
+        reached = figure.ratio if figure.target_of != "ours" else figure.ours
+        value = "" if reached is None else f": {number(reached)}"
+        kind = "m" if figure.met is False else ""
+        parts.append(_text(VERDICT_AT, top + 9, f"{mark}{value}", kind))
+        parts.append(_text(VERDICT_AT, top + 9 + BAR_HEIGHT, f"target {_target(figure)}", "f"))
+    elif figure.ratio is not None:
+        text = f"{number(figure.ratio)} × {figure.against}"
+        parts.append(_text(VERDICT_AT, top + 9, text, "f"))
     return parts
 
 
 def picture(run: Run) -> str:
-    """Return an SVG: one group of bars a figure, with lines from minimum to maximum.
-
-    ▲ marks figures where more is better, ▼ those where less is.
+    """Return an SVG: one group of bars a figure, with lines from minimum to maximum, and a mark
+    where the target is. ▲ stands by figures where more is better, ▼ where less is.
     """
-    parts: list[str] = [_text(10, 20, f"{run.started}, {run.rounds} rounds, median", ' class="h"')]
-    x = 10.0
-    for name in COLUMNS:
-        parts.append(f'<rect x="{x:.0f}" y="32" width="10" height="10" fill="{COLOURS[name]}"/>')
-        parts.append(_text(x + 14, 41, name))
-        x += 80
+    parts = [_text(10, 20, f"{run.started}: medians of {run.rounds} rounds", "h")]
+    for index, name in enumerate(COLUMNS):
+        x = 10.0 + index * LEGEND_STEP
+        parts.append(_bar(x, 32, 10, name, 10))
+        words = {"direct": "no mesh", "relay": "plain relays", "bound": "relays + cipher"}
+        parts.append(_text(x + 14, 41, words.get(name, name)))
+    x = 10.0 + len(COLUMNS) * LEGEND_STEP
+    parts.append(f'<path d="M{x:.0f} 33h8l-4 5z" class="d"/>')
+    parts.append(_text(x + 14, 41, "target"))
     top = float(HEAD_HEIGHT)
-    for figure in run.figures:
-        parts += _bars(figure, top)
-        bars = sum(1 for name in COLUMNS if name in figure.spreads)
-        top += bars * BAR_HEIGHT + ROW_GAP
-    style = "text{font:10px sans-serif;fill:#202124}.h{font-weight:bold;font-size:12px}"
+    aimed = [figure for figure in run.figures if figure.target is not None]
+    rest = [figure for figure in run.figures if figure.target is None]
+    for title, figures in (("With a target", aimed), ("Without", rest)):
+        if not figures:
+            continue
+        parts.append(_text(10, top + 10, title, "h"))
+        top += SECTION_HEIGHT
+        for figure in figures:
+            parts += _group(figure, top)
+            top += _height(figure)
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top:.0f}">\n'
-        f'<style>{style}</style>\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:.0f}" '
+        f'width="{WIDTH}" height="{top:.0f}">\n<style>{STYLE}</style>\n'
+        '<rect width="100%" height="100%" style="fill:var(--paper)"/>\n'
+        f"{body}\n</svg>\n"
     )

@@ -6,7 +6,6 @@ and values named as `figures` expects them. It may not know how a subject is bui
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 import time
@@ -15,19 +14,18 @@ from typing import Final
 
 import msgspec
 
-from meshbench import host, parse
+from meshbench import cipher, held, host, parse
 from meshbench.bed import BULK_PORT, CONGESTION_CONTROL, HTTP_PORT, Bed, FailedError
 
 __all__ = ["SCENARIOS", "Scenario", "Timing"]
 
 CONNECTIONS: Final = 64
 PARALLEL: Final = 32
-IDLE: Final = 2000
 
-SETTLE_SECONDS: Final = 5.0
-SETTLE_STEP_SECONDS: Final = 0.25
-"""Memory is read when it has not changed for two steps, at the latest after the former."""
-READY_SECONDS: Final = 60.0
+BESIDE_SECONDS: Final = 1
+"""How much longer the stream runs than the requests beside it."""
+READY_SECONDS: Final = 20.0
+READY_STEP_SECONDS: Final = 0.05
 
 Values = dict[str, float]
 
@@ -41,11 +39,15 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """A scenario of this name; only `subjects` meet it."""
+    """A scenario of this name; only `subjects` meet it, in each round or only in `rounds`."""
 
     name: str
     subjects: frozenset[str]
     measure: Callable[[Bed, Timing], Values]
+    rounds: frozenset[int] = frozenset()
+
+    def due(self, number: int) -> bool:
+        return not self.rounds or number in self.rounds
 
 
 def _meter(bed: Bed) -> host.Meter:
@@ -144,52 +146,47 @@ def _sound(values: Values) -> Values:
     return values
 
 
-def _settled(pid: int) -> int:
-    """Return a process's resident memory in KiB once it has come to rest."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    last, same = host.resident_kb(pid), 0
-    while same < 2 and time.monotonic() < deadline:
-        time.sleep(SETTLE_STEP_SECONDS)
-        now = host.resident_kb(pid)
-        last, same = now, same + 1 if now == last else 0
-    return last
+def _cipher(_: Bed, __: Timing) -> Values:
+    return cipher.measure()
 
 
 def _memory(bed: Bed, _: Timing) -> Values:
-    """Resident memory after the first requests, and with connections that do nothing."""
-    idle = {side: _settled(pid) for side, pid in bed.tunnels.items()}
-    values = {f"{side}_idle_kb": float(kb) for side, kb in idle.items()}
-    values["idle_mb"] = max(idle.values()) / 1024
-    argv = [str(bed.tools / "load"), "idle", bed.server, str(bed.http_port), str(IDLE)]
-    process = bed.popen(
-        "client",
-        argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    guard = threading.Timer(READY_SECONDS, process.kill)
-    guard.start()
-    try:
-        if not process.stdout or process.stdout.readline() != "ready\n":
-            process.kill()
-            trouble = process.communicate()[1].strip()
-            raise FailedError(f"load idle: {trouble or 'no answer in time'}")
-        for side, pid in bed.tunnels.items():
-            busy = _settled(pid)
-            values[f"{side}_held_kb"] = float(busy)
-            values[f"{side}_connection_kb"] = (busy - idle[side]) / IDLE
-        said, trouble = process.communicate("")
-        if json.loads(said or "{}") != {"held": IDLE}:
-            raise FailedError(f"load idle: {trouble.strip() or 'ended early'}")
-    finally:
-        guard.cancel()
-        process.kill()
-        process.communicate()
-    if bed.agents:
-        values["agent_mb"] = max(_settled(pid) for pid in bed.agents.values()) / 1024
-    return values
+    return held.idle(bed)
+
+
+def _many(bed: Bed, _: Timing) -> Values:
+    return held.many(bed)
+
+
+def _flowing(bed: Bed) -> None:
+    """Wait until iperf3 has both its connections: the one for control, and the one with data.
+
+    Raises FailedError.
+    """
+    deadline = time.monotonic() + READY_SECONDS
+    argv = ["ss", "-tnH", "state", "established", "dst", bed.server, "dport", f"= :{bed.bulk_port}"]
+    while len(bed.run("client", argv).splitlines()) < 2:
+        if time.monotonic() > deadline:
+            raise FailedError(f"iperf3 did not connect to {bed.server} in {READY_SECONDS:.0f} s")
+        time.sleep(READY_STEP_SECONDS)
+
+
+def _beside_bulk(bed: Bed, timing: Timing) -> Values:
+    """One request at a time between the same two pods, beside a stream that takes all it gets."""
+    seconds = str(timing.requests + BESIDE_SECONDS)
+    argv = ["iperf3", "--json", "-c", bed.server, "-p", str(bed.bulk_port), "-t", seconds]
+    with bed.popen("client", argv, stdout=subprocess.PIPE, text=True) as bulk:
+        try:
+            _flowing(bed)
+            values = bed.load("latency", str(timing.requests))
+            if bulk.poll() is not None:
+                raise FailedError("the bulk stream ended before the requests did")
+            said = bulk.communicate(timeout=READY_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            raise FailedError(f"iperf3 did not end in {READY_SECONDS:.0f} s") from None
+        finally:
+            bulk.kill()
+    return values | {"gbit_per_second": parse.iperf3(said)["gbit_per_second"]}
 
 
 def _same_node_bulk(bed: Bed, timing: Timing) -> Values:
@@ -211,12 +208,16 @@ _ALL: Final = frozenset({"direct", "ours", "envoy", "relay"})
 _TUNNELS: Final = frozenset({"ours", "envoy"})
 
 SCENARIOS: Final = (
-    # Memory first: what later scenarios leave in the allocators is not a connection's.
-    Scenario("memory", _TUNNELS, _memory),
+    # Memory first: what later scenarios leave in the allocators is not a connection's. In rounds
+    # of their own, as these two take longest, hardly vary, and need tunnels that did nothing yet.
+    Scenario("memory", _TUNNELS, _memory, frozenset({1, 3})),
+    Scenario("many", _TUNNELS, _many, frozenset({2})),
+    Scenario("cipher", frozenset({"relay"}), _cipher),
     Scenario("bulk_send", _ALL, _bulk()),
     Scenario("bulk_receive", _ALL, _bulk("-R")),
     Scenario("bulk_8", _ALL, _bulk("-P", "8")),
     Scenario("latency", _ALL, _latency),
+    Scenario("beside_bulk", _ALL, _beside_bulk),
     Scenario("requests", _ALL, _requests),
     Scenario("connections", _ALL, _connections),
     Scenario("first_byte", _ALL, _first_byte),

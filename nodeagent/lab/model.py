@@ -129,6 +129,7 @@ class LabSpec(_Base, frozen=True, kw_only=True):
     """A whole lab. `resources` are Istio resources as they stand in the file.
 
     `congestion_control` is TCP's algorithm in every pod, empty for the kernel's own default.
+    `large` gives every node room for 1,000 pods, by other addresses.
     """
 
     name: Annotated[str, LAB_NAME]
@@ -140,6 +141,7 @@ class LabSpec(_Base, frozen=True, kw_only=True):
     trust_domain: Annotated[str, TRUST_DOMAIN] = "cluster.local"
     congestion_control: Annotated[str, ALGORITHM] = ""
     mtu: Annotated[int, MTU] = 1500
+    large: bool = False
 
 
 class NodePlan(_Base, frozen=True, kw_only=True):

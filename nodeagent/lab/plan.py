@@ -5,7 +5,8 @@ mesh documents that all nodes share, and each pod's /etc/hosts. It is pure: the 
 gives the same plan, byte for byte. It may not touch the system.
 
 Addresses are the same in every lab, for no lab can see another: nodes 172.18.0.<i>, pods of node
-<i> 10.244.<i>.0/24, services 10.96.0.0/16, each with its IPv6 twin.
+<i> 10.244.<i>.0/24, in a large lab 10.(128+<i>).0.0/16, services 10.96.0.0/16, each with its IPv6
+twin.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from nodeagent.lab.model import (
     ServicePlan,
 )
 
-__all__ = ["MAX_NODES", "MAX_PODS", "hosts", "make", "mesh_documents", "networks", "settings"]
+__all__ = [
+    "hosts",
+    "make",
+    "max_nodes",
+    "max_pods",
+    "mesh_documents",
+    "networks",
+    "settings",
+]
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -36,9 +45,15 @@ MAX_NODES: Final = 200
 """Nodes of a lab: their number is one octet of the pods' addresses."""
 MAX_PODS: Final = 200
 """Pods of a node: a /24 holds 253 beside the gateway."""
+MAX_LARGE_NODES: Final = 100
+"""10.129 to 10.228: no other network of the lab lies there."""
+MAX_LARGE_PODS: Final = 1020
+"""A bridge has 1,024 ports (BR_MAX_PORTS, net/bridge/br_private.h)."""
 
 FABRIC: Final = ("172.18.0.0/24", "fd00:172:18::/64")
 PODS: Final = ("10.244.{}.0/24", "fd00:10:244:{:x}::/64")
+LARGE: Final = ("10.{}.0.0/16", 128)
+"""IPv4 of a large lab's pods: the second octet is the node's number and this."""
 SERVICES: Final = ("10.96.0.0/16", "fd00:10:96::/112")
 
 ANNOTATION_NETNS: Final = "nodeagent.io/netns"
@@ -46,9 +61,20 @@ ANNOTATION_ADDRESSES: Final = "nodeagent.io/addresses"
 ADMIN_ADDRESS: Final = "127.0.0.1:15000"
 
 
-def networks(index: int) -> tuple[str, ...]:
+def max_nodes(spec: LabSpec) -> int:
+    return MAX_LARGE_NODES if spec.large else MAX_NODES
+
+
+def max_pods(spec: LabSpec) -> int:
+    """Return how many pods each node may have."""
+    return MAX_LARGE_PODS if spec.large else MAX_PODS
+
+
+def networks(index: int, *, large: bool = False) -> tuple[str, ...]:
     """Return the pod networks of the node with this number, counted from 1."""
-    return tuple(text.format(index) for text in PODS)
+    found = tuple(text.format(index) for text in PODS)
+    text, first = LARGE
+    return (text.format(first + index), *found[1:]) if large else found
 
 
 def make(spec: LabSpec) -> LabPlan:
@@ -75,7 +101,7 @@ def add(plan: LabPlan, pod: Pod) -> LabPlan:
 
 
 def _node(index: int, spec: LabSpec) -> NodePlan:
-    pods = networks(index)
+    pods = networks(index, large=spec.large)
     return NodePlan(
         index=index,
         node=spec.nodes[index - 1],

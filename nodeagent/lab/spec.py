@@ -24,7 +24,7 @@ from nodeagent.api._tree import Mapping, Node, Scalar, Sequence, join, read_tree
 from nodeagent.api._walk import Walker
 from nodeagent.lab.documents import to_yaml
 from nodeagent.lab.model import LabSpec, Pod
-from nodeagent.lab.plan import FABRIC, MAX_NODES, MAX_PODS, networks
+from nodeagent.lab.plan import FABRIC, max_nodes, max_pods, networks
 
 __all__ = ["exercises", "load", "load_bytes", "load_exercise", "parse_documents"]
 
@@ -201,8 +201,8 @@ class _Checker:
         self._unique("nodes", [node.name for node in spec.nodes], "name")
         self._unique("pods", [pod.uid for pod in spec.pods], "name")
         self._unique("services", [service.uid for service in spec.services], "name")
-        if len(spec.nodes) > MAX_NODES:
-            self._error(f"more than {MAX_NODES} nodes", "nodes")
+        if len(spec.nodes) > (most := max_nodes(spec)):
+            self._error(f"more than {most} nodes", "nodes")
         known: dict[str, int] = {}
         for index, node in enumerate(spec.nodes, 1):
             known.setdefault(node.name, index)
@@ -210,8 +210,9 @@ class _Checker:
         for index, pod in enumerate(spec.pods):
             self._pod(index, pod, known, seen)
         for name in known:
-            if sum(pod.node == name for pod in spec.pods) > MAX_PODS:
-                self._error(f"more than {MAX_PODS} pods on node {name}", "pods")
+            if sum(pod.node == name for pod in spec.pods) > (most := max_pods(spec)):
+                hint = "" if spec.large else "; with `large: true` there may be more"
+                self._error(f"more than {most} pods on node {name}{hint}", "pods")
         self._services()
 
     def _unique(self, kind: str, names: list[str], field: str) -> None:
@@ -243,7 +244,7 @@ class _Checker:
             families.add(address.version)
             home = next(
                 network
-                for each in networks(known[pod.node])
+                for each in networks(known[pod.node], large=self._spec.large)
                 if (network := ipaddress.ip_network(each)).version == address.version
             )
             if address not in home or address in (home[0], home[1], home[-1]):
@@ -276,7 +277,8 @@ class _Checker:
                 if text in seen:
                     self._error(f"{text} belongs to {seen[text]} already", *below)
                 seen.setdefault(text, service.uid)
-                taken = [*FABRIC, *(one for number in known for one in networks(number))]
+                pods = (networks(number, large=self._spec.large) for number in known)
+                taken = [*FABRIC, *(one for each in pods for one in each)]
                 for network in map(ipaddress.ip_network, taken):
                     if ipaddress.ip_address(text) in network:
                         reason = f"{text} lies in {network}, where nodes and pods are: take another"

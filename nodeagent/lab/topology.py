@@ -9,6 +9,11 @@ This module owns building and removing that. It promises that nothing is made in
 the machine itself (so that nothing can stay behind there, and labs with equal addresses live side
 by side), that addresses work at once, and that removal needs only the lab's directory. It may not
 start processes.
+
+In a large lab no pod ever asks for a hardware address: a broadcast to a thousand ports overruns the
+kernel's queue of received packets (net.core.netdev_max_backlog, 1,000), and the answer is what it
+drops. So pods have host addresses, everything goes by way of the gateway, and gateway and pods know
+each other's hardware address from the start.
 """
 
 from __future__ import annotations
@@ -43,6 +48,13 @@ ADDRESSES_AT_ONCE: Final = {
 FORWARDING: Final = {"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1"}
 POD: Final = {"net/ipv4/ip_unprivileged_port_start": "0"}
 """As container runtimes do: programs without capabilities may listen on port 80."""
+
+NO_DETOURS: Final = {
+    f"net/{family}/conf/{name}/accept_redirects": "0"
+    for family in ("ipv4", "ipv6")
+    for name in ("all", "default")
+}
+"""A pod of a large lab must not be told that its neighbour is on the same link."""
 
 CONGESTION_CONTROL: Final = "net/ipv4/tcp_congestion_control"
 
@@ -80,10 +92,14 @@ def _up(link: IPRoute, name: str, addresses: tuple[str, ...] = ()) -> int:
     return index
 
 
-def _route(link: IPRoute, destination: str, gateway: str) -> None:
+def _route(link: IPRoute, destination: str, gateway: str, **more: int | list[str]) -> None:
     network = ipaddress.ip_network(destination)
     family = socket.AF_INET if network.version == 4 else socket.AF_INET6  # noqa: PLR2004
-    link.route("add", family=family, dst=str(network), gateway=gateway)
+    link.route("add", family=family, dst=str(network), gateway=gateway, **more)
+
+
+def _neighbour(link: IPRoute, index: int, address: str, mac: str) -> None:
+    link.neigh("replace", dst=address, lladdr=mac, ifindex=index, state="permanent")
 
 
 def _veth(
@@ -189,9 +205,12 @@ class Topology:
             space, mtu = self._layout.pod_space(pod), self._plan.spec.mtu
             _veth(link, pod.port, "eth0", space, mtu, _pod_mac(pod))
             _enslave(link, "pods", pod.port)
+            if self._plan.spec.large:
+                for address in pod.addresses:
+                    _neighbour(link, _index(link, "pods"), address, _pod_mac(pod))
 
     def _prepare_pod(self) -> None:
-        _sysctls(ADDRESSES_AT_ONCE | POD)
+        _sysctls(ADDRESSES_AT_ONCE | POD | (NO_DETOURS if self._plan.spec.large else {}))
         if self._plan.spec.congestion_control:
             _sysctls({CONGESTION_CONTROL: self._plan.spec.congestion_control})
 
@@ -202,6 +221,11 @@ class Topology:
             for text in pod.addresses:
                 address = ipaddress.ip_address(text)
                 gateway = next(one for one in gateways if one.version == address.version)
-                _up(link, "eth0", (f"{address}/{gateway.network.prefixlen}",))
                 anywhere = "0.0.0.0/0" if address.version == 4 else "::/0"  # noqa: PLR2004
-                _route(link, anywhere, str(gateway.ip))
+                if self._plan.spec.large:
+                    index = _up(link, "eth0", (f"{address}/{address.max_prefixlen}",))
+                    _neighbour(link, index, str(gateway.ip), BRIDGE_MAC.format(node.index))
+                    _route(link, anywhere, str(gateway.ip), oif=index, flags=["onlink"])
+                else:
+                    _up(link, "eth0", (f"{address}/{gateway.network.prefixlen}",))
+                    _route(link, anywhere, str(gateway.ip))

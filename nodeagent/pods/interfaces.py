@@ -1,6 +1,6 @@
 """What a pod's namespace has in the way of devices and addresses.
 
-This module owns reading links and addresses through pyroute2. It promises values only: canonical
+This module owns reading links and addresses. It promises values only: canonical
 addresses, never IPv4-mapped, and only those that are ready for use (IPv6 addresses still in
 duplicate detection are not). It may not change anything.
 """
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import struct
 from typing import Final
 
-from pyroute2 import IPRoute
-
+from nodeagent.pods.netlink import Rtnetlink, attributes, number
 from nodeagent.pods.netns import NetnsHandle
 from nodeagent.pods.threads import NamespaceThreads
 from nodeagent.pods.values import LO_INDEX, Address, Device, Interfaces
@@ -35,6 +35,26 @@ IFF_UP: Final = 0x1
 IFA_F_UNUSABLE: Final = 0x40 | 0x08
 """linux/if_addr.h: IFA_F_TENTATIVE, IFA_F_DADFAILED."""
 
+_RTM_GETLINK: Final = 18
+_RTM_GETADDR: Final = 22
+_IFLA_IFNAME: Final = 3
+_IFLA_EXT_MASK: Final = 29
+_IFA_ADDRESS: Final = 1
+_IFA_LOCAL: Final = 2
+_IFA_FLAGS: Final = 8
+"""linux/rtnetlink.h, if_link.h and if_addr.h."""
+
+_SKIP_STATS: Final = 0x8
+"""RTEXT_FILTER_SKIP_STATS: counters are most of what a device has to say."""
+
+_LINK: Final = struct.Struct("=BxHiII")
+"""struct ifinfomsg: family, type, index, flags, change."""
+
+_ADDRESS: Final = struct.Struct("=BBBBI")
+"""struct ifaddrmsg: family, prefix length, flags, scope, index."""
+
+_NUMBER: Final = struct.Struct("=I")
+
 
 class AddressesMissingError(Exception):
     """A workload's addresses are not in its namespace. `missing` names them."""
@@ -48,23 +68,28 @@ class AddressesMissingError(Exception):
         self.missing = missing
 
 
-def collect_interfaces(route: IPRoute) -> Interfaces:
+def collect_interfaces(route: Rtnetlink) -> Interfaces:
     """Read through an open socket that was made inside the namespace. Raises OSError."""
-    devices = {
-        link["index"]: link.get_attr("IFLA_IFNAME")
-        for link in route.get_links()
-        if link["index"] != LO_INDEX and link["flags"] & IFF_UP
-    }
+    devices: dict[int, str] = {}
+    wanted = _LINK.pack(0, 0, 0, 0, 0) + number(_IFLA_EXT_MASK, _SKIP_STATS)
+    for body in route.dump(_RTM_GETLINK, wanted):
+        _, _, index, flags, _ = _LINK.unpack_from(body)
+        if index != LO_INDEX and flags & IFF_UP:
+            name = attributes(body, _LINK.size).get(_IFLA_IFNAME, b"")
+            devices[index] = name.rstrip(b"\0").decode("utf-8", "replace")
     addresses: set[Address] = set()
-    for message in route.get_addr():
-        flags = message.get_attr("IFA_FLAGS") or message["flags"]
+    for body in route.dump(_RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
+        _, _, flags, _, index = _ADDRESS.unpack_from(body)
+        found = attributes(body, _ADDRESS.size)
+        if _IFA_FLAGS in found:
+            flags = _NUMBER.unpack_from(found[_IFA_FLAGS])[0]
         # IFA_ADDRESS is the peer's on a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
-        text = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
-        if flags & IFA_F_UNUSABLE or message["index"] not in devices or text is None:
+        packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+        if flags & IFA_F_UNUSABLE or index not in devices or packed is None:
             continue
-        parsed = ipaddress.ip_address(text)
+        parsed = ipaddress.ip_address(packed)
         if not (parsed.version == 6 and parsed.is_link_local):  # noqa: PLR2004
-            addresses.add(Address(message["index"], str(parsed)))
+            addresses.add(Address(index, str(parsed)))
     return Interfaces(
         tuple(sorted(Device(index, name) for index, name in devices.items())),
         tuple(sorted(addresses)),
@@ -72,7 +97,7 @@ def collect_interfaces(route: IPRoute) -> Interfaces:
 
 
 def _read() -> Interfaces:
-    with IPRoute() as route:
+    with Rtnetlink() as route:
         return collect_interfaces(route)
 
 

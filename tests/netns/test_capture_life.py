@@ -15,11 +15,11 @@ from nodeagent.capture import (
     CaptureReason,
     Listeners,
     SkLookupCapture,
+    netlink_write,
 )
 from nodeagent.capture.actions import NetlinkAction
 from nodeagent.capture.executor import PodExecutor
 from nodeagent.capture.layout import INBOUND_PORT, PORTS
-from nodeagent.capture.netlink_write import Encoder
 from nodeagent.capture.objects import PodObjects
 from nodeagent.pods import NamespaceThreads, NetnsError, NetnsReason, open_netns
 from support.capture_life import (
@@ -254,15 +254,15 @@ def test_a_failure_at_any_step_is_undone(world: Captured) -> None:
 def refuse(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Make the kernel refuse the `at`th change of routing or filters, counted from 1."""
     numbers = itertools.count(1)
-    encode = Encoder.encode
+    encode = netlink_write.encode
 
-    def spoilt(encoder: Encoder, action: NetlinkAction, program: int) -> bytes:
-        message = bytearray(encode(encoder, action, program))
+    def spoilt(action: NetlinkAction, program: int) -> bytes:
+        message = bytearray(encode(action, program))
         if next(numbers) == at:
             message[4:6] = b"\xff\x7f"  # a message type that rtnetlink does not know
         return bytes(message)
 
-    monkeypatch.setattr(Encoder, "encode", spoilt)
+    monkeypatch.setattr(netlink_write, "encode", spoilt)
 
 
 def test_a_change_refused_by_the_kernel_undoes_the_whole_batch(world: Captured) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nodeagent.lab import LabSpec, Node, Pod, namespaces
@@ -55,9 +56,10 @@ def reach(source: Path, destination: Path, address: str) -> bool:
         return True
 
 
-@pytest.fixture
-def built(tmp_path: Path) -> Iterator[tuple[LabPlan, Layout]]:
-    plan, layout = planning.make(SPEC), Layout(tmp_path)
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def built(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[LabPlan, Layout]]:
+    plan = planning.make(msgspec.structs.replace(SPEC, large=request.param))
+    layout = Layout(tmp_path)
     try:
         Topology(plan, layout).build()
         yield plan, layout
@@ -115,12 +117,31 @@ def test_the_pods_interfaces_are_as_described(built: tuple[LabPlan, Layout]) -> 
     shown = {each["local"]: each for each in eth0["addr_info"] if each["scope"] == "global"}
     assert set(shown) == set(pod.addresses)
     assert not any(each.get("tentative") for each in eth0["addr_info"])
-    for family, gateway in (("-4", "10.244.1.1"), ("-6", "fd00:10:244:1::1")):
+    own = [text.partition("/")[0] for text in plan.nodes[0].gateways]
+    for family, gateway in zip(("-4", "-6"), own, strict=True):
         text = output(layout.pod_space(pod), "ip", "-j", family, "route", "show", "default")
         (route,) = json.loads(text)
         assert (route["dev"], route["gateway"]) == ("eth0", gateway)
     control = Path("/proc/sys/net/ipv4/tcp_congestion_control")
     assert namespaces.run_in(layout.pod_space(pod), control.read_text).strip() == "reno"
+
+
+def test_pods_of_a_large_lab_ask_for_no_hardware_address(tmp_path: Path) -> None:
+    """With a thousand ports on the bridge nobody would hear the answer."""
+    plan, layout = planning.make(msgspec.structs.replace(SPEC, large=True)), Layout(tmp_path)
+    try:
+        Topology(plan, layout).build()
+        near, other, far = plan.pods
+        for address in (*other.addresses, *far.addresses):
+            destination = other if address in other.addresses else far
+            assert reach(layout.pod_space(near), layout.pod_space(destination), address)
+        for space in (layout.pod_space(near), layout.node_space("one")):
+            device = "eth0" if space == layout.pod_space(near) else "pods"
+            known = json.loads(output(space, "ip", "-j", "neigh", "show", "dev", device))
+            assert known
+            assert {state for each in known for state in each["state"]} == {"PERMANENT"}
+    finally:
+        namespaces.unmount_below(tmp_path)
 
 
 def dump() -> list[str]:

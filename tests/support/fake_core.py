@@ -277,6 +277,7 @@ class FakeCore:
             Stats,
             3,
             2,
+            4_096,
             buckets,
             5_000,
             buckets,

@@ -17,6 +17,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import enum
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -27,7 +28,18 @@ from OpenSSL import SSL, crypto
 
 from support.certificates import Identity
 
-__all__ = ["Client", "Frame", "Gone", "Kind", "Server", "Shown", "StreamReset", "Tls"]
+__all__ = [
+    "Client",
+    "Frame",
+    "Gone",
+    "Kind",
+    "Server",
+    "Shown",
+    "StreamReset",
+    "Tls",
+    "encoded",
+    "literal",
+]
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 READ_BYTES: Final = 65536
@@ -42,12 +54,15 @@ class Kind(enum.IntEnum):
 
     DATA = 0
     HEADERS = 1
+    PRIORITY = 2
     RST_STREAM = 3
     SETTINGS = 4
+    PUSH_PROMISE = 5
     PING = 6
     GOAWAY = 7
     WINDOW_UPDATE = 8
     CONTINUATION = 9
+    PRIORITY_UPDATE = 0x10
 
 
 class Gone(Exception):  # noqa: N818 - an end, no error
@@ -125,8 +140,10 @@ class Tls:
                 return
 
     def send(self, data: bytes) -> None:
-        for at in range(0, len(data), READ_BYTES):
-            self._tls.send(data[at : at + READ_BYTES])
+        rest = memoryview(data)
+        while rest:
+            # pyOpenSSL writes one record at a time, and says how much of `rest` it was.
+            rest = rest[self._tls.send(rest[:READ_BYTES].tobytes()) :]
             self._flush()
 
     def receive(self) -> bytes:
@@ -166,6 +183,10 @@ class Tls:
                     # What it said before it ended may still be in the receive buffer.
                     if not isinstance(error, ConnectionResetError | BrokenPipeError):
                         raise
+
+    def has_come(self, seconds: float = 0) -> bool:
+        """Whether `receive` would have something to read, now or within `seconds`."""
+        return bool(select.select([self.sock], [], [], seconds)[0])
 
     def _fill(self) -> None:
         try:
@@ -243,11 +264,17 @@ def _integer(number: int, bits: int) -> bytes:
     return bytes([*rest, number])
 
 
-def _literal(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
+def literal(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
     return b"".join(
         b"\0" + _integer(len(name), 7) + name + _integer(len(value), 7) + value
         for name, value in fields
     )
+
+
+def encoded(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Return a frame (RFC 9113, 4.1)."""
+    head = struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream)
+    return head + payload
 
 
 class _Side:
@@ -263,8 +290,7 @@ class _Side:
         self.resets: dict[int, int] = {}
 
     def frame(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> None:
-        head = struct.pack("!I", len(payload))[1:] + struct.pack("!BBI", kind, flags, stream)
-        self.tls.send(head + payload)
+        self.tls.send(encoded(kind, flags, stream, payload))
 
     def settings(self, *extra: tuple[int, int]) -> None:
         """Send SETTINGS (INITIAL_WINDOW_SIZE and `extra`) and open the connection's window."""
@@ -282,7 +308,7 @@ class _Side:
         self, stream: int, fields: Sequence[tuple[bytes, bytes]], *, end: bool = False
     ) -> None:
         flags = END_HEADERS | (END_STREAM if end else 0)
-        self.frame(Kind.HEADERS, flags, stream, _literal(fields))
+        self.frame(Kind.HEADERS, flags, stream, literal(fields))
 
     def send(self, stream: int, data: bytes, *, end: bool = False) -> None:
         self.frame(Kind.DATA, END_STREAM if end else 0, stream, data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 from support.certificates import NOW, authority
@@ -81,8 +81,8 @@ class Rig:
             self.core, self, lambda: self.now, lambda: self.wall, self._build
         )
 
-    def write(self, line: Line, /) -> None:
-        self.lines.append(line)
+    def write(self, lines: Sequence[Line], /) -> None:
+        self.lines += lines
 
     def _build(self, credential: Credential, roots: tuple[bytes, ...]) -> Pair:
         if self.build_error is not None:

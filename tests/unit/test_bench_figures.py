@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshbench.figures import METRICS, Metric, figure, figures, spread
-from meshbench.model import Sample, Spread
+from meshbench.figures import CIPHER, Metric, bounds, figure, figures, spread, unmeasured
+from meshbench.model import BOUND, Sample, Spread
+from meshbench.rows import METRICS
+from meshbench.scenarios import SCENARIOS
 
 RATE = Metric(name="rate", unit="/s", scenario="s", key="per_second", better="higher")
 DELAY = Metric(name="delay", unit="µs", scenario="s", key="ns", better="lower", scale=1e-3)
@@ -125,11 +127,100 @@ def test_targets(better: str, target: float | None, absolute: bool, met: bool | 
     found = figure(metric, samples)
     assert found is not None
     assert found.met is met
+    assert found.target_of == (None if target is None else "ours" if absolute else "ratio")
+
+
+@pytest.mark.parametrize("met, ours, envoy", [(True, 10.0, 5.0), (False, 9.99, 5.0)])
+def test_a_target_is_reached_by_the_median_of_the_ratios(
+    met: bool, ours: float, envoy: float
+) -> None:
+    """One good round of three does not make it, one bad does not spoil it."""
+    rounds = [(1.0, 5.0), (ours, envoy), (20.0, 5.0)]
+    samples = [
+        sample(number, subject, per_second=value)
+        for number, pair in enumerate(rounds, 1)
+        for subject, value in zip(("ours", "envoy"), pair, strict=True)
+    ]
+    found = figure(changed(RATE, target=2.0), samples)
+    assert found is not None
+    assert found.met is met
+
+
+def test_a_target_without_the_other_subject_is_neither_met_nor_missed_but_not_measured() -> None:
+    metric = changed(RATE, target=2.0)
+    found = figures([sample(1, "ours", per_second=20.0)], [metric])
+    assert [one.met for one in found] == [None]
+    assert unmeasured(found, [metric], ["s"]) == ["rate"]
+    assert unmeasured([], [metric, DELAY], ["s"]) == ["rate"]
+    assert unmeasured([], [metric], ["another"]) == []
+
+
+def test_the_lower_bound_is_the_relays_and_the_cipher() -> None:
+    """Relays that keep two processors busy at 16 Gbit/s, and a cipher that takes half as much
+    again of what the whole system takes.
+    """
+    bulk = {"gbit_per_second": 16.0, "system_per_gb": 1.0, "tunnels_per_gb": 0.6}
+    cipher = Sample(
+        round=1,
+        subject="relay",
+        scenario=CIPHER,
+        values={"seal_per_gb": 0.3, "open_per_gb": 0.2},
+        busy=0.0,
+    )
+    samples = [sample(1, "relay", **bulk), sample(1, "ours", **bulk), cipher]
+    (bound,) = bounds(samples)
+    assert (bound.subject, bound.round, bound.scenario) == (BOUND, 1, "s")
+    assert bound.values["tunnels_per_gb"] == pytest.approx(1.1)
+    assert bound.values["system_per_gb"] == pytest.approx(1.5)
+    assert bound.values["gbit_per_second"] == pytest.approx(16 / 1.5)
+    rate = changed(RATE, key="gbit_per_second")
+    (found,) = figures(samples, [rate])
+    assert found.bound == pytest.approx(16 / 1.5)
+
+
+def test_there_is_no_lower_bound_without_the_cipher_of_the_same_round() -> None:
+    bulk = {"gbit_per_second": 16.0, "system_per_gb": 1.0, "tunnels_per_gb": 0.6}
+    assert bounds([sample(2, "relay", **bulk)]) == []
 
 
 def test_what_was_not_measured_of_ours_is_no_figure() -> None:
     assert figures([sample(1, "envoy", per_second=1.0)], [RATE]) == []
     assert figures([sample(1, "ours", other=1.0)], [RATE]) == []
+
+
+def test_every_row_is_of_a_scenario_that_is_measured() -> None:
+    known = {one.name for one in SCENARIOS} | {"enrolment"}
+    assert {metric.scenario for metric in METRICS} <= known
+
+
+def test_every_row_of_the_goals_has_a_target() -> None:
+    """By scenario: how many figures are judged, and by what."""
+    judged: dict[str, list[float]] = {}
+    for metric in METRICS:
+        if metric.target is not None:
+            judged.setdefault(metric.scenario, []).append(metric.target)
+    assert judged == {
+        "bulk_send": [1.75, 0.5],
+        "bulk_receive": [1.75, 0.5],
+        "bulk_8": [1.7, 0.5],
+        "latency": [0.5, 0.5],
+        "requests": [1.2, 0.6],
+        "connections": [1.7, 0.5],
+        "first_byte": [0.5, 0.5, 0.1],
+        "same_node_bulk": [0.75],
+        "same_node_requests": [0.6],
+        "outside_bulk": [0.95],
+        "memory": [45.0, 2.5, 2.5],
+        "many": [0.0, 1.1],
+        "enrolment": [10.0, 100.0, 0.01, 1.1],
+    }
+
+
+def test_a_scenario_of_some_rounds_is_due_in_those_alone() -> None:
+    due = {one.name: [number for number in range(1, 6) if one.due(number)] for one in SCENARIOS}
+    assert due["memory"] == [1, 3]
+    assert due["many"] == [2]
+    assert due["bulk_send"] == [1, 2, 3, 4, 5]
 
 
 def test_names_of_figures_are_unique_and_their_terms_known() -> None:

@@ -42,6 +42,18 @@ def test_given_addresses_are_kept_and_not_assigned_again() -> None:
     assert plan.pods[1].addresses == ("10.244.1.2",)
 
 
+def test_a_large_lab_has_room_for_a_thousand_pods_of_one_node() -> None:
+    nodes = (Node(name="one"), Node(name="two"))
+    pods = tuple(Pod(name=f"p{n}", node="two") for n in range(1000))
+    plan = planning.make(LabSpec(name="x", nodes=nodes, pods=pods, large=True))
+    home, home6 = map(ipaddress.ip_network, plan.nodes[1].networks)
+    assert (str(home), str(home6)) == ("10.130.0.0/16", "fd00:10:244:2::/64")
+    addresses = [text for pod in plan.pods for text in pod.addresses]
+    assert len(set(addresses)) == 2000
+    assert all(ipaddress.ip_address(text) in home for text in addresses[::2])
+    assert all(ipaddress.ip_address(text) in home6 for text in addresses[1::2])
+
+
 def test_the_plan_survives_its_record() -> None:
     plan = planning.make(load_exercise("istioinaction"))
     assert msgspec.json.decode(msgspec.json.encode(plan), type=LabPlan) == plan

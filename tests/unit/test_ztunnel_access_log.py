@@ -120,7 +120,7 @@ def test_lines_reach_the_file(tmp_path: Path) -> None:
     log = AccessLog(str(path), json_line)
     log.start()
     for _ in range(1200):
-        log.write(line())
+        log.write([line()])
     log.stop(30)
     assert len(_written(path)) == 1200
     assert (log.written, log.dropped) == (1200, 0)
@@ -134,7 +134,7 @@ def test_a_moved_file_is_reopened_when_asked(tmp_path: Path) -> None:
     path.rename(moved)
     log.reopen()
     log.start()
-    log.write(line())
+    log.write([line()])
     log.stop(30)
     assert len(_written(path)) == 1
     assert _written(moved) == []
@@ -148,7 +148,7 @@ def test_a_file_that_cannot_be_reopened_stays(tmp_path: Path) -> None:
     path.parent.rename(moved)
     log.reopen()
     log.start()
-    log.write(line())
+    log.write([line()])
     log.stop(30)
     assert len(_written(moved / "access.log")) == 1
 
@@ -164,10 +164,10 @@ def test_a_disk_that_stands_still_costs_lines_and_never_time(tmp_path: Path) -> 
     path = tmp_path / "access.log"
     log = AccessLog(str(path), form, capacity=10)
     log.start()
-    log.write(line())
+    log.write([line()])
     assert formatting.wait(30)
     for _ in range(15):
-        log.write(line())
+        log.write([line()])
     assert log.dropped == 5
     go_on.set()
     log.stop(30)
@@ -179,7 +179,7 @@ def test_a_full_disk_is_counted() -> None:
         pytest.skip("no /dev/full here")
     log = AccessLog("/dev/full", json_line)
     log.start()
-    log.write(line())
+    log.write([line()])
     log.stop(30)
     assert (log.written, log.dropped) == (0, 1)
 

@@ -36,11 +36,26 @@
 /* Bytes read or encrypted in one system call: 16 full TLS records (measured: the size of each
  * call, not the cipher, decides the throughput). */
 #define ZT_CHUNK (256 * 1024)
+/* The same in TLS 1.3 records of 16 KiB, each with 22 bytes of header, type and tag (RFC 8446, 5.2):
+ * what a peer like us sends at once is received at once, without a rest of 352 bytes. */
+#define ZT_WIRE (ZT_CHUNK + ZT_CHUNK / 16384 * 22)
 /* Bytes that one event may move before the others get their turn. */
 #define ZT_BUDGET (1024 * 1024)
-/* HTTP/2 windows and limits: what the field's node proxy announces, so that the two are equals on
- * one wire. A connection's window is four streams', against cross-stream deadlock. */
-#define ZT_STREAM_WINDOW (4 * 1024 * 1024)
+/* What a peer may have sent to a stream whose reader does not read: at first, and at most. A window
+ * doubles while its reader is quick, so a stream that never was holds little. */
+#define ZT_STREAM_WINDOW (256 * 1024)
+#define ZT_STREAM_WINDOW_MOST (4 * 1024 * 1024)
+/* Quick is who reads half a window in this time: with a round trip longer than that, a wide window
+ * is not what the stream lacks. */
+#define ZT_WINDOW_QUICK_US 100000u
+/* What the windows of one HBONE connection may grow by together: four streams at their most. So one
+ * connection holds at most ZT_SERVER_STREAMS * ZT_STREAM_WINDOW + ZT_CONN_GROWTH = 66 MiB. */
+#define ZT_CONN_GROWTH (16 * 1024 * 1024)
+/* Bytes that all stalled readers of one pod may hold in this process; beyond it the stream that
+ * would hold more is reset. Room for 512 streams that never read, on however many connections. */
+#define ZT_POD_HELD (128 * 1024 * 1024)
+/* The whole connection's window is given back as it comes (the streams' windows bound it): a slow
+ * reader must not stop its neighbours. What the field's node proxy announces. */
 #define ZT_CONN_WINDOW (16 * 1024 * 1024)
 #define ZT_MAX_FRAME (1024 * 1024)
 #define ZT_SERVER_STREAMS 200
@@ -48,6 +63,17 @@
 /* Frames that wait to be sent on one HBONE connection: a few for each stream in honest use. A peer
  * that makes us answer and does not read the answers has no other bound. */
 #define ZT_MAX_QUEUED 4096
+/* Frames without work in them that one HBONE connection may send at once, and in a second: a
+ * keepalive, a SETTINGS or a cancelled stream now and then never come near it. */
+#define ZT_GLITCH_BURST 1000
+#define ZT_GLITCH_RATE 100
+/* Window updates come with the data that we send: for each frame one of the stream and one of the
+ * connection, or for each KiB that the peer has read. */
+#define ZT_GLITCH_UPDATES(bytes) (2 + (bytes) / 512)
+/* Handshakes that one pod may have open as a server. Whoever can reach the port can begin one, at
+ * some 50 KiB each; when there are too many the oldest gives way, as an honest one lasts
+ * milliseconds. */
+#define ZT_POD_HANDSHAKES 512
 /* Header bytes of one CONNECT: authority, baggage and forwarded fit many times. */
 #define ZT_MAX_HEADER_BYTES (16 * 1024)
 /* Connections of one pool that may be dialled at once by one worker for one peer. */
@@ -107,6 +133,9 @@ enum zt_deadline {
 #define ZT_SECONDS(n) ((uint64_t)(n)*1000000u) /* microseconds */
 /* The longest that may be set: a week. What is set longer is meant as "never", and leaks. */
 #define ZT_DEADLINE_MAX_US ZT_SECONDS(7 * 24 * 3600)
+/* The longest wait that is worth spinning for instead of sleeping: about what it takes to answer a
+ * small request through two tunnels. */
+#define ZT_SPIN_US 100u
 
 /* Marks of our own sockets (docs/architecture.md, table of marks). */
 #define ZT_MARK_TUNNEL 0x539

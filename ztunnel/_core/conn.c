@@ -46,7 +46,8 @@ static struct zt_conn *conn_new(struct zt_worker *w, struct zt_pod *pod, enum zt
     zt_list_init(&c->timer.link);
     zt_list_init(&c->task.link);
     zt_list_init(&c->stream.link);
-    c->stream.pending_tail = &c->stream.pending;
+    c->stream.window = ZT_STREAM_WINDOW;
+    c->stream.taken_at = w->now;
     zt_list_append(&w->conns, &c->link);
     zt_add(&w->stats.connections, 1);
     return c;

@@ -31,7 +31,7 @@ struct zt_leg {
 
 struct zt_chunk {
     struct zt_chunk *next;
-    size_t len, pos; /* pos <= len */
+    size_t room, len, pos; /* pos <= len <= room */
     uint8_t data[];
 };
 
@@ -39,15 +39,17 @@ struct zt_stream {
     struct zt_h2 *h2; /* NULL once the stream is gone */
     struct zt_list link;
     int32_t id;
-    int16_t status;     /* client: of the answer; 0 until it comes */
-    bool is_connect;    /* server: the method was CONNECT */
-    bool has_authority; /* server: and there was one that parses */
-    bool retried;       /* client: one peer refused it unseen */
-    bool answered;      /* 200 went or came: data may flow */
-    bool deferred;      /* nghttp2 waits for zt_h2_resume */
-    bool remote_end;    /* END_STREAM came */
-    bool local_end;     /* END_STREAM was sent */
-    struct zt_chunk *pending, **pending_tail;
+    int16_t status;                          /* client: of the answer; 0 until it comes */
+    bool is_connect;                         /* server: the method was CONNECT */
+    bool has_authority;                      /* server: and there was one that parses */
+    bool retried;                            /* client: one peer refused it unseen */
+    bool answered;                           /* 200 went or came: data may flow */
+    bool deferred;                           /* nghttp2 waits for zt_h2_resume */
+    bool remote_end;                         /* END_STREAM came */
+    bool local_end;                          /* END_STREAM was sent */
+    struct zt_chunk *pending, *pending_last; /* both NULL, or both not */
+    uint32_t window, taken;                  /* what the peer may send; read since `taken_at` */
+    uint64_t taken_at;
 };
 
 struct zt_half {

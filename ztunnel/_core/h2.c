@@ -24,6 +24,7 @@ static void bury(struct zt_worker *w, struct zt_grave *g) {
     zt_peer_put(h->peer);
     zt_credential_put(h->credential);
     free(h->early);
+    free(h->complaint);
     free(h);
 }
 
@@ -80,6 +81,7 @@ static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *d
                           .addr = h->address,
                           .reason = reason};
 
+    if (!detail) detail = h->why ? h->why : h->complaint;
     snprintf(f.detail, sizeof(f.detail), "%s", detail ? detail : "");
     zt_add(&h->worker->stats.handshake_failures[reason], 1);
     zt_failed_push(h->worker->core, &f);
@@ -117,7 +119,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (was == ZT_H_ENDED) return;
     if (h->in_session) {
         if (!h->fate) h->fate = reason;
-        zt_h2_mark_dirty(h);
+        zt_h2_mark_dirty(h); /* what the detail says, its reason says */
         return;
     }
     h->state = ZT_H_ENDED;
@@ -146,6 +148,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (h->io.fd >= 0) close(h->io.fd);
     h->io.fd = -1;
     if (h->server) atomic_fetch_sub(&w->load_tls, 1);
+    if (h->server && was < ZT_H_OPEN) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_add(&w->stats.tls_connections, (uint64_t)-1);
     zt_list_remove(&h->link);
     zt_bury(w, &h->grave);
@@ -164,6 +167,31 @@ static void begin_tls(struct zt_h2 *h) {
     h->state = ZT_H_HANDSHAKE;
     zt_timer_set(h->worker, &h->timer, h->server ? ZT_D_FIRST_BYTE : ZT_D_HANDSHAKE);
     handshake(h);
+}
+
+/* The pod's handshake that has waited longest in a queue of deadlines, or NULL. */
+static struct zt_h2 *oldest(struct zt_h2 *h, enum zt_deadline d) {
+    struct zt_list *queue = &h->worker->deadlines[d];
+
+    for (struct zt_list *l = queue->next; l != queue; l = l->next) {
+        struct zt_timer *t = ZT_CONTAINER(l, struct zt_timer, link);
+        struct zt_h2 *old = ZT_CONTAINER(t, struct zt_h2, timer);
+
+        if (old != h && old->server && old->pod == h->pod && old->state == ZT_H_HANDSHAKE)
+            return old;
+    }
+    return NULL;
+}
+
+/* An honest handshake is short: who has waited longest is given up for the next. */
+static void make_room(struct zt_h2 *h) {
+    struct zt_h2 *silent = oldest(h, ZT_D_FIRST_BYTE), *begun = oldest(h, ZT_D_HANDSHAKE);
+    struct zt_h2 *old = !silent || (begun && begun->started < silent->started) ? begun : silent;
+
+    if (old)
+        zt_h2_end(old, ZT_R_POD_LIMIT, "too many handshakes at once: the oldest gives way");
+    else
+        zt_h2_end(h, ZT_R_POD_LIMIT, "too many handshakes at once");
 }
 
 void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,
@@ -187,6 +215,8 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
     h->io.fd = fd;
     h->address = *source;
     h->local = *destination;
+    if (atomic_fetch_add(&pod->handshakes, 1) >= ZT_POD_HANDSHAKES) make_room(h);
+    if (h->state == ZT_H_ENDED) return;
     for (int i = 0; i < pod->naddrs; i++) ours |= zt_addr_ip_equal(&pod->addrs[i], destination);
     if (atomic_load(&pod->removed))
         zt_h2_end(h, ZT_R_POD_REMOVED, NULL);
@@ -372,7 +402,7 @@ static bool keep_early(struct zt_h2 *h, char detail[ZT_DETAIL]) {
  * handshake is complete on our side: its alert is still to be read, and says why. */
 static void last_words(struct zt_h2 *h) {
     char detail[ZT_DETAIL] = "";
-    ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+    ssize_t n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
 
     if (n > 0) {
         zt_tls_input(h, (size_t)n);
@@ -403,7 +433,7 @@ static void handshake(struct zt_h2 *h) {
             return;
         }
         if (!h->readable) return;
-        n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+        n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
         if (n < 0 && errno == EAGAIN) {
             h->readable = false;
             return;
@@ -442,6 +472,7 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
         return;
     }
     h->state = ZT_H_OPEN;
+    if (h->server) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_observe(h->server ? &w->stats.handshakes_server : &w->stats.handshakes_client,
                w->now - h->started);
     zt_timer_set(w, &h->timer, ZT_D_SETTINGS);
@@ -498,7 +529,7 @@ static void receive(struct zt_h2 *h) {
     size_t budget = 0;
 
     while (h->state == ZT_H_OPEN && h->readable && !h->input_end) {
-        ssize_t n = recv(h->io.fd, h->worker->in, ZT_CHUNK, 0);
+        ssize_t n = recv(h->io.fd, h->worker->in, ZT_WIRE, 0);
 
         if (n < 0) {
             if (errno == EINTR) continue;
@@ -514,7 +545,7 @@ static void receive(struct zt_h2 *h) {
             zt_h2_end(h, ZT_R_TLS_TRUNCATED, NULL);
             return;
         }
-        if (n < ZT_CHUNK && !h->hangup) h->readable = false;
+        if (n < ZT_WIRE && !h->hangup) h->readable = false;
         if (!take_in(h, (size_t)n)) return;
         budget += (size_t)n;
         if (budget >= ZT_BUDGET) {

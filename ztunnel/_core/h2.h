@@ -15,6 +15,7 @@
 #include <nghttp2/nghttp2.h>
 
 #include "conn.h"
+#include "glitch.h"
 
 enum zt_h2_state {
     ZT_H_CREDENTIAL, /* there is no certificate for this pod yet */
@@ -58,6 +59,10 @@ struct zt_h2 {
     struct zt_list streams; /* struct zt_conn by stream.link */
     int nstreams;
     size_t header_bytes; /* decoded, of the header block at hand */
+    uint32_t grown;      /* what its streams' windows have grown by: <= ZT_CONN_GROWTH */
+    struct zt_glitch glitch;
+    const char *why; /* of the fate, for the log; static */
+    char *complaint; /* libnghttp2's, when it ended the connection; or NULL */
 };
 
 /* --- h2.c: the connection's life -------------------------------------------------------------------- */

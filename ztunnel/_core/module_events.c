@@ -175,6 +175,7 @@ PyObject *zt_py_stats(PyObject *self, PyObject *unused) {
     f = zt_py_fill(zt_py_state(self)->stats);
     zt_py_put(&f, zt_py_number(zt_get(&s.connections)));
     zt_py_put(&f, zt_py_number(zt_get(&s.tls_connections)));
+    zt_py_put(&f, zt_py_number(zt_get(&s.held)));
     zt_py_put(&f, zt_py_counts(s.handshakes_client.bucket, ZT_BUCKETS + 1));
     zt_py_put(&f, zt_py_number(zt_get(&s.handshakes_client.sum_us)));
     zt_py_put(&f, zt_py_counts(s.handshakes_server.bucket, ZT_BUCKETS + 1));
@@ -215,6 +216,7 @@ static PyStructSequence_Field series_fields[] = {F(opened),   F(closed), F(faile
                                                  F(received), F(sent),   END};
 static PyStructSequence_Field stats_fields[] = {F(connections),
                                                 F(tls_connections),
+                                                F(held_bytes),
                                                 F(handshakes_client),
                                                 F(handshakes_client_sum_us),
                                                 F(handshakes_server),

@@ -67,6 +67,8 @@ struct zt_pod {
     _Atomic bool removed;
     struct zt_msg *gone; /* for each worker, so that it learns of the removal even without memory */
     _Atomic int asking;  /* questions of this pod that wait for an answer, of all workers */
+    _Atomic int handshakes; /* as a server, not open yet, of all workers */
+    _Atomic int64_t held;   /* bytes that wait for its readers, of all workers */
 };
 
 /* --- peers: one pool for each worker, touched by that worker only --------------------------------- */
@@ -182,6 +184,7 @@ struct zt_core {
     bool running;
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
+    _Atomic bool spinning; /* a worker looks for events instead of sleeping */
     int event_fd;
 
     pthread_mutex_t lock; /* the maps */

@@ -12,9 +12,10 @@
 
 #include "h2.h"
 
-#define FRAME_HEADER 9 /* RFC 9113, 4.1 */
 /* Less room than this in the worker's buffer is not worth a frame: encrypt what is there first. */
 #define WORTHWHILE (16 * 1024)
+/* Of a chunk at least, so that small pieces share one. */
+#define CHUNK_ROOM 4000
 /* "for=\"[v6]:port\";host=name": RFC 7239; a host name is at most 253 bytes. */
 #define FORWARDED_TEXT 400
 
@@ -42,30 +43,78 @@ static void detach(struct zt_conn *c) {
     zt_list_remove(&c->stream.link);
     c->stream.h2 = NULL;
     h->nstreams--;
+    h->grown -= c->stream.window - ZT_STREAM_WINDOW;
+    c->stream.window = ZT_STREAM_WINDOW;
     zt_h2_idle_check(h);
     if (!h->server && h->state == ZT_H_OPEN) zt_h2_pool_serve(h->worker, h->peer);
 }
 
-void zt_stream_free_pending(struct zt_conn *c) {
-    while (c->stream.pending) {
-        struct zt_chunk *k = c->stream.pending;
+static void hold(struct zt_conn *c, const struct zt_chunk *k, int sign) {
+    int64_t n = sign * (int64_t)(sizeof(*k) + k->room);
 
-        c->stream.pending = k->next;
-        free(k);
-    }
-    c->stream.pending_tail = &c->stream.pending;
+    atomic_fetch_add_explicit(&c->pod->held, n, memory_order_relaxed);
+    zt_add(&c->worker->stats.held, (uint64_t)n);
 }
 
-/* The stream's window bounds what may wait here: the peer may not send more until it is written. */
-static int keep_pending(struct zt_conn *c, const void *data, size_t len) {
-    struct zt_chunk *k = malloc(sizeof(*k) + len);
+static void free_first(struct zt_conn *c) {
+    struct zt_chunk *k = c->stream.pending;
 
-    if (!k) return -ENOMEM;
-    *k = (struct zt_chunk){.len = len};
+    hold(c, k, -1);
+    c->stream.pending = k->next;
+    if (!k->next) c->stream.pending_last = NULL;
+    free(k);
+}
+
+void zt_stream_free_pending(struct zt_conn *c) {
+    while (c->stream.pending) free_first(c);
+}
+
+/* The stream's window bounds what may wait here: the peer may not send more until it is written.
+ * Small pieces share a chunk, or a byte would cost fifty. Returns 0 or why not. */
+static int keep_pending(struct zt_conn *c, const uint8_t *data, size_t len) {
+    struct zt_chunk *k = c->stream.pending_last;
+    size_t fits = k ? k->room - k->len : 0;
+
+    if (fits > len) fits = len;
+    if (fits) memcpy(k->data + k->len, data, fits);
+    if (fits) k->len += fits;
+    data += fits;
+    len -= fits;
+    if (!len) return 0;
+    if (atomic_load_explicit(&c->pod->held, memory_order_relaxed) > ZT_POD_HELD)
+        return ZT_R_POD_LIMIT;
+    k = malloc(sizeof(*k) + (len < CHUNK_ROOM ? CHUNK_ROOM : len));
+    if (!k) return ZT_R_NO_MEMORY;
+    *k = (struct zt_chunk){.room = len < CHUNK_ROOM ? CHUNK_ROOM : len, .len = len};
     memcpy(k->data, data, len);
-    *c->stream.pending_tail = k;
-    c->stream.pending_tail = &k->next;
+    hold(c, k, 1);
+    if (c->stream.pending)
+        c->stream.pending_last->next = k;
+    else
+        c->stream.pending = k;
+    c->stream.pending_last = k;
     return 0;
+}
+
+/* The reader has taken `n` bytes: a quick one gets a wider window, as far as its connection's
+ * streams may grow. */
+static void widen(struct zt_conn *c, size_t n) {
+    struct zt_stream *s = &c->stream;
+    bool quick;
+
+    s->taken += (uint32_t)n;
+    if (s->taken < s->window / 2) return;
+    quick = c->worker->now - s->taken_at < ZT_WINDOW_QUICK_US;
+    s->taken = 0;
+    s->taken_at = c->worker->now;
+    if (!quick || s->remote_end || s->window >= ZT_STREAM_WINDOW_MOST ||
+        s->h2->grown + s->window > ZT_CONN_GROWTH)
+        return;
+    if (nghttp2_session_set_local_window_size(s->h2->session, NGHTTP2_FLAG_NONE, s->id,
+                                              (int32_t)s->window * 2) < 0)
+        return;
+    s->h2->grown += s->window;
+    s->window *= 2;
 }
 
 /* The application has taken `n` bytes: count them and let the peer send as many more. */
@@ -77,6 +126,7 @@ static void delivered(struct zt_conn *c, size_t n) {
     if (c->stream.h2) {
         zt_session_check(c->stream.h2,
                          nghttp2_session_consume_stream(c->stream.h2->session, c->stream.id, n));
+        widen(c, n);
         zt_h2_mark_dirty(c->stream.h2);
     }
 }
@@ -124,9 +174,7 @@ static int write_pending(struct zt_conn *c) {
                 break;
             }
             sent -= (ssize_t)left;
-            c->stream.pending = k->next;
-            if (!k->next) c->stream.pending_tail = &c->stream.pending;
-            free(k);
+            free_first(c);
         }
     }
     return 0;
@@ -174,11 +222,13 @@ static void flush_gather(struct zt_gather *g) {
     }
     for (int i = 0; i < g->n; i++) {
         size_t skip = (size_t)sent < iov[i].iov_len ? (size_t)sent : iov[i].iov_len;
+        int rv = 0;
 
         sent -= (ssize_t)skip;
-        if (skip < iov[i].iov_len &&
-            keep_pending(c, (char *)iov[i].iov_base + skip, iov[i].iov_len - skip) < 0) {
-            zt_conn_end(c, ZT_R_NO_MEMORY);
+        if (skip < iov[i].iov_len)
+            rv = keep_pending(c, (uint8_t *)iov[i].iov_base + skip, iov[i].iov_len - skip);
+        if (rv) {
+            zt_conn_end(c, (enum zt_reason)rv);
             return;
         }
     }
@@ -238,16 +288,16 @@ static ssize_t read_leg(nghttp2_session *session, int32_t id, uint8_t *buf, size
         c->stream.deferred = true;
         return NGHTTP2_ERR_DEFERRED;
     }
-    if (room < FRAME_HEADER + WORTHWHILE) return NGHTTP2_ERR_PAUSE;
+    if (room < ZT_FRAME_HEADER + WORTHWHILE) return NGHTTP2_ERR_PAUSE;
     leg = zt_conn_leg(c);
     if (!leg->readable && !leg->eof) {
         c->stream.deferred = true;
         return NGHTTP2_ERR_DEFERRED;
     }
-    room -= FRAME_HEADER;
+    room -= ZT_FRAME_HEADER;
     if (room > length) room = length;
     do {
-        n = recv(leg->io.fd, w->out + w->out_used + FRAME_HEADER, room, 0);
+        n = recv(leg->io.fd, w->out + w->out_used + ZT_FRAME_HEADER, room, 0);
     } while (n < 0 && errno == EINTR);
     if (n < 0 && errno == EAGAIN) {
         leg->readable = false;
@@ -281,8 +331,9 @@ static int send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8
     (void)session;
     (void)frame;
     (void)source;
-    memcpy(w->out + w->out_used, header, FRAME_HEADER);
-    w->out_used += FRAME_HEADER + length;
+    zt_glitch_sent(&self(user_data)->glitch, length);
+    memcpy(w->out + w->out_used, header, ZT_FRAME_HEADER);
+    w->out_used += ZT_FRAME_HEADER + length;
     return 0;
 }
 
@@ -307,8 +358,8 @@ static ssize_t frame_length(nghttp2_session *session, uint8_t type, int32_t id, 
     (void)id;
     (void)conn_window; /* nghttp2 holds us to both windows itself */
     (void)stream_window;
-    if (room < FRAME_HEADER + WORTHWHILE) return WORTHWHILE; /* read_leg pauses */
-    room -= FRAME_HEADER;
+    if (room < ZT_FRAME_HEADER + WORTHWHILE) return WORTHWHILE; /* read_leg pauses */
+    room -= ZT_FRAME_HEADER;
     return (ssize_t)(room < max_frame ? room : max_frame);
 }
 
@@ -354,6 +405,7 @@ int zt_stream_request(struct zt_h2 *h, struct zt_conn *c) {
     zt_list_append(&h->streams, &c->stream.link);
     h->nstreams++;
     c->state = ZT_C_CONNECTING;
+    zt_glitch_earn(&h->glitch, 1); /* the peer may refuse it */
     zt_timer_set(c->worker, &c->timer, ZT_D_ANSWER);
     zt_h2_mark_dirty(h);
     return 0;
@@ -370,6 +422,7 @@ void zt_stream_answer(struct zt_conn *c, int status) {
     c->stream.answered = true;
     zt_h2_mark_dirty(h);
     if (status == 200) {
+        zt_glitch_earn(&h->glitch, 1); /* the peer may reset it */
         if (nghttp2_submit_response(h->session, c->stream.id, &nv, 1, &provider) < 0)
             zt_conn_end(c, ZT_R_NO_MEMORY);
         return;
@@ -388,6 +441,14 @@ void zt_stream_drop(struct zt_conn *c, uint32_t error_code) {
         h, nghttp2_submit_rst_stream(h->session, NGHTTP2_FLAG_NONE, c->stream.id, error_code));
     zt_h2_mark_dirty(h);
     detach(c);
+}
+
+/* What cost us something and did no work, and is no frame of its own kind. */
+static void useless(struct zt_h2 *h, const char *why) {
+    if (h->fate || zt_glitch_one(&h->glitch, h->worker->now)) return;
+    h->fate = ZT_R_H2_LIMIT;
+    h->why = why;
+    zt_h2_mark_dirty(h);
 }
 
 static enum zt_reason reason_of_status(int status) {
@@ -409,7 +470,10 @@ static void on_answer(struct zt_conn *c) {
 
     if (c->state != ZT_C_CONNECTING) return;
     c->stream.status = 0;
-    if (status >= 100 && status < 200) return; /* the final answer follows */
+    if (status >= 100 && status < 200) { /* the final answer follows */
+        useless(c->stream.h2, "too many interim answers");
+        return;
+    }
     if (status != 200) {
         zt_conn_end(c, reason_of_status(status));
         return;
@@ -424,6 +488,7 @@ static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame
     struct zt_h2 *h = self(user_data);
     struct zt_conn *c;
 
+    h->header_bytes = 0;
     if (frame->hd.type != NGHTTP2_HEADERS || frame->headers.cat != NGHTTP2_HCAT_REQUEST) return 0;
     c = zt_conn_requested(h->worker, h, frame->hd.stream_id);
     if (!c) return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
@@ -435,6 +500,27 @@ static bool is(const uint8_t *text, size_t len, const char *word) {
     return len == strlen(word) && memcmp(text, word, len) == 0;
 }
 
+/* Decoded bytes, not those on the wire: RFC 7541, 7.3. 32 is RFC 9113's overhead of a field. */
+static bool too_long(struct zt_h2 *h, size_t len) {
+    h->header_bytes += len + 32;
+    if (h->header_bytes <= ZT_MAX_HEADER_BYTES) return false;
+    h->fate = ZT_R_H2_LIMIT;
+    h->why = "header fields that decode to too many bytes";
+    return true;
+}
+
+/* A field that breaks RFC 9113, 8.2 is dropped; it was decoded all the same. */
+static int on_bad_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
+                         size_t namelen, const uint8_t *value, size_t valuelen, uint8_t flags,
+                         void *user_data) {
+    (void)session;
+    (void)frame;
+    (void)name;
+    (void)value;
+    (void)flags;
+    return too_long(self(user_data), namelen + valuelen) ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
+}
+
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
                      size_t namelen, const uint8_t *value, size_t valuelen, uint8_t flags,
                      void *user_data) {
@@ -442,12 +528,7 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     struct zt_conn *c = conn_of(session, frame->hd.stream_id);
 
     (void)flags;
-    /* Decoded bytes, not those on the wire: RFC 7541, 7.3. 32 is RFC 9113's overhead of a field. */
-    h->header_bytes += namelen + valuelen + 32;
-    if (h->header_bytes > ZT_MAX_HEADER_BYTES) {
-        h->fate = ZT_R_H2_LIMIT;
-        return NGHTTP2_ERR_CALLBACK_FAILURE;
-    }
+    if (too_long(h, namelen + valuelen)) return NGHTTP2_ERR_CALLBACK_FAILURE;
     if (!c) return 0;
     if (h->server) {
         if (is(name, namelen, ":method"))
@@ -467,7 +548,6 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
     struct zt_h2 *h = self(user_data);
     struct zt_conn *c = conn_of(session, frame->hd.stream_id);
 
-    if (frame->hd.type == NGHTTP2_HEADERS) h->header_bytes = 0;
     if (frame->hd.type == NGHTTP2_SETTINGS && !(frame->hd.flags & NGHTTP2_FLAG_ACK))
         zt_h2_settled(h);
     if (frame->hd.type == NGHTTP2_GOAWAY) {
@@ -488,11 +568,30 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
     return 0;
 }
 
+/* RFC 9113, 7: codes that libnghttp2 chooses, and we never do. */
+static bool broke_the_rules(uint32_t code) {
+    return code == NGHTTP2_PROTOCOL_ERROR || code == NGHTTP2_FLOW_CONTROL_ERROR ||
+           code == NGHTTP2_STREAM_CLOSED || code == NGHTTP2_FRAME_SIZE_ERROR ||
+           code == NGHTTP2_REFUSED_STREAM;
+}
+
+/* When libnghttp2 ends a connection by itself, its GOAWAY says why. */
+static void complain(struct zt_h2 *h, const nghttp2_goaway *g) {
+    size_t len = g->opaque_data_len < ZT_DETAIL ? g->opaque_data_len : ZT_DETAIL;
+
+    /* Without memory the log says less. */
+    if (len && !h->complaint) h->complaint = strndup((const char *)g->opaque_data, len);
+}
+
 /* RFC 9113, 8.1: once a refusal is out, we have no interest in the rest of the request. nghttp2
  * drops what a stream still has to send when it is told earlier. */
 static int on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) {
     int32_t id = frame->hd.stream_id;
 
+    /* The peer made us reset a stream, by breaking HTTP/2 on it (CVE-2025-8671). */
+    if (frame->hd.type == NGHTTP2_RST_STREAM && broke_the_rules(frame->rst_stream.error_code))
+        useless(self(user_data), "too many streams on which it broke HTTP/2");
+    if (frame->hd.type == NGHTTP2_GOAWAY) complain(self(user_data), &frame->goaway);
     if (self(user_data)->server && frame->hd.type == NGHTTP2_HEADERS &&
         (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) &&
         nghttp2_session_get_stream_remote_close(session, id) == 0)
@@ -542,6 +641,7 @@ int zt_session_start(struct zt_h2 *h) {
     nghttp2_option *option = NULL;
     int rv = nghttp2_session_callbacks_new(&cb);
 
+    zt_glitch_init(&h->glitch, h->server, h->worker->now);
     if (!rv) rv = nghttp2_option_new(&option);
     if (!rv) {
         nghttp2_session_callbacks_set_send_callback(cb, send_frame);
@@ -549,6 +649,7 @@ int zt_session_start(struct zt_h2 *h) {
         nghttp2_session_callbacks_set_data_source_read_length_callback(cb, frame_length);
         nghttp2_session_callbacks_set_on_begin_headers_callback(cb, on_begin_headers);
         nghttp2_session_callbacks_set_on_header_callback(cb, on_header);
+        nghttp2_session_callbacks_set_on_invalid_header_callback(cb, on_bad_header);
         nghttp2_session_callbacks_set_on_frame_recv_callback(cb, on_frame);
         nghttp2_session_callbacks_set_on_frame_send_callback(cb, on_frame_sent);
         nghttp2_session_callbacks_set_on_data_chunk_recv_callback(cb, on_data_chunk);
@@ -574,6 +675,8 @@ int zt_session_start(struct zt_h2 *h) {
 int zt_session_input(struct zt_h2 *h, const uint8_t *data, size_t len) {
     ssize_t rv;
 
+    h->why = zt_glitch_seen(&h->glitch, data, len, h->worker->now);
+    if (h->why) return ZT_R_H2_LIMIT;
     h->in_session = h->receiving = true;
     rv = nghttp2_session_mem_recv(h->session, data, len);
     flush_gathers(h->worker);
@@ -581,9 +684,14 @@ int zt_session_input(struct zt_h2 *h, const uint8_t *data, size_t len) {
     if (h->fate) return (int)h->fate;
     if (rv == NGHTTP2_ERR_NOMEM) return ZT_R_NO_MEMORY;
     if (rv == NGHTTP2_ERR_FLOODED ||
-        nghttp2_session_get_outbound_queue_size(h->session) > ZT_MAX_QUEUED)
+        nghttp2_session_get_outbound_queue_size(h->session) > ZT_MAX_QUEUED) {
+        h->why = "it makes us answer and does not read the answers";
         return ZT_R_H2_LIMIT;
-    if (rv < 0) return ZT_R_H2_PROTOCOL;
+    }
+    if (rv < 0) {
+        h->why = nghttp2_strerror((int)rv);
+        return ZT_R_H2_PROTOCOL;
+    }
     return 0;
 }
 

@@ -12,6 +12,8 @@ struct zt_ossl ossl;
 
 /* Output memory that an idle connection may keep. */
 #define KEEP_OUTPUT (32 * 1024)
+/* Bytes thrown away at once: what fits the first-level cache. */
+#define DISCARD (16 * 1024)
 
 static const unsigned char alpn_h2[] = {2, 'h', '2'};
 
@@ -212,7 +214,7 @@ int zt_tls_drain(struct zt_h2 *h) {
     /* Reading is the only way to empty the BIO; `in` is free here, and warm in the cache. */
     h->out_sent = 0;
     while (len > 0) {
-        int n = ossl.BIO_read(h->wbio, h->worker->in, len < ZT_CHUNK ? (int)len : ZT_CHUNK);
+        int n = ossl.BIO_read(h->wbio, h->worker->in, len < DISCARD ? (int)len : DISCARD);
 
         if (n <= 0) return -EIO;
         len -= n;

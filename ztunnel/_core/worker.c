@@ -397,6 +397,7 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
 
         add_counts(&out->connections, &w->connections, 1);
         add_counts(&out->tls_connections, &w->tls_connections, 1);
+        add_counts(&out->held, &w->held, 1);
         add_counts(&out->upcalls, &w->upcalls, 1);
         add_counts(&out->table_hits, &w->table_hits, 1);
         add_counts(out->handshake_failures, w->handshake_failures, ZT_REASON_COUNT);
@@ -419,12 +420,47 @@ static void end_everything(struct zt_worker *w) {
     bury_all(w);
 }
 
+/*
+ * Looks for events for a moment before it sleeps, when the last wait was a short one: to be woken
+ * costs more than all else that a small request costs. As KVM does for a halted guest
+ * (Documentation/virt/kvm/halt-polling.rst), the moment grows while waits are shorter than
+ * ZT_SPIN_US, and is nothing after a longer one. One worker of the process at a time, so that it
+ * costs one processor at most, and that one is offered to others in every round.
+ */
+static int spin(struct zt_worker *w, struct epoll_event *events, uint64_t until) {
+    int n = 0;
+
+    if (atomic_exchange_explicit(&w->core->spinning, true, memory_order_relaxed)) return 0;
+    do {
+        sched_yield();
+        n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
+    } while (n == 0 && zt_now_us() < until);
+    atomic_store_explicit(&w->core->spinning, false, memory_order_relaxed);
+    return n;
+}
+
+static int next_events(struct zt_worker *w, struct epoll_event *events) {
+    int timeout = next_timeout_ms(w), n = 0;
+    uint64_t began, waited;
+
+    if (timeout == 0) return epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
+    began = zt_now_us();
+    if (w->spin_us) n = spin(w, events, began + w->spin_us);
+    if (n == 0) n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, timeout);
+    waited = zt_now_us() - began;
+    if (waited > ZT_SPIN_US)
+        w->spin_us = 0;
+    else if (w->spin_us < ZT_SPIN_US)
+        w->spin_us = w->spin_us ? 2 * w->spin_us : ZT_SPIN_US / 8;
+    return n;
+}
+
 static void *loop(void *arg) {
     struct zt_worker *w = arg;
     struct epoll_event events[EVENTS_PER_TURN];
 
     while (!w->stopping) {
-        int n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, next_timeout_ms(w));
+        int n = next_events(w, events);
 
         w->now = zt_now_us();
         atomic_store_explicit(&w->stats.last_loop_us, w->now, memory_order_relaxed);
@@ -465,7 +501,7 @@ int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
     for (int d = 0; d < ZT_DEADLINES; d++) zt_list_init(&w->deadlines[d]);
     *out = w; /* from here on zt_worker_free undoes it */
     core->workers[index] = w;
-    w->in = malloc(ZT_CHUNK);
+    w->in = malloc(ZT_WIRE);
     w->plain = malloc(ZT_CHUNK);
     w->out = malloc(ZT_CHUNK);
     rv = w->in && w->plain && w->out ? zt_table_init(&w->table) : -ENOMEM;

@@ -93,7 +93,7 @@ struct zt_msg {
 /* --- what a worker counts ------------------------------------------------------------------------------ */
 
 struct zt_worker_stats {
-    zt_count connections, tls_connections, accepted, upcalls, table_hits, last_loop_us;
+    zt_count connections, tls_connections, held, accepted, upcalls, table_hits, last_loop_us;
     zt_count handshake_failures[ZT_REASON_COUNT];
     zt_count expired[ZT_DEADLINES]; /* deadlines that ended something */
     struct zt_histogram handshakes_client, handshakes_server, upcall_latency;
@@ -122,6 +122,7 @@ struct zt_worker {
     bool woken, stopping;
     uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
     uint64_t now;       /* microseconds, read once a turn */
+    uint64_t spin_us;   /* how long to look for events before sleeping */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
@@ -141,7 +142,7 @@ struct zt_worker {
     struct zt_pipe pipes[ZT_PIPE_POOL];
     int npipes;
 
-    uint8_t *in;    /* ciphertext as received: ZT_CHUNK */
+    uint8_t *in;    /* ciphertext as received: ZT_WIRE */
     uint8_t *plain; /* plaintext received: ZT_CHUNK */
     uint8_t *out;   /* plaintext to be encrypted: ZT_CHUNK */
     size_t out_used;

@@ -133,6 +133,10 @@ enum zt_deadline {
 #define ZT_SECONDS(n) ((uint64_t)(n)*1000000u) /* microseconds */
 /* The longest that may be set: a week. What is set longer is meant as "never", and leaks. */
 #define ZT_DEADLINE_MAX_US ZT_SECONDS(7 * 24 * 3600)
+/* Memory is given back to the system this long after more than half of at least so many connections
+ * of a worker have ended: it stops the worker for a few milliseconds, and the next burst may be near. */
+#define ZT_TRIM_CONNECTIONS 1000u
+#define ZT_TRIM_US ZT_SECONDS(5)
 /* The longest wait that is worth spinning for instead of sleeping: about what it takes to answer a
  * small request through two tunnels. */
 #define ZT_SPIN_US 100u

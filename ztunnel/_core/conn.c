@@ -49,7 +49,7 @@ static struct zt_conn *conn_new(struct zt_worker *w, struct zt_pod *pod, enum zt
     c->stream.window = ZT_STREAM_WINDOW;
     c->stream.taken_at = w->now;
     zt_list_append(&w->conns, &c->link);
-    zt_add(&w->stats.connections, 1);
+    zt_worker_count(w, 1);
     return c;
 }
 
@@ -422,7 +422,7 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
     }
     zt_worker_report(w, &e);
     atomic_fetch_sub(&w->load_connections, 1);
-    zt_add(&w->stats.connections, (uint64_t)-1);
+    zt_worker_count(w, -1);
     zt_list_remove(&c->link);
     zt_bury(w, &c->grave);
 }

@@ -167,45 +167,62 @@ void zt_upcall_answer_certificate(struct zt_core *core, uint64_t id, uint64_t id
     if (u) reply(u, &msg);
 }
 
+/* The slot to fill, or `size` when the ring is full. */
+static size_t ring_put(struct zt_ring *r, size_t size) {
+    if (r->head == r->tail) r->first = r->tail;
+    return r->tail - r->head == size ? size : (size_t)((r->tail++ - r->first) % size);
+}
+
+/* The slot to empty, or `size` when there is none. */
+static size_t ring_take(struct zt_ring *r, size_t size) {
+    return r->head == r->tail ? size : (size_t)((r->head++ - r->first) % size);
+}
+
 bool zt_ended_push(struct zt_core *core, const struct zt_ended *e) {
+    struct zt_ring *r = &core->ended_at;
+    size_t at;
     bool full;
 
     pthread_mutex_lock(&core->queue_lock);
-    if (core->ended_tail - core->ended_head == ZT_EVENTS_MAX)
+    at = ring_put(r, ZT_EVENTS_MAX);
+    if (at == ZT_EVENTS_MAX)
         core->events_lost++;
     else
-        core->ended[core->ended_tail++ % ZT_EVENTS_MAX] = *e;
-    full = core->ended_tail - core->ended_head >= ZT_EVENTS_BATCH;
+        core->ended[at] = *e;
+    full = r->tail - r->head >= ZT_EVENTS_BATCH;
     pthread_mutex_unlock(&core->queue_lock);
     return full;
 }
 
 void zt_failed_push(struct zt_core *core, const struct zt_failed *f) {
+    size_t at;
+
     pthread_mutex_lock(&core->queue_lock);
-    if (core->failed_tail - core->failed_head == ZT_FAILURES_MAX)
+    at = ring_put(&core->failed_at, ZT_FAILURES_MAX);
+    if (at == ZT_FAILURES_MAX)
         core->events_lost++;
     else
-        core->failed[core->failed_tail++ % ZT_FAILURES_MAX] = *f;
+        core->failed[at] = *f;
     pthread_mutex_unlock(&core->queue_lock);
     zt_core_wake(core);
 }
 
 size_t zt_ended_take(struct zt_core *core, struct zt_ended *out, size_t most) {
-    size_t n = 0;
+    size_t n = 0, at;
 
     pthread_mutex_lock(&core->queue_lock);
-    while (n < most && core->ended_head != core->ended_tail)
-        out[n++] = core->ended[core->ended_head++ % ZT_EVENTS_MAX];
+    while (n < most && (at = ring_take(&core->ended_at, ZT_EVENTS_MAX)) != ZT_EVENTS_MAX)
+        out[n++] = core->ended[at];
     pthread_mutex_unlock(&core->queue_lock);
     return n;
 }
 
 size_t zt_failed_take(struct zt_core *core, struct zt_failed *out, size_t most) {
-    size_t n = 0;
+    size_t n = 0, at;
 
     pthread_mutex_lock(&core->queue_lock);
-    while (n < most && core->failed_head != core->failed_tail)
-        out[n++] = core->failed[core->failed_head++ % ZT_FAILURES_MAX];
+    while (n < most && (at = ring_take(&core->failed_at, ZT_FAILURES_MAX)) != ZT_FAILURES_MAX)
+        out[n++] = core->failed[at];
     pthread_mutex_unlock(&core->queue_lock);
     return n;
 }
@@ -214,7 +231,7 @@ size_t zt_freed_take(struct zt_core *core, uint64_t *out, size_t most) {
     size_t n = 0;
 
     pthread_mutex_lock(&core->queue_lock);
-    while (n < most && core->freed_head && core->freed_head->freed_at <= core->ended_head) {
+    while (n < most && core->freed_head && core->freed_head->freed_at <= core->ended_at.head) {
         struct zt_decision *d = core->freed_head;
 
         core->freed_head = d->next_freed;

@@ -1,6 +1,7 @@
 #include "state.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -88,7 +89,7 @@ void zt_decision_put(struct zt_decision *d) {
     free(d->choices);
     /* Its shell waits until its number has been reported. */
     pthread_mutex_lock(&core->queue_lock);
-    d->freed_at = core->ended_tail;
+    d->freed_at = core->ended_at.tail;
     d->next_freed = NULL;
     *core->freed_tail = d;
     core->freed_tail = &d->next_freed;
@@ -498,6 +499,10 @@ int zt_core_new(struct zt_core **out, int nworkers) {
     int rv;
 
     if (!core) return -ENOMEM;
+    /* Each nghttp2 session keeps room for one frame of ours, of which it writes the header only.
+     * As a mapping of its own that is one page; glibc would stop making mappings of that size as
+     * soon as the first is freed, and use the heap. */
+    mallopt(M_MMAP_THRESHOLD, ZT_CHUNK / 2);
     core->event_fd = -1;
     core->epoch = 1;
 #define X(name, setting, seconds) core->deadline_us[ZT_D_##name] = ZT_SECONDS(seconds);

@@ -178,6 +178,12 @@ struct zt_failed {
     char detail[ZT_DETAIL];
 };
 
+/* Positions in a ring: they grow for ever, tail at most the ring's size before head. An empty ring
+ * begins at its first slot again, so that only as much of it is touched as has ever waited. */
+struct zt_ring {
+    uint64_t head, tail, first;
+};
+
 struct zt_core {
     int nworkers;
     struct zt_worker **workers;
@@ -194,10 +200,9 @@ struct zt_core {
     struct zt_upcall *upcalls_head, **upcalls_tail;
     struct zt_map asked; /* upcalls that have no answer yet, by id */
     uint64_t next_upcall;
-    struct zt_ended *ended;          /* ring */
-    uint64_t ended_head, ended_tail; /* grow for ever; head <= tail <= head + ZT_EVENTS_MAX */
-    struct zt_failed *failed;        /* ring */
-    uint64_t failed_head, failed_tail;
+    struct zt_ended *ended;   /* of ZT_EVENTS_MAX */
+    struct zt_failed *failed; /* of ZT_FAILURES_MAX */
+    struct zt_ring ended_at, failed_at;
     struct zt_decision *freed_head, **freed_tail;
     uint64_t events_lost;
 };

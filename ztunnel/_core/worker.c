@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <netinet/in.h>
 #include <sched.h>
 #include <signal.h>
@@ -72,6 +73,25 @@ void zt_worker_report(struct zt_worker *w, const struct zt_ended *e) {
         w->report_at = w->now;
     else if (!w->report_at)
         w->report_at = w->now + ZT_REPORT_US;
+}
+
+void zt_worker_count(struct zt_worker *w, int change) {
+    uint64_t open;
+
+    zt_add(&w->stats.connections, (uint64_t)change);
+    open = zt_get(&w->stats.connections);
+    if (open > w->peak) w->peak = open;
+    if (w->peak >= ZT_TRIM_CONNECTIONS && open < w->peak / 2) {
+        w->trim_at = w->now + ZT_TRIM_US;
+        w->peak = open;
+    }
+}
+
+/* The C library keeps what is freed between pieces that are in use, for ever. */
+static void give_back(struct zt_worker *w) {
+    if (!w->trim_at || w->trim_at > w->now) return;
+    w->trim_at = 0;
+    malloc_trim(0);
 }
 
 static void send_reports(struct zt_worker *w) {
@@ -476,6 +496,7 @@ static void *loop(void *arg) {
         zt_h2_flush_dirty(w);
         bury_all(w);
         send_reports(w);
+        give_back(w);
     }
     end_everything(w);
     zt_core_wake(w->core);

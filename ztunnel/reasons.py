@@ -81,6 +81,8 @@ class Reason(enum.StrEnum):
     REQUEST_TIMEOUT = "connect_request_timeout"
     STREAM_TIMEOUT = "stream_wait_timeout"
     HALF_CLOSED_TIMEOUT = "half_closed_timeout"
+    CLIENT_LOST = "client_lost"
+    SERVER_LOST = "server_lost"
 
 
 NO_FLAG: Final = "-"
@@ -192,6 +194,14 @@ _TABLE: Final[dict[Reason, tuple[str, str]]] = {
     _R.HALF_CLOSED_TIMEOUT: (
         NO_FLAG,
         "one side ended and nothing moved on the other: it has probably gone (half_closed)",
+    ),
+    _R.CLIENT_LOST: (
+        _CONNECT,
+        "the connection to the client broke: no answer, no route, or somebody destroyed it",
+    ),
+    _R.SERVER_LOST: (
+        _CONNECT,
+        "the connection to the server broke: no answer, no route, or somebody destroyed it",
     ),
 }
 

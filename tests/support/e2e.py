@@ -290,6 +290,9 @@ class Mesh:
 
     # --- names and addresses ----------------------------------------------------------------------
 
+    def uid(self, pod: str) -> str:
+        return PODS[pod]
+
     def space(self, pod: str) -> Path:
         return self.lab.namespace(PODS[pod])
 

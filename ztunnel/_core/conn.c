@@ -179,6 +179,13 @@ enum zt_reason zt_reason_of_connect(int error) {
     }
 }
 
+enum zt_reason zt_reason_of_leg(const struct zt_conn *c, const struct zt_leg *leg, int error) {
+    bool reset = error == 0 || error == ECONNRESET || error == EPIPE || error == ENOTCONN;
+
+    if (leg == &c->client) return reset ? ZT_R_CLIENT_RESET : ZT_R_CLIENT_LOST;
+    return reset ? ZT_R_SERVER_RESET : ZT_R_SERVER_LOST;
+}
+
 static void dial(struct zt_conn *c) {
     const struct zt_decision *d = c->decision;
     struct zt_worker *w = c->worker;
@@ -273,7 +280,7 @@ static void on_client(struct zt_worker *w, struct zt_io *io, uint32_t events) {
     if (c->state == ZT_C_ENDED) return;
     zt_leg_events(&c->client, events);
     if (events & EPOLLERR)
-        zt_conn_end(c, ZT_R_CLIENT_RESET);
+        zt_conn_end(c, zt_reason_of_leg(c, &c->client, zt_sock_error(io->fd)));
     else if (c->state == ZT_C_OPEN)
         flow(c, &c->client);
     else if (events & EPOLLHUP)
@@ -294,7 +301,7 @@ static void on_server(struct zt_worker *w, struct zt_io *io, uint32_t events) {
         else if (events & EPOLLOUT)
             zt_conn_open(c);
     } else if (events & EPOLLERR) {
-        zt_conn_end(c, ZT_R_SERVER_RESET);
+        zt_conn_end(c, zt_reason_of_leg(c, &c->server, zt_sock_error(io->fd)));
     } else if (c->state == ZT_C_OPEN) {
         flow(c, &c->server);
     }
@@ -372,8 +379,15 @@ static int status_of(enum zt_reason reason) {
 /* RFC 9113, 8.5: an error of the TCP connection is CONNECT_ERROR. */
 static uint32_t error_code_of(enum zt_reason reason) {
     if (reason == ZT_R_CLOSED) return NGHTTP2_NO_ERROR;
-    return reason == ZT_R_CLIENT_RESET || reason == ZT_R_SERVER_RESET ? NGHTTP2_CONNECT_ERROR
-                                                                      : NGHTTP2_CANCEL;
+    switch (reason) {
+    case ZT_R_CLIENT_RESET:
+    case ZT_R_SERVER_RESET:
+    case ZT_R_CLIENT_LOST:
+    case ZT_R_SERVER_LOST:
+        return NGHTTP2_CONNECT_ERROR;
+    default:
+        return NGHTTP2_CANCEL;
+    }
 }
 
 static void close_leg(struct zt_leg *leg, bool clean) {

@@ -27,6 +27,7 @@ struct zt_leg {
     bool hangup;             /* FIN or worse has been seen: read until the end shows */
     bool eof;                /* we have read the end */
     bool shut;               /* we have sent our end */
+    int error;               /* errno of what failed on it */
 };
 
 struct zt_chunk {
@@ -98,6 +99,8 @@ struct zt_leg *zt_conn_leg(struct zt_conn *c);
 /* Updates the leg's flags from epoll's events. */
 void zt_leg_events(struct zt_leg *leg, uint32_t events);
 enum zt_reason zt_reason_of_connect(int error);
+/* Of a connection that stood: its application has reset it, or it broke by itself. */
+enum zt_reason zt_reason_of_leg(const struct zt_conn *c, const struct zt_leg *leg, int error);
 
 /* --- sock.c --------------------------------------------------------------------------------------- */
 

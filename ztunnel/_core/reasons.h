@@ -70,7 +70,10 @@
     X(FIRST_BYTE_TIMEOUT, "first_byte_timeout")        \
     X(REQUEST_TIMEOUT, "connect_request_timeout")      \
     X(STREAM_TIMEOUT, "stream_wait_timeout")           \
-    X(HALF_CLOSED_TIMEOUT, "half_closed_timeout")
+    X(HALF_CLOSED_TIMEOUT, "half_closed_timeout")      \
+    /* an application's connection broke by itself */  \
+    X(CLIENT_LOST, "client_lost")                      \
+    X(SERVER_LOST, "server_lost")
 
 enum zt_reason {
 #define X(name, token) ZT_R_##name,

@@ -12,6 +12,8 @@
 
 /* The kernel's default limit for unprivileged users, so that it is granted everywhere. */
 #define PIPE_BYTES (256 * 1024)
+/* Read past urgent data at once: what the smallest pipe takes. */
+#define URGENT_BYTES 4096
 
 static int pipe_take(struct zt_worker *w, struct zt_pipe *p) {
     int fds[2];
@@ -57,6 +59,20 @@ void zt_relay_drop_pool(struct zt_worker *w) {
 
 enum outcome { DONE, AGAIN, MORE, FROM_FAILED, TO_FAILED, NO_PIPE };
 
+/* What splice leaves when it says that nothing more comes: an end, or urgent data before which it
+ * stops for ever (RFC 6093 wants it read inline; like every reader that has not asked for it, recv
+ * drops the urgent byte and goes on). Fills the pipe, which is empty, as splice would have. */
+static ssize_t beyond(struct zt_worker *w, const struct zt_leg *from, const struct zt_half *half) {
+    ssize_t n = recv(from->io.fd, w->plain, URGENT_BYTES, 0);
+
+    return n > 0 ? write(half->pipe.w, w->plain, (size_t)n) : n;
+}
+
+static enum outcome failed(struct zt_leg *leg, enum outcome how) {
+    leg->error = errno;
+    return how;
+}
+
 /* Moves bytes one way; MORE: the budget is used up. */
 static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg *to,
                          struct zt_half *half, uint64_t *moved) {
@@ -67,10 +83,11 @@ static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg
             if (half->pipe.r < 0 && pipe_take(w, &half->pipe) < 0) return NO_PIPE;
             n = splice(from->io.fd, NULL, half->pipe.w, NULL, PIPE_BYTES,
                        SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+            if (n == 0) n = beyond(w, from, half);
             if (n < 0 && errno == EAGAIN)
                 from->readable = false; /* the pipe is empty: it is the socket that is */
             else if (n < 0)
-                return FROM_FAILED;
+                return failed(from, FROM_FAILED);
             else if (n == 0)
                 from->eof = true;
             else
@@ -79,7 +96,7 @@ static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg
         if (half->in_pipe == 0) {
             pipe_give(w, half);
             if (!from->eof) return AGAIN;
-            if (!to->shut && shutdown(to->io.fd, SHUT_WR) < 0) return TO_FAILED;
+            if (!to->shut && shutdown(to->io.fd, SHUT_WR) < 0) return failed(to, TO_FAILED);
             to->shut = true;
             return DONE;
         }
@@ -90,7 +107,7 @@ static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg
             to->writable = false;
             return AGAIN;
         }
-        if (n <= 0) return TO_FAILED;
+        if (n <= 0) return failed(to, TO_FAILED);
         half->in_pipe -= (size_t)n;
         *moved += (uint64_t)n;
         budget += (uint64_t)n;
@@ -109,9 +126,9 @@ void zt_relay_run(struct zt_conn *c) {
     if (up == NO_PIPE || down == NO_PIPE)
         zt_conn_end(c, ZT_R_NO_DESCRIPTORS);
     else if (up == FROM_FAILED || down == TO_FAILED)
-        zt_conn_end(c, ZT_R_CLIENT_RESET);
+        zt_conn_end(c, zt_reason_of_leg(c, &c->client, c->client.error));
     else if (up == TO_FAILED || down == FROM_FAILED)
-        zt_conn_end(c, ZT_R_SERVER_RESET);
+        zt_conn_end(c, zt_reason_of_leg(c, &c->server, c->server.error));
     else if (up == DONE && down == DONE)
         zt_conn_end(c, ZT_R_CLOSED);
     else if (up == MORE || down == MORE)

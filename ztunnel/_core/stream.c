@@ -131,8 +131,9 @@ static void delivered(struct zt_conn *c, size_t n) {
     }
 }
 
-static enum zt_reason leg_reset(const struct zt_conn *c) {
-    return c->kind == ZT_OUTBOUND ? ZT_R_CLIENT_RESET : ZT_R_SERVER_RESET;
+/* By errno, right behind the call that failed. */
+static enum zt_reason leg_failed(struct zt_conn *c) {
+    return zt_reason_of_leg(c, zt_conn_leg(c), errno);
 }
 
 /* What the socket takes of the vector; -1 when the application has gone. */
@@ -186,7 +187,7 @@ void zt_stream_deliver(struct zt_conn *c) {
     if (c->state != ZT_C_OPEN) return;
     if (c->stream.remote_end) zt_conn_half_closed(c);
     if (write_pending(c) < 0) {
-        zt_conn_end(c, leg_reset(c));
+        zt_conn_end(c, leg_failed(c));
         return;
     }
     if (c->stream.pending || !c->stream.remote_end) return;
@@ -194,7 +195,7 @@ void zt_stream_deliver(struct zt_conn *c) {
         leg->shut = true;
         /* ENOTCONN: the application closed first; nothing is lost by it. */
         if (shutdown(leg->io.fd, SHUT_WR) < 0 && errno != ENOTCONN) {
-            zt_conn_end(c, leg_reset(c));
+            zt_conn_end(c, leg_failed(c));
             return;
         }
     }
@@ -215,7 +216,7 @@ static void flush_gather(struct zt_gather *g) {
     if (len && c->state == ZT_C_OPEN && !c->stream.pending) {
         sent = write_leg(leg, iov, g->n, len);
         if (sent < 0) {
-            zt_conn_end(c, leg_reset(c));
+            zt_conn_end(c, leg_failed(c));
             return;
         }
         if (sent) delivered(c, (size_t)sent);
@@ -305,7 +306,7 @@ static ssize_t read_leg(nghttp2_session *session, int32_t id, uint8_t *buf, size
         return NGHTTP2_ERR_DEFERRED;
     }
     if (n < 0) {
-        zt_conn_end(c, leg_reset(c));
+        zt_conn_end(c, leg_failed(c));
         return NGHTTP2_ERR_DEFERRED;
     }
     if ((size_t)n < room && !leg->hangup) leg->readable = false;

@@ -29,7 +29,7 @@ from typing import Final
 import click
 import structlog
 
-from ztunnel import _core, access_log, logs, memory, stats, tls
+from ztunnel import _core, access_log, logs, stats, tls
 from ztunnel.admin import Page, Server, health_page, parse_address
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
@@ -91,7 +91,6 @@ class Daemon:
         self._tunnel = Tunnel(self._core, log, time.monotonic, time.time)
         self._control = Control(control, self._tunnel, self._answer)
         self._health = Health(self._core, self._tunnel, self._control, time.monotonic, time.time)
-        self._memory = memory.Returner()
         self._stopping = asyncio.Event()
         self._scraping = asyncio.Lock()
         self._told_ready = False
@@ -138,9 +137,6 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK)
             self._tunnel.tick()
-            now = self._core.stats()
-            if self._memory.due(now.connections, now.tls_connections):
-                await asyncio.to_thread(memory.give_back)
 
     async def _watch(self) -> None:
         """Tell the service manager of readiness, and that the workers turn."""

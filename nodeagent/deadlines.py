@@ -54,6 +54,8 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     ping_interval: _Wait | None = None
     ping_answer: _Wait | None = None
     idle: Annotated[int, Check(_between(5, _WEEK))] | None = None
+    goodbye: _Short | None = None
+    drain: Annotated[int, Check(_between(1, _WEEK))] | None = None
 
 
 def resolve(section: Section | None) -> Deadlines:

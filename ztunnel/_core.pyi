@@ -100,6 +100,13 @@ class Core:
     def start(self) -> None: ...
     def stop(self) -> None:
         """End every connection and join the threads."""
+    def drain(self) -> None:
+        """Hand over to a successor that has the same listening sockets: close ours, without losing
+        what waits in them; say GOAWAY to the clients of HBONE; judge and serve what is there, until
+        the deadline `drain`. Pods that are added later are not listened for. Again: no effect.
+        Raises OSError before `start`."""
+    def drained(self) -> bool:
+        """True when a draining core carries nothing any more, and `stop` would cut nothing."""
     @property
     def event_fd(self) -> int:
         """Readable while upcalls, ended connections, failures or freed decisions wait."""

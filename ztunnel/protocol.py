@@ -256,6 +256,8 @@ class Deadlines(_Base, frozen=True, kw_only=True, tag="deadlines"):
     ping_interval: int = 10
     ping_answer: int = 20
     idle: int = 300
+    goodbye: int = 10
+    drain: int = 3600
 
 
 class Settings(_Base, frozen=True, tag="settings"):

@@ -83,6 +83,7 @@ class Reason(enum.StrEnum):
     HALF_CLOSED_TIMEOUT = "half_closed_timeout"
     CLIENT_LOST = "client_lost"
     SERVER_LOST = "server_lost"
+    DRAIN_TIMEOUT = "drain_timeout"
 
 
 NO_FLAG: Final = "-"
@@ -202,6 +203,10 @@ _TABLE: Final[dict[Reason, tuple[str, str]]] = {
     _R.SERVER_LOST: (
         _CONNECT,
         "the connection to the server broke: no answer, no route, or somebody destroyed it",
+    ),
+    _R.DRAIN_TIMEOUT: (
+        NO_FLAG,
+        "cut: an upgrade has replaced this tunnel, and the time for what it still carried is over",
     ),
 }
 

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 from OpenSSL import SSL
 
@@ -54,12 +54,27 @@ class Judged:
         self.failed: list[_core.Failed] = []
         self.freed: list[int] = []
         self.keep: list[object] = []
+        self.pod: tuple[Any, ...] = ()
+        """What was told of the pod."""
+        self.contexts: tuple[int, int] | None = None
+        self._workers = workers
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
     def start(self) -> None:
+        self.core.add_series(SERIES)
+        self.core.add_pod(*self.pod)
+        if self.contexts is not None:
+            self.core.set_credential(CREDENTIAL, *self.contexts)
         self.core.start()
         self._thread.start()
+
+    def successor(self) -> Judged:
+        """Start another core with the same pod and the same listening sockets."""
+        made = Judged(self.rule, self._workers)
+        made.pod, made.contexts = self.pod, self.contexts
+        made.start()
+        return made
 
     def collect(self) -> None:
         for upcall in self.core.upcalls(64):
@@ -280,19 +295,15 @@ def pair(
                 judged.keep += [made]
                 socks = listeners(pod, ports)
                 judged.keep += socks
-                judged.core.add_series(SERIES)
-                judged.core.add_pod(
+                judged.pod = (
                     POD,
                     pod.fd,
-                    socks[0].fileno(),
-                    socks[1].fileno(),
-                    socks[2].fileno(),
+                    *(sock.fileno() for sock in socks),
                     tuple(map(packed, addresses)),
                     CREDENTIAL,
                 )
                 if certified or judged is client:
-                    judged.core.set_credential(
-                        CREDENTIAL,
+                    judged.contexts = (
                         tls.context_pointer(made.client),
                         tls.context_pointer(made.server),
                     )

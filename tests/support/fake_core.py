@@ -53,6 +53,8 @@ class FakeCore:
         self.killed_identities: dict[int, Reason] = {}
         self.closed_peers: dict[int, Reason] = {}
         self.deadlines: dict[str, int] = {}
+        self.emptied = False
+        """What `drained` says."""
         self.fail_add_pod: Exception | None = None
         self.last_loop_us: tuple[int, ...] = (0,)
         self._epoch = 1
@@ -151,6 +153,12 @@ class FakeCore:
         self._epoch += 1
         self._told("advance_epoch", self._epoch)
         return self._epoch
+
+    def drain(self) -> None:
+        self._told("drain")
+
+    def drained(self) -> bool:
+        return self.emptied
 
     def set_deadline(self, name: str, us: int) -> None:
         self.deadlines[name] = us

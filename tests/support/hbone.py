@@ -288,6 +288,8 @@ class _Side:
         self.data: dict[int, bytes] = {}
         self.ended: set[int] = set()
         self.resets: dict[int, int] = {}
+        self.goaways: list[int] = []
+        """The last stream that each GOAWAY named."""
 
     def frame(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> None:
         self.tls.send(encoded(kind, flags, stream, payload))
@@ -316,7 +318,8 @@ class _Side:
     def reset(self, stream: int, code: int = 8) -> None:
         self.frame(Kind.RST_STREAM, 0, stream, struct.pack("!I", code))
 
-    def _frame(self) -> Frame:
+    def frame_in(self) -> Frame:
+        """Take one frame in and do nothing about it. Raises Gone."""
         while len(self._buffer) < 9:
             self._buffer += self.tls.receive()
         length = int.from_bytes(self._buffer[:3])
@@ -329,7 +332,7 @@ class _Side:
 
     def step(self) -> Frame:
         """Take one frame in, do what HTTP/2 demands at once, and return it. Raises Gone."""
-        frame = self._frame()
+        frame = self.frame_in()
         if frame.kind == Kind.HEADERS:
             self.headers[frame.stream] = self._inflater.read(frame.payload)
         elif frame.kind == Kind.DATA:
@@ -341,6 +344,7 @@ class _Side:
         elif frame.kind == Kind.PING and not frame.flags & ACK:
             self.frame(Kind.PING, ACK, 0, frame.payload)
         elif frame.kind == Kind.GOAWAY:
+            self.goaways.append(int.from_bytes(frame.payload[:4]))
             raise Gone(f"GOAWAY {int.from_bytes(frame.payload[4:8])}")
         if frame.kind in (Kind.HEADERS, Kind.DATA) and frame.flags & END_STREAM:
             self.ended.add(frame.stream)

@@ -80,6 +80,8 @@
 #define ZT_POOL_DIALS 4
 /* Connections accepted for one readiness event before other events are served. */
 #define ZT_ACCEPT_BATCH 16
+/* Connections that a listener may hold when we part with it: the largest backlog that is used. */
+#define ZT_ACCEPT_LAST 65536
 /* Certificates of a peer's chain that are handed on: leaf, intermediates and some slack. */
 #define ZT_MAX_CHAIN 8
 /* Tickets and KeyUpdates of one TLS connection: two tickets, and a KeyUpdate for each few hundred
@@ -108,6 +110,10 @@
  * PONG        The answer to a PING: several retransmissions.
  * IDLE        An HBONE connection without streams; a new one costs a handshake, an old one memory.
  *             Looked at with each PING.
+ * GOODBYE     The other side's end of an HBONE connection that we have ended in good order.
+ * DRAIN       What a tunnel still carries that has handed over to its successor: an hour, the life
+ *             of a certificate, so that sessions that people use end by themselves, and old code
+ *             does not stay for ever.
  */
 #define ZT_DEADLINE_TABLE(X)            \
     X(DECISION, "decision", 15)         \
@@ -122,7 +128,9 @@
     X(HALF_CLOSED, "half_closed", 3600) \
     X(PING, "ping_interval", 10)        \
     X(PONG, "ping_answer", 20)          \
-    X(IDLE, "idle", 300)
+    X(IDLE, "idle", 300)                \
+    X(GOODBYE, "goodbye", 10)           \
+    X(DRAIN, "drain", 3600)
 
 enum zt_deadline {
 #define X(name, setting, seconds) ZT_D_##name,

@@ -68,6 +68,7 @@ static bool worth_telling(enum zt_h2_state was, enum zt_reason reason) {
     case ZT_R_TLS_TRUNCATED:
     case ZT_R_SHUTDOWN:
     case ZT_R_POD_REMOVED:
+    case ZT_R_DRAIN_TIMEOUT:
         return false;
     default:
         return true;
@@ -145,7 +146,10 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     h->session = NULL;
     if (h->ssl) ossl.SSL_free(h->ssl);
     h->ssl = NULL;
-    if (h->io.fd >= 0) close(h->io.fd);
+    if (h->io.fd >= 0 && was == ZT_H_OPEN && reason == ZT_R_IDLE)
+        zt_linger(w, h->pod, h->io.fd);
+    else if (h->io.fd >= 0)
+        close(h->io.fd);
     h->io.fd = -1;
     if (h->server) atomic_fetch_sub(&w->load_tls, 1);
     if (h->server && was < ZT_H_OPEN) atomic_fetch_sub(&h->pod->handshakes, 1);
@@ -316,9 +320,35 @@ void zt_h2_retire(struct zt_worker *w) {
                 start_connect(h);
         } else if (h->state == ZT_H_OPEN && outdated(h)) {
             h->retiring = true;
-            if (!h->nstreams) zt_h2_end(h, ZT_R_IDLE, NULL);
+            zt_h2_mark_dirty(h);
         }
     }
+}
+
+/* --- leaving ------------------------------------------------------------------------------------------------------ */
+
+/* Nothing keeps it any more but its own output, which flush sees out first. */
+static bool leaving(const struct zt_h2 *h) {
+    return !h->nstreams && (h->retiring || (h->worker->draining && !h->server));
+}
+
+void zt_h2_drain(struct zt_h2 *h) {
+    if (h->state != ZT_H_OPEN) return; /* it is told when it is open */
+    if (h->server && !h->noticed) {
+        /* RFC 9113, 6.8: "2^31-1" first, and what was the last once the peer must have seen it. */
+        h->noticed = h->worker->now;
+        nghttp2_submit_shutdown_notice(h->session);
+    }
+    zt_h2_mark_dirty(h);
+}
+
+void zt_h2_part(struct zt_h2 *h) {
+    if (h->parted) return;
+    h->parted = h->retiring = true;
+    nghttp2_submit_goaway(h->session, NGHTTP2_FLAG_NONE,
+                          nghttp2_session_get_last_proc_stream_id(h->session), NGHTTP2_NO_ERROR,
+                          NULL, 0);
+    zt_h2_mark_dirty(h);
 }
 
 void zt_h2_settled(struct zt_h2 *h) {
@@ -330,7 +360,7 @@ void zt_h2_settled(struct zt_h2 *h) {
 void zt_h2_idle_check(struct zt_h2 *h) {
     if (h->nstreams) return;
     h->idle_since = h->worker->now;
-    if (h->retiring) zt_h2_end(h, ZT_R_IDLE, NULL);
+    if (leaving(h)) zt_h2_mark_dirty(h);
 }
 
 /* --- handshake and judgement ------------------------------------------------------------------------------------- */
@@ -491,6 +521,7 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
             return;
         }
     }
+    if (w->draining) zt_h2_drain(h);
     receive(h);
 }
 
@@ -597,6 +628,8 @@ static void flush(struct zt_h2 *h) {
     if (h->state != ZT_H_OPEN) return;
     if (h->fate)
         zt_h2_end(h, h->fate, NULL);
+    else if (leaving(h))
+        zt_h2_end(h, ZT_R_IDLE, NULL);
     else if (!nghttp2_session_want_read(h->session) && !nghttp2_session_want_write(h->session))
         zt_h2_end(h, h->nstreams ? ZT_R_H2_PROTOCOL : ZT_R_IDLE, NULL);
     else if (h->readable)
@@ -687,6 +720,8 @@ static void on_timer(struct zt_worker *w, struct zt_timer *t) {
         return;
     }
     zt_tls_shrink(h);
+    /* It answers no PING of ours: it has had the time. */
+    if (h->noticed && zt_timer_over(w, ZT_D_PING, h->noticed)) zt_h2_part(h);
     if (!h->nstreams && zt_timer_over(w, ZT_D_IDLE, h->idle_since)) {
         expire(h, ZT_D_IDLE);
     } else if (zt_timer_over(w, ZT_D_PING, h->heard)) {

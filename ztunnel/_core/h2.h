@@ -47,6 +47,8 @@ struct zt_h2 {
     enum zt_reason fate; /* what to end with once nghttp2 is off the stack; 0: nothing */
     uint64_t identity;   /* server: number of the proven identity */
     uint64_t upcall, generation, started, heard, idle_since;
+    uint64_t noticed;       /* when the first GOAWAY went out (RFC 9113, 6.8); 0: not yet */
+    bool parted;            /* the second went out too: no stream begins any more */
     struct zt_addr address; /* the other side */
     struct zt_addr local;
     SSL *ssl;
@@ -84,6 +86,10 @@ void zt_h2_mark_dirty(struct zt_h2 *h);
 void zt_h2_settled(struct zt_h2 *h);
 /* Something was read or written: the connection lives. */
 void zt_h2_idle_check(struct zt_h2 *h);
+/* The worker drains: tell the peer to take new streams elsewhere, or let an idle one go. */
+void zt_h2_drain(struct zt_h2 *h);
+/* The peer has seen the first GOAWAY, or had the time to: say which stream was the last. */
+void zt_h2_part(struct zt_h2 *h);
 void zt_h2_pool_serve(struct zt_worker *w, struct zt_peer *peer);
 
 /* --- tls.c: bytes in and out -------------------------------------------------------------------------- */

@@ -169,6 +169,14 @@ PyObject *zt_py_stop(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+PyObject *zt_py_drain(PyObject *self, PyObject *unused) {
+    return zt_py_done(zt_core_drain(zt_py_core(self)), "drain");
+}
+
+PyObject *zt_py_drained(PyObject *self, PyObject *unused) {
+    return PyBool_FromLong(zt_core_drained(zt_py_core(self)));
+}
+
 static PyObject *core_event_fd(PyObject *self, void *closure) {
     return PyLong_FromLong(zt_py_core(self)->event_fd);
 }

@@ -34,6 +34,8 @@ struct core_object {
 #define ZT_PY_METHODS(X)                \
     X(start, METH_NOARGS)               \
     X(stop, METH_NOARGS)                \
+    X(drain, METH_NOARGS)               \
+    X(drained, METH_NOARGS)             \
     X(advance_epoch, METH_NOARGS)       \
     X(set_deadline, METH_VARARGS)       \
     X(add_pod, METH_VARARGS)            \

@@ -73,7 +73,8 @@
     X(HALF_CLOSED_TIMEOUT, "half_closed_timeout")      \
     /* an application's connection broke by itself */  \
     X(CLIENT_LOST, "client_lost")                      \
-    X(SERVER_LOST, "server_lost")
+    X(SERVER_LOST, "server_lost")                      \
+    X(DRAIN_TIMEOUT, "drain_timeout")
 
 enum zt_reason {
 #define X(name, token) ZT_R_##name,

@@ -272,7 +272,7 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
         zt_pod_put(pod);
         return rv;
     }
-    if (core->running) rv = pod_watch(core, pod, EPOLL_CTL_ADD);
+    if (core->running && !core->draining) rv = pod_watch(core, pod, EPOLL_CTL_ADD);
     if (rv) zt_pod_remove(core, number);
     return rv;
 }
@@ -286,7 +286,7 @@ int zt_pod_remove(struct zt_core *core, uint64_t number) {
     if (!pod) return -ENOENT;
     atomic_store(&pod->removed, true);
     if (core->running) {
-        pod_watch(core, pod, EPOLL_CTL_DEL);
+        if (!core->draining) pod_watch(core, pod, EPOLL_CTL_DEL);
         for (int i = 0; i < core->nworkers; i++) {
             struct zt_msg *m = pod->gone;
 
@@ -492,6 +492,49 @@ void zt_core_stop(struct zt_core *core) {
     core->running = false;
     post_all(core, (struct zt_msg){.type = ZT_MSG_STOP}, NULL, NULL);
     for (int i = 0; i < core->nworkers; i++) zt_worker_join(core->workers[i]);
+}
+
+/* To every worker, and counted until each has served it: what is lost for want of memory only
+ * leaves a listener open, which is another's too. */
+static void post_parting(struct zt_core *core, enum zt_msg_type type, struct zt_pod *pod) {
+    for (int i = 0; i < core->nworkers; i++) {
+        struct zt_msg m = {.type = type, .pod = pod ? zt_pod_get(pod) : NULL};
+
+        atomic_fetch_add(&core->parting, 1);
+        if (zt_worker_post(core->workers[i], &m) == -ENOMEM) atomic_fetch_sub(&core->parting, 1);
+    }
+}
+
+int zt_core_drain(struct zt_core *core) {
+    if (!core->running) return -EINVAL;
+    if (core->draining) return 0;
+    core->draining = true;
+    pthread_mutex_lock(&core->lock);
+    for (size_t b = 0; b < core->pods.nbuckets; b++) {
+        for (struct zt_map_node *n = core->pods.buckets[b]; n; n = n->next) {
+            struct zt_pod *pod = AS(struct zt_pod, n);
+
+            pod_watch(core, pod, EPOLL_CTL_DEL);
+            atomic_store(&pod->hearing, core->nworkers);
+            post_parting(core, ZT_MSG_DEAF, pod);
+        }
+    }
+    pthread_mutex_unlock(&core->lock);
+    post_parting(core, ZT_MSG_DRAIN, NULL);
+    return 0;
+}
+
+bool zt_core_drained(const struct zt_core *core) {
+    if (!core->draining || atomic_load(&core->parting)) return false;
+    for (int i = 0; i < core->nworkers; i++) {
+        struct zt_worker *w = core->workers[i];
+
+        /* In this order: a stream comes from an HBONE connection, never the other way round. */
+        if (atomic_load(&w->load_connections) || atomic_load(&w->load_tls) ||
+            zt_get(&w->stats.tls_connections) || atomic_load(&w->lingering))
+            return false;
+    }
+    return true;
 }
 
 int zt_core_new(struct zt_core **out, int nworkers) {

@@ -66,6 +66,7 @@ struct zt_pod {
     struct zt_credential *credential;
     _Atomic bool removed;
     struct zt_msg *gone; /* for each worker, so that it learns of the removal even without memory */
+    _Atomic int hearing; /* while draining: workers that may still use the listeners */
     _Atomic int asking;  /* questions of this pod that wait for an answer, of all workers */
     _Atomic int handshakes; /* as a server, not open yet, of all workers */
     _Atomic int64_t held;   /* bytes that wait for its readers, of all workers */
@@ -187,7 +188,8 @@ struct zt_ring {
 struct zt_core {
     int nworkers;
     struct zt_worker **workers;
-    bool running;
+    bool running, draining;
+    _Atomic int parting; /* messages about draining that no worker has served yet */
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
     _Atomic bool spinning; /* a worker looks for events instead of sleeping */
@@ -214,6 +216,10 @@ void zt_queues_free(struct zt_core *core);
 int zt_core_new(struct zt_core **out, int nworkers);
 int zt_core_start(struct zt_core *core);
 void zt_core_stop(struct zt_core *core);
+/* Accept nothing more, and say goodbye; serve what is there. Again: nothing to do. */
+int zt_core_drain(struct zt_core *core);
+/* True when a draining core carries nothing any more. */
+bool zt_core_drained(const struct zt_core *core);
 void zt_core_free(struct zt_core *core);
 
 /* get: a new reference, or NULL. put: gives one back; NULL is allowed. */

@@ -545,12 +545,18 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     return 0;
 }
 
+/* The PING behind the first GOAWAY: its answer says that the peer has seen that one. */
+static const uint8_t farewell[8] = {'f', 'a', 'r', 'e', 'w', 'e', 'l', 'l'};
+
 static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) {
     struct zt_h2 *h = self(user_data);
     struct zt_conn *c = conn_of(session, frame->hd.stream_id);
 
     if (frame->hd.type == NGHTTP2_SETTINGS && !(frame->hd.flags & NGHTTP2_FLAG_ACK))
         zt_h2_settled(h);
+    if (frame->hd.type == NGHTTP2_PING && (frame->hd.flags & NGHTTP2_FLAG_ACK) && h->noticed &&
+        memcmp(frame->ping.opaque_data, farewell, sizeof(farewell)) == 0)
+        zt_h2_part(h);
     if (frame->hd.type == NGHTTP2_GOAWAY) {
         h->retiring = true;
         zt_h2_idle_check(h);
@@ -587,13 +593,16 @@ static void complain(struct zt_h2 *h, const nghttp2_goaway *g) {
 /* RFC 9113, 8.1: once a refusal is out, we have no interest in the rest of the request. nghttp2
  * drops what a stream still has to send when it is told earlier. */
 static int on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) {
+    struct zt_h2 *h = self(user_data);
     int32_t id = frame->hd.stream_id;
 
     /* The peer made us reset a stream, by breaking HTTP/2 on it (CVE-2025-8671). */
     if (frame->hd.type == NGHTTP2_RST_STREAM && broke_the_rules(frame->rst_stream.error_code))
-        useless(self(user_data), "too many streams on which it broke HTTP/2");
-    if (frame->hd.type == NGHTTP2_GOAWAY) complain(self(user_data), &frame->goaway);
-    if (self(user_data)->server && frame->hd.type == NGHTTP2_HEADERS &&
+        useless(h, "too many streams on which it broke HTTP/2");
+    if (frame->hd.type == NGHTTP2_GOAWAY) complain(h, &frame->goaway);
+    if (frame->hd.type == NGHTTP2_GOAWAY && h->noticed && !h->parted)
+        nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, farewell);
+    if (h->server && frame->hd.type == NGHTTP2_HEADERS &&
         (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) &&
         nghttp2_session_get_stream_remote_close(session, id) == 0)
         zt_session_check(self(user_data), nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, id,

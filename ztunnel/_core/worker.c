@@ -270,6 +270,7 @@ static void handle_message(struct zt_worker *w, struct zt_msg *m) {
     case ZT_MSG_POD_GONE:
         m->reason = ZT_R_POD_REMOVED;
         end_where(w, m);
+        zt_linger_end(w, m->pod);
         if (w->netns == m->pod) w->netns = NULL;
         break;
     case ZT_MSG_ACCEPTED: {
@@ -284,6 +285,12 @@ static void handle_message(struct zt_worker *w, struct zt_msg *m) {
             zt_conn_accepted(w, pod, m->kind, fd, &m->source, &m->destination);
         break;
     }
+    case ZT_MSG_DEAF:
+        zt_drain_deaf(w, m->pod);
+        break;
+    case ZT_MSG_DRAIN:
+        zt_drain_begin(w);
+        break;
     case ZT_MSG_STOP:
         w->stopping = true;
         break;
@@ -354,11 +361,8 @@ static void shed(struct zt_worker *w, struct zt_listener *l) {
     w->spare_fd = fcntl(w->wake_fd, F_DUPFD_CLOEXEC, 3);
 }
 
-void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
-    struct zt_listener *l = ZT_CONTAINER(io, struct zt_listener, io);
-
-    (void)events;
-    for (int i = 0; i < ZT_ACCEPT_BATCH; i++) {
+static void accept_some(struct zt_worker *w, struct zt_listener *l, int most) {
+    for (int i = 0; i < most; i++) {
         struct sockaddr_storage ss;
         socklen_t len = sizeof(ss);
         struct zt_msg m = {.type = ZT_MSG_ACCEPTED, .kind = l->kind, .pod = l->pod};
@@ -366,7 +370,7 @@ void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
         struct zt_worker *to;
 
         if (atomic_load(&l->pod->removed)) return;
-        m.fd = accept4(io->fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        m.fd = accept4(l->io.fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (m.fd < 0) {
             if (errno == EMFILE || errno == ENFILE) shed(w, l);
             return;
@@ -397,6 +401,15 @@ void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
             zt_conn_accepted(w, m.pod, l->kind, m.fd, &m.source, &m.destination);
         }
     }
+}
+
+void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events) {
+    (void)events;
+    accept_some(w, ZT_CONTAINER(io, struct zt_listener, io), ZT_ACCEPT_BATCH);
+}
+
+void zt_worker_accept_last(struct zt_worker *w, struct zt_listener *l) {
+    accept_some(w, l, ZT_ACCEPT_LAST);
 }
 
 /* --- counters ---------------------------------------------------------------------------------- */
@@ -430,11 +443,16 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
 
 /* --- the loop -------------------------------------------------------------------------------------------- */
 
-static void end_everything(struct zt_worker *w) {
+void zt_worker_end_all(struct zt_worker *w, enum zt_reason reason) {
     while (!zt_list_empty(&w->conns))
-        zt_conn_end(ZT_CONTAINER(w->conns.next, struct zt_conn, link), ZT_R_SHUTDOWN);
+        zt_conn_end(ZT_CONTAINER(w->conns.next, struct zt_conn, link), reason);
     while (!zt_list_empty(&w->h2s))
-        zt_h2_end(ZT_CONTAINER(w->h2s.next, struct zt_h2, link), ZT_R_SHUTDOWN, NULL);
+        zt_h2_end(ZT_CONTAINER(w->h2s.next, struct zt_h2, link), reason, NULL);
+    zt_linger_end(w, NULL);
+}
+
+static void end_everything(struct zt_worker *w) {
+    zt_worker_end_all(w, ZT_R_SHUTDOWN);
     zt_table_clear(w);
     zt_relay_drop_pool(w);
     bury_all(w);
@@ -519,6 +537,8 @@ int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
     zt_list_init(&w->h2s);
     zt_list_init(&w->dirty);
     zt_list_init(&w->tasks);
+    zt_list_init(&w->lingers);
+    zt_list_init(&w->drain_timer.link);
     for (int d = 0; d < ZT_DEADLINES; d++) zt_list_init(&w->deadlines[d]);
     *out = w; /* from here on zt_worker_free undoes it */
     core->workers[index] = w;

@@ -72,7 +72,9 @@ enum zt_msg_type {
     ZT_MSG_CLOSE_PEER,    /* peer (a reference), reason */
     ZT_MSG_RETIRE,        /* look for pooled connections that may close, and for credentials */
     ZT_MSG_POD_GONE,      /* pod (a reference) */
-    ZT_MSG_ACCEPTED,      /* pod (a reference), kind, fd, source, destination */
+    ZT_MSG_DEAF,          /* pod (a reference): no epoll has its listeners any more */
+    ZT_MSG_DRAIN,
+    ZT_MSG_ACCEPTED, /* pod (a reference), kind, fd, source, destination */
     ZT_MSG_STOP,
 };
 
@@ -128,6 +130,9 @@ struct zt_worker {
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
+    _Atomic int lingering; /* HBONE connections that are over but for the other side's end */
+    bool draining;
+    struct zt_timer drain_timer;
 
     pthread_mutex_t mail_lock;
     struct zt_msg *mail_head, **mail_tail;
@@ -138,6 +143,7 @@ struct zt_worker {
     struct zt_list conns; /* all struct zt_conn */
     struct zt_list h2s;   /* all struct zt_h2 */
     struct zt_list dirty; /* struct zt_h2 to flush */
+    struct zt_list lingers;
     struct zt_list tasks;
     struct zt_list deadlines[ZT_DEADLINES];
     struct zt_grave *graves;
@@ -188,6 +194,25 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out);
 
 /* The listener became readable: accept, and give away what another worker has more room for. */
 void zt_worker_accept(struct zt_worker *w, struct zt_io *io, uint32_t events);
+
+/* --- drain.c: handing over to a successor ------------------------------------------------------------ */
+
+/* No epoll has the pod's listeners any more; the last worker to hear of it takes what they still
+ * hold and closes them. */
+void zt_drain_deaf(struct zt_worker *w, struct zt_pod *pod);
+/* Says goodbye on every HBONE connection, and sets the deadline. */
+void zt_drain_begin(struct zt_worker *w);
+/* Takes over the socket of an HBONE connection that ended in good order: says that nothing more
+ * comes, and reads on until the other side's end. A close with input unread would reset, and the
+ * kernel would drop what it still has to send (tcp(7), RFC 9293 3.6.1). */
+void zt_linger(struct zt_worker *w, struct zt_pod *pod, int fd);
+/* Closes those of a pod; NULL: all. */
+void zt_linger_end(struct zt_worker *w, const struct zt_pod *pod);
+
+/* Ends every connection of the worker. */
+void zt_worker_end_all(struct zt_worker *w, enum zt_reason reason);
+/* Accepts all that the listener holds. */
+void zt_worker_accept_last(struct zt_worker *w, struct zt_listener *l);
 
 /* --- table.c --------------------------------------------------------------------------------------- */
 

@@ -1,6 +1,7 @@
 /*
- * What TCP may cross a pod's device beside the tunnel. One copy is loaded for each pod and attached
- * (tc, direct action) to every device of its namespace but `lo`, both ways.
+ * What TCP may cross a pod's device beside the tunnel. One copy serves all pods of a node, attached
+ * (tc, direct action) to every device of their namespaces but `lo`, both ways. Which pod it is says
+ * the filter's class id; of a pod that the maps do not have no TCP but the tunnel's passes.
  *
  * It promises that no new connection leaves but through the tunnel, and that no TCP but the
  * tunnel's enters or leaves on a port whose mode is STRICT. It passes everything that is not TCP,
@@ -14,7 +15,7 @@
  * strict (TCP of Linux fragments nothing by itself); entering, it passes, because it is of no use
  * without its first fragment, which is judged.
  */
-#include "nodeagent.h"
+#include "pods.h"
 
 #include <linux/if_ether.h>
 #include <linux/in.h>
@@ -74,17 +75,6 @@ _Static_assert(sizeof(struct tcp) == 20, "RFC 9293");
 #define TCP_ACK 0x10
 #define FRAGMENT_OFFSET4 0x1fff
 #define FRAGMENT_OFFSET6 0xfff8
-
-/* Set before the program is loaded. */
-const volatile struct pod_config config = {};
-
-/* Written by nodeagent, read here, pinned: lives as long as the pod's capture. */
-struct {
-    __uint(type, BPF_MAP_TYPE_ARRAY);
-    __uint(max_entries, 1);
-    __type(key, __u32);
-    __type(value, struct guard_settings);
-} settings SEC(".maps");
 
 enum kind {
     NOT_TCP,
@@ -171,57 +161,53 @@ static __always_inline enum kind parse(struct __sk_buff *skb, struct packet *pac
     return NOT_TCP;
 }
 
-static __always_inline const struct guard_settings *get_settings(void) {
-    __u32 key = 0;
-
-    return bpf_map_lookup_elem(&settings, &key);
-}
-
 /* Whether a local port (network byte order) takes mutual TLS only. */
-static __always_inline bool is_strict(__be16 port) {
-    const struct guard_settings *now = get_settings();
+static __always_inline bool is_strict(const struct pod *pod, __be16 port) {
     __u16 host = bpf_ntohs(port);
 
-    if (!now) return true;
     for (__u32 i = 0; i < MAX_EXCEPTIONS; i++) {
-        if (i >= now->count) break;
-        if (now->exception[i] == host) return !now->strict_default;
+        if (i >= pod->settings.count) break;
+        if (pod->settings.exception[i] == host) return !pod->settings.strict_default;
     }
-    return now->strict_default;
+    return pod->settings.strict_default;
 }
 
-static __always_inline bool any_strict(void) {
-    const struct guard_settings *now = get_settings();
-
-    return !now || now->strict_default || now->count;
+static __always_inline bool any_strict(const struct pod *pod) {
+    return pod->settings.strict_default || pod->settings.count;
 }
 
-static __always_inline int drop(__u32 why) {
-    count(why);
+static __always_inline int drop(struct __sk_buff *skb, __u32 why) {
+    count(skb->tc_classid, why);
     return TC_ACT_SHOT;
 }
 
 SEC("tc")
 int guard_egress(struct __sk_buff *skb) {
     struct packet packet = {};
+    const struct pod *pod;
+    enum kind kind;
 
     /* TC_ACT_UNSPEC and not OK: filters of others after this one still have their say. */
     if (skb->mark == MARK_TUNNEL) return TC_ACT_UNSPEC;
-    switch (parse(skb, &packet)) {
+    kind = parse(skb, &packet);
+    switch (kind) {
     case NOT_TCP:
         return TC_ACT_UNSPEC;
     case UNREADABLE:
-        return drop(COUNT_EGRESS_UNREADABLE);
+        return drop(skb, COUNT_EGRESS_UNREADABLE);
     case LATER_FRAGMENT:
-        return any_strict() ? drop(COUNT_EGRESS_FRAGMENT) : TC_ACT_UNSPEC;
     case TCP:
         break;
     }
-    if ((packet.tcp.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) return drop(COUNT_EGRESS_BYPASS);
-    if (skb->mark == MARK_DELIVERY) return drop(COUNT_EGRESS_DELIVERY);
+    pod = find_pod(skb->tc_classid);
+    if (!pod) return TC_ACT_SHOT;
+    if (kind == LATER_FRAGMENT)
+        return any_strict(pod) ? drop(skb, COUNT_EGRESS_FRAGMENT) : TC_ACT_UNSPEC;
+    if ((packet.tcp.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN) return drop(skb, COUNT_EGRESS_BYPASS);
+    if (skb->mark == MARK_DELIVERY) return drop(skb, COUNT_EGRESS_DELIVERY);
     /* Tells the peer that the connection is over, and carries nothing else. */
     if (packet.bare_reset) return TC_ACT_UNSPEC;
-    return is_strict(packet.tcp.source) ? drop(COUNT_EGRESS_OLDER) : TC_ACT_UNSPEC;
+    return is_strict(pod, packet.tcp.source) ? drop(skb, COUNT_EGRESS_OLDER) : TC_ACT_UNSPEC;
 }
 
 /* Return the mark of the socket that would take the packet, MARK_TUNNEL if there is none. */
@@ -253,6 +239,7 @@ static __always_inline __u32 taker(struct __sk_buff *skb, const struct packet *p
 SEC("tc")
 int guard_ingress(struct __sk_buff *skb) {
     struct packet packet = {};
+    const struct pod *pod;
     __u32 mark;
 
     switch (parse(skb, &packet)) {
@@ -260,20 +247,22 @@ int guard_ingress(struct __sk_buff *skb) {
     case LATER_FRAGMENT:
         return TC_ACT_UNSPEC;
     case UNREADABLE:
-        return drop(COUNT_INGRESS_UNREADABLE);
+        return drop(skb, COUNT_INGRESS_UNREADABLE);
     case TCP:
         break;
     }
+    pod = find_pod(skb->tc_classid);
+    if (!pod) return TC_ACT_SHOT;
     /* The capture program trusts such packets to come from the pod itself. */
-    if (is_own(&config, &packet.source) || is_loopback(&packet.source) ||
+    if (is_own(pod, &packet.source) || is_loopback(&packet.source) ||
         same(&packet.source, &packet.destination))
-        return drop(COUNT_INGRESS_SPOOFED);
+        return drop(skb, COUNT_INGRESS_SPOOFED);
     mark = taker(skb, &packet);
     if (mark == MARK_TUNNEL) return TC_ACT_UNSPEC;
     /* The application's side of a delivery: its peer is the tunnel, on `lo`. */
-    if (mark == MARK_DELIVERY) return drop(COUNT_INGRESS_DELIVERY);
+    if (mark == MARK_DELIVERY) return drop(skb, COUNT_INGRESS_DELIVERY);
     if (packet.bare_reset) return TC_ACT_UNSPEC;
-    return is_strict(packet.tcp.destination) ? drop(COUNT_INGRESS_OLDER) : TC_ACT_UNSPEC;
+    return is_strict(pod, packet.tcp.destination) ? drop(skb, COUNT_INGRESS_OLDER) : TC_ACT_UNSPEC;
 }
 
 char LICENSE[] SEC("license") = "GPL";

@@ -1,7 +1,7 @@
 /*
- * What the BPF programs of a pod share with each other and with nodeagent/capture/layout.py: marks,
- * slots, read-only configuration, settings and counters. Types of fixed width only; every size is
- * asserted here and checked again by the Python side's unit test, which reads this file.
+ * What the BPF programs share with each other and with nodeagent/capture/layout.py: marks, slots, a
+ * pod's settings, addresses and counters. Types of fixed width only; every size is asserted here and
+ * checked again by the Python side's unit test, which reads this file.
  *
  * Addresses are 16 bytes, IPv4 as IPv4-mapped (RFC 4291, 2.5.5.2), so that one function serves both
  * families.
@@ -61,6 +61,27 @@ struct guard_settings {
 };
 _Static_assert(sizeof(struct guard_settings) == 8 + 2 * MAX_EXCEPTIONS, "layout.py: SETTINGS");
 
+/* All that the programs know of one pod. `cookie` is its namespace's, for nodeagent only. */
+struct pod {
+    __u64 cookie;
+    struct guard_settings settings;
+    struct pod_config config;
+    __u32 padding;
+};
+_Static_assert(sizeof(struct pod) == 312, "layout.py: POD_SIZE");
+
+/*
+ * Pods of one node, with their numbers from 1 on. The guard learns a pod's number from the class id
+ * of the filter that runs it, of which the kernel keeps 16 bits.
+ */
+#define MAX_PODS 4096
+
+struct pod_slot {
+    __u32 pod;
+    __u32 slot;
+};
+_Static_assert(sizeof(struct pod_slot) == 8, "layout.py: slot_key");
+
 /* Every counter, in the order of its number. The names are those of `Capture.counters()`. */
 #define COUNTERS(X)                         \
     X(CAPTURED_OUTBOUND, captured_outbound) \
@@ -86,22 +107,10 @@ enum counter {
         COUNTER_COUNT,
 };
 
-/*
- * Written by every program of the pod, read by nodeagent, pinned: lives as long as the pod's
- * capture. Packets or lookups per counter; never reset.
- */
-struct {
-    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-    __uint(max_entries, COUNTER_COUNT);
-    __type(key, __u32);
-    __type(value, __u64);
-} counters SEC(".maps");
-
-static __always_inline void count(__u32 number) {
-    __u64 *value = bpf_map_lookup_elem(&counters, &number);
-
-    if (value) *value += 1;
-}
+/* Packets or lookups per counter; never reset. */
+struct pod_counters {
+    __u64 value[COUNTER_COUNT];
+};
 
 static __always_inline struct address mapped(__u32 ip4) {
     return (struct address){.word = {0, 0, bpf_htonl(0xffff), ip4}};
@@ -117,18 +126,6 @@ static __always_inline bool is_loopback(const struct address *a) {
     if (a->word[2] == bpf_htonl(0xffff))
         return (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
     return a->word[2] == 0 && a->word[3] == bpf_htonl(1);
-}
-
-/* Whether `a` is one of the pod's addresses. */
-static __always_inline bool is_own(const volatile struct pod_config *config,
-                                   const struct address *a) {
-    for (__u32 i = 0; i < MAX_ADDRESSES; i++) {
-        if (i >= config->count) break;
-        if (config->address[i].word[3] == a->word[3] && config->address[i].word[2] == a->word[2] &&
-            config->address[i].word[1] == a->word[1] && config->address[i].word[0] == a->word[0])
-            return true;
-    }
-    return false;
 }
 
 #endif

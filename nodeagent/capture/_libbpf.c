@@ -1,9 +1,8 @@
 /*
  * nodeagent.capture._libbpf: the part of libbpf that the capture needs, and nothing above it.
  *
- * Owns the translation between Python objects and libbpf: it opens an object from memory, sets its
- * read-only data, loads it, and hands out file descriptors; the rest are single calls on
- * descriptors. Promises that every failure is an OSError with errno and libbpf's own words, and
+ * Owns the translation between Python objects and libbpf: it opens an object from memory,
+ * loads it, and hands out file descriptors; the rest are single calls on descriptors. Promises that every failure is an OSError with errno and libbpf's own words, and
  * that every descriptor it returns is close-on-exec and the caller's to close. It decides nothing,
  * keeps no state between calls, and touches no path that it was not given.
  *
@@ -22,7 +21,6 @@
 #include <unistd.h>
 
 #include <bpf/bpf.h>
-#include <bpf/btf.h>
 #include <bpf/libbpf.h>
 
 /* What is kept of libbpf's words: the tail, where the reason stands, verifier logs included. */
@@ -154,58 +152,6 @@ static struct bpf_map *find_map(Object *self, const char *name) {
     return map;
 }
 
-/* Find `variable` in the read-only data. Returns 0, or -1 with an exception set. */
-static int find_variable(Object *self, const char *variable, __u32 *offset, __u32 *size) {
-    const struct btf *btf = bpf_object__btf(self->object);
-    const struct btf_var_secinfo *part;
-    const struct btf_type *section;
-    __s32 id;
-
-    id = btf ? btf__find_by_name_kind(btf, ".rodata", BTF_KIND_DATASEC) : -ENOENT;
-    if (id > 0) {
-        section = btf__type_by_id(btf, (__u32)id);
-        part = btf_var_secinfos(section);
-        for (unsigned i = 0; i < btf_vlen(section); i++, part++) {
-            const struct btf_type *type = btf__type_by_id(btf, part->type);
-
-            if (!strcmp(btf__name_by_offset(btf, type->name_off), variable)) {
-                *offset = part->offset;
-                *size = part->size;
-                return 0;
-            }
-        }
-    }
-    PyErr_Format(PyExc_KeyError, "the BPF object has no constant %s", variable);
-    return -1;
-}
-
-static PyObject *object_set_constant(Object *self, PyObject *arguments) {
-    const char *variable;
-    struct bpf_map *map;
-    __u32 offset, size;
-    PyObject *result;
-    Py_buffer value;
-    size_t whole;
-    char *data;
-
-    if (object_open(self) || !PyArg_ParseTuple(arguments, "sy*", &variable, &value)) return NULL;
-    result = NULL;
-    map = find_map(self, ".rodata");
-    if (!map || find_variable(self, variable, &offset, &size)) goto cleanup;
-    /* Unlike bpf_map__set_initial_value this leaves the section's other constants alone. */
-    data = (char *)bpf_map__initial_value(map, &whole);
-    if (self->loaded || !data || value.len != (Py_ssize_t)size || offset + size > whole) {
-        PyErr_Format(PyExc_ValueError, "constant %s takes %u bytes before loading, not %zd",
-                     variable, size, value.len);
-        goto cleanup;
-    }
-    memcpy(data + offset, value.buf, size);
-    result = Py_NewRef(Py_None);
-cleanup:
-    PyBuffer_Release(&value);
-    return result;
-}
-
 static PyObject *object_reuse_map(Object *self, PyObject *arguments) {
     struct bpf_map *map;
     const char *name;
@@ -244,6 +190,19 @@ static PyObject *object_program(Object *self, PyObject *arguments) {
     return own_copy(bpf_program__fd(program), name);
 }
 
+/* The program as the kernel got it: maps stand in it by descriptors of this object. */
+static PyObject *object_instructions(Object *self, PyObject *arguments) {
+    struct bpf_program *program;
+    const char *name;
+
+    if (object_open(self) || !PyArg_ParseTuple(arguments, "s", &name)) return NULL;
+    program = bpf_object__find_program_by_name(self->object, name);
+    if (!program) return PyErr_Format(PyExc_KeyError, "the BPF object has no program %s", name);
+    return PyBytes_FromStringAndSize(
+        (const char *)bpf_program__insns(program),
+        (Py_ssize_t)(bpf_program__insn_cnt(program) * sizeof(struct bpf_insn)));
+}
+
 static PyObject *object_map(Object *self, PyObject *arguments) {
     struct bpf_map *map;
     const char *name;
@@ -257,10 +216,10 @@ static PyObject *object_map(Object *self, PyObject *arguments) {
 
 static PyMethodDef object_methods[] = {
     {"close", (PyCFunction)object_close, METH_NOARGS, NULL},
-    {"set_constant", (PyCFunction)object_set_constant, METH_VARARGS, NULL},
     {"reuse_map", (PyCFunction)object_reuse_map, METH_VARARGS, NULL},
     {"load", (PyCFunction)object_load, METH_NOARGS, NULL},
     {"program", (PyCFunction)object_program, METH_VARARGS, NULL},
+    {"instructions", (PyCFunction)object_instructions, METH_VARARGS, NULL},
     {"map", (PyCFunction)object_map, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -282,6 +241,7 @@ static PyType_Spec object_spec = {
 /* --- single calls ----------------------------------------------------------------------------- */
 
 static PyObject *create_map(PyObject *module, PyObject *arguments) {
+    LIBBPF_OPTS(bpf_map_create_opts, options);
     unsigned type, key_size, value_size, entries;
     const char *name;
     int fd;
@@ -289,7 +249,9 @@ static PyObject *create_map(PyObject *module, PyObject *arguments) {
     if (!PyArg_ParseTuple(arguments, "IsIII", &type, &name, &key_size, &value_size, &entries))
         return NULL;
     words_used = 0;
-    fd = bpf_map_create((enum bpf_map_type)type, name, key_size, value_size, entries, NULL);
+    /* Hashes of ours are mostly empty. */
+    if (type == BPF_MAP_TYPE_HASH) options.map_flags = BPF_F_NO_PREALLOC;
+    fd = bpf_map_create((enum bpf_map_type)type, name, key_size, value_size, entries, &options);
     return fd < 0 ? fail(-fd, name) : PyLong_FromLong(fd);
 }
 
@@ -308,9 +270,8 @@ static int check_sizes(int fd, Py_ssize_t key, Py_ssize_t value) {
         fail(-error, "map info");
         return -1;
     }
-    needed = info.value_size;
-    if (info.type == BPF_MAP_TYPE_PERCPU_ARRAY)
-        needed = (needed + 7) / 8 * 8 * libbpf_num_possible_cpus();
+    /* None of ours is per CPU; one of another shape is refused as a whole. */
+    needed = info.type == BPF_MAP_TYPE_PERCPU_ARRAY ? PY_SSIZE_T_MAX : info.value_size;
     if (key != info.key_size || value < needed) {
         fail(EINVAL, "the map has another shape");
         return -1;
@@ -320,16 +281,17 @@ static int check_sizes(int fd, Py_ssize_t key, Py_ssize_t value) {
 
 static PyObject *update_map(PyObject *module, PyObject *arguments) {
     Py_buffer key, value;
-    int fd, error;
+    int fd, error, fresh;
 
-    if (!PyArg_ParseTuple(arguments, "iy*y*", &fd, &key, &value)) return NULL;
+    fresh = 0;
+    if (!PyArg_ParseTuple(arguments, "iy*y*|p", &fd, &key, &value, &fresh)) return NULL;
     words_used = 0;
     if (check_sizes(fd, key.len, value.len)) {
         PyBuffer_Release(&key);
         PyBuffer_Release(&value);
         return NULL;
     }
-    error = bpf_map_update_elem(fd, key.buf, value.buf, BPF_ANY);
+    error = bpf_map_update_elem(fd, key.buf, value.buf, fresh ? BPF_NOEXIST : BPF_ANY);
     PyBuffer_Release(&key);
     PyBuffer_Release(&value);
     if (error) return fail(-error, "map update");
@@ -370,6 +332,43 @@ static PyObject *read_map(PyObject *module, PyObject *arguments) {
     return value;
 }
 
+static PyObject *next_key(PyObject *module, PyObject *arguments) {
+    unsigned size;
+    PyObject *key;
+    Py_buffer after;
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "iz*I", &fd, &after, &size)) return NULL;
+    words_used = 0;
+    key = NULL;
+    if (check_sizes(fd, after.buf ? after.len : (Py_ssize_t)size, PY_SSIZE_T_MAX)) goto cleanup;
+    if (after.buf && after.len != (Py_ssize_t)size) {
+        PyErr_SetString(PyExc_ValueError, "keys of two sizes");
+        goto cleanup;
+    }
+    key = PyBytes_FromStringAndSize(NULL, size);
+    if (!key) goto cleanup;
+    error = bpf_map_get_next_key(fd, after.buf, PyBytes_AS_STRING(key));
+    if (error) {
+        Py_CLEAR(key);
+        key = error == -ENOENT ? Py_NewRef(Py_None) : fail(-error, "map next key");
+    }
+cleanup:
+    if (after.buf) PyBuffer_Release(&after);
+    return key;
+}
+
+static PyObject *map_id(PyObject *module, PyObject *arguments) {
+    struct bpf_map_info info = {0};
+    __u32 size = sizeof(info);
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
+    words_used = 0;
+    error = bpf_obj_get_info_by_fd(fd, &info, &size);
+    return error ? fail(-error, "map info") : PyLong_FromUnsignedLong(info.id);
+}
+
 static PyObject *map_info(PyObject *module, PyObject *arguments) {
     struct bpf_map_info info = {0};
     __u32 size = sizeof(info);
@@ -380,6 +379,39 @@ static PyObject *map_info(PyObject *module, PyObject *arguments) {
     error = bpf_obj_get_info_by_fd(fd, &info, &size);
     if (error) return fail(-error, "map info");
     return Py_BuildValue("(IIII)", info.type, info.key_size, info.value_size, info.max_entries);
+}
+
+/*
+ * Load an sk_lookup program from bare instructions: no object file, no BTF. The kernel's log is
+ * only asked for when it refuses; asked for at once, it would cost more than the verification.
+ */
+static PyObject *load_sk_lookup(PyObject *module, PyObject *arguments) {
+    LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_SK_LOOKUP);
+    char log[WORDS_SIZE];
+    Py_buffer code;
+    const char *name;
+    size_t count;
+    int fd;
+
+    if (!PyArg_ParseTuple(arguments, "sy*", &name, &code)) return NULL;
+    words_used = 0;
+    count = (size_t)code.len / sizeof(struct bpf_insn);
+    Py_BEGIN_ALLOW_THREADS;
+    fd = bpf_prog_load(BPF_PROG_TYPE_SK_LOOKUP, name, "GPL", code.buf, count, &options);
+    if (fd < 0) {
+        options.log_buf = log;
+        options.log_size = sizeof(log);
+        options.log_level = 1;
+        log[0] = 0;
+        fd = bpf_prog_load(BPF_PROG_TYPE_SK_LOOKUP, name, "GPL", code.buf, count, &options);
+        if (fd < 0) {
+            words_used = strnlen(log, sizeof(log) - 1);
+            memcpy(words, log, words_used);
+        }
+    }
+    Py_END_ALLOW_THREADS;
+    PyBuffer_Release(&code);
+    return fd < 0 ? fail(-fd, name) : PyLong_FromLong(fd);
 }
 
 static PyObject *program_id(PyObject *module, PyObject *arguments) {
@@ -482,19 +514,15 @@ cleanup:
     Py_RETURN_NONE;
 }
 
-static PyObject *possible_cpus(PyObject *module, PyObject *unused) {
-    int count = libbpf_num_possible_cpus();
-
-    words_used = 0;
-    return count < 0 ? fail(-count, "possible CPUs") : PyLong_FromLong(count);
-}
-
 static PyMethodDef functions[] = {
     {"create_map", create_map, METH_VARARGS, NULL},
     {"update_map", update_map, METH_VARARGS, NULL},
     {"delete_map", delete_map, METH_VARARGS, NULL},
     {"read_map", read_map, METH_VARARGS, NULL},
+    {"next_key", next_key, METH_VARARGS, NULL},
+    {"map_id", map_id, METH_VARARGS, NULL},
     {"map_info", map_info, METH_VARARGS, NULL},
+    {"load_sk_lookup", load_sk_lookup, METH_VARARGS, NULL},
     {"program_id", program_id, METH_VARARGS, NULL},
     {"link_info", link_info, METH_VARARGS, NULL},
     {"link_netns", link_netns, METH_VARARGS, NULL},
@@ -502,7 +530,6 @@ static PyMethodDef functions[] = {
     {"pin", pin, METH_VARARGS, NULL},
     {"get_pinned", get_pinned, METH_VARARGS, NULL},
     {"run_iterator", run_iterator, METH_VARARGS, NULL},
-    {"possible_cpus", possible_cpus, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -518,6 +545,8 @@ static int module_exec(PyObject *module) {
     if (error) return -1;
     if (PyModule_AddIntConstant(module, "MAP_TYPE_ARRAY", BPF_MAP_TYPE_ARRAY) ||
         PyModule_AddIntConstant(module, "MAP_TYPE_PERCPU_ARRAY", BPF_MAP_TYPE_PERCPU_ARRAY) ||
+        PyModule_AddIntConstant(module, "MAP_TYPE_HASH", BPF_MAP_TYPE_HASH) ||
+        PyModule_AddIntConstant(module, "MAP_TYPE_SOCKHASH", BPF_MAP_TYPE_SOCKHASH) ||
         PyModule_AddIntConstant(module, "MAP_TYPE_SOCKMAP", BPF_MAP_TYPE_SOCKMAP))
         return -1;
     return 0;

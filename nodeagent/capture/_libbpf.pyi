@@ -7,22 +7,21 @@ close-on-exec and the caller's to close; descriptors that are passed stay the ca
 from typing import Final
 
 MAP_TYPE_ARRAY: Final[int]
+MAP_TYPE_HASH: Final[int]
 MAP_TYPE_PERCPU_ARRAY: Final[int]
+MAP_TYPE_SOCKHASH: Final[int]
 MAP_TYPE_SOCKMAP: Final[int]
 
 class Object:
-    """A BPF object file in memory: open, set constants and maps, load once, take descriptors."""
+    """A BPF object file in memory: open, set maps, load once, take descriptors."""
 
     def __init__(self, data: bytes, name: str) -> None: ...
-    def set_constant(self, name: str, value: bytes) -> None:
-        """Set a `const volatile` variable before loading.
-
-        Raises KeyError if there is none of that name, ValueError if its size is another.
-        """
     def reuse_map(self, name: str, fd: int) -> None:
         """Use an existing map instead of creating one. Raises OSError if its shape differs."""
     def load(self) -> None: ...
     def program(self, name: str) -> int: ...
+    def instructions(self, name: str) -> bytes:
+        """Return a loaded program's instructions; valid while the object is open."""
     def map(self, name: str) -> int: ...
     def close(self) -> None:
         """Close the object's own descriptors; what was attached or pinned stays."""
@@ -30,15 +29,25 @@ class Object:
 def create_map(
     kind: int, name: str, key_size: int, value_size: int, max_entries: int, /
 ) -> int: ...
-def update_map(fd: int, key: bytes, value: bytes, /) -> None:
-    """Set an entry. Sizes of `key` and `value` must be those of the map."""
+def update_map(fd: int, key: bytes, value: bytes, fresh: bool = False, /) -> None:
+    """Set an entry. Sizes of `key` and `value` must be those of the map.
+
+    `fresh` says that there must be none yet: FileExistsError if there is.
+    """
 
 def delete_map(fd: int, key: bytes, /) -> None: ...
 def read_map(fd: int, key: bytes, size: int, /) -> bytes:
     """Return an entry; `size` must be at least what the kernel writes."""
 
+def next_key(fd: int, after: bytes | None, size: int, /) -> bytes | None:
+    """Return the key of `size` bytes after `after` (None: the first), None at the end."""
+
+def map_id(fd: int, /) -> int: ...
 def map_info(fd: int, /) -> tuple[int, int, int, int]:
     """Return type, key size, value size and number of entries."""
+
+def load_sk_lookup(name: str, instructions: bytes, /) -> int:
+    """Load a program of that type from instructions alone. Returns its descriptor."""
 
 def program_id(fd: int, /) -> int: ...
 def link_info(fd: int, /) -> tuple[int, int]:
@@ -55,5 +64,3 @@ def pin(fd: int, path: str, /) -> None: ...
 def get_pinned(path: str, /) -> int: ...
 def run_iterator(program: int, /) -> None:
     """Run an iterator program over what it iterates, in this thread's network namespace."""
-
-def possible_cpus() -> int: ...

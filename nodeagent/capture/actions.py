@@ -126,6 +126,8 @@ class Filter(msgspec.Struct, frozen=True, order=True):
     handle: int
     name: str
     program: int
+    pod: int = 0
+    """The class id: which pod the program is to take it for."""
 
     @property
     def is_in_place(self) -> bool:

@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeGuard
 
+import msgspec
+
 from nodeagent.capture import _libbpf, actions, netlink_read, netlink_write, older
 from nodeagent.capture import plan as planning
-from nodeagent.capture.layout import PORTS, SLOTS, pack_settings
+from nodeagent.capture.layout import PORTS, SETTINGS_SIZE, SLOTS, pack_config, pack_settings
 from nodeagent.capture.listeners import PortTakenError, is_listening, open_listener, sock_cookie
 from nodeagent.capture.model import Enforcement
 from nodeagent.capture.objects import PodObjects, Record
+from nodeagent.capture.shared import CLOSED
 from nodeagent.pods import NetnsHandle
 from nodeagent.pods.interfaces import collect_interfaces
 from nodeagent.pods.netlink import Rtnetlink
@@ -60,7 +63,7 @@ class PodExecutor:
         interfaces = collect_interfaces(route)
         self._local = planning.local_addresses(self.addresses, interfaces)
         clsact = netlink_read.read_clsact(route)
-        capture, programs = self.objects.program_ids(self._local)
+        capture, programs = self.objects.program_ids()
         return planning.Found(
             interfaces=interfaces,
             families=_families(),
@@ -75,6 +78,7 @@ class PodExecutor:
             slots=self.objects.slots(),
             listening=tuple(None if s is None else is_listening(s) for s in self.listeners),
             settings=self.objects.settings(),
+            number=self.objects.number(),
             connected=self._connected,
         )
 
@@ -82,20 +86,25 @@ class PodExecutor:
         """Return what enrolment should leave. An unknown enforcement stays as it is in force."""
         return planning.Wanted(
             addresses=self.addresses,
-            settings=self.settings()
-            or found.settings
-            or pack_settings(strict_default=True, exceptions=()),
+            settings=self._body(self.settings() or found.settings[:SETTINGS_SIZE] or CLOSED),
             sockets=tuple(0 if s is None else sock_cookie(s) for s in self.listeners),
         )
 
     def settings(self) -> bytes:
-        """Return the guard's settings for the enforcement, empty while that is unknown."""
+        """Return which ports are strict for the enforcement, empty while that is unknown."""
         if self.enforcement is None:
             return b""
         return pack_settings(
             strict_default=self.enforcement.strict_default,
             exceptions=self.enforcement.exceptions(),
         )
+
+    def _body(self, settings: bytes) -> bytes:
+        return settings + pack_config(self._local)
+
+    def enforce(self) -> None:
+        """Put the enforcement in force, of the addresses that were read last."""
+        self.objects.write_settings(self._body(self.settings()))
 
     def note_connections(self) -> None:
         """Look whether there are TCP sockets, before the first of ours is opened."""
@@ -123,7 +132,8 @@ class PodExecutor:
             sysctls=sysctls,
             clsact=clsact,
         )
-        if record != old:
+        number = self.objects.number()
+        if not number or msgspec.structs.replace(record, number=number) != old:
             self.objects.create(record)
 
     # --- doing ---
@@ -169,9 +179,9 @@ class PodExecutor:
             [
                 (
                     action,
-                    self.objects.guard(action.direction, self._local)
+                    self.objects.guard(action.direction)
                     if isinstance(action, actions.AddFilter)
-                    else 0,
+                    else None,
                 )
                 for action in batch
             ]
@@ -191,7 +201,7 @@ class PodExecutor:
             case actions.SetSysctl(name, value):
                 _write_sysctl(name, value)
             case actions.AttachLink():
-                self.objects.attach(self.netns.fd, self._local)
+                self.objects.attach(self.netns.fd)
             case actions.Detach():
                 self.objects.detach()
             case actions.MarkOlder():
@@ -201,7 +211,7 @@ class PodExecutor:
 
     def prune(self) -> None:
         """Unpin programs that were replaced; call after a whole `apply`."""
-        self.objects.prune(self._local)
+        self.objects.prune()
 
     def cut(self) -> int:
         """End older connections on ports that take mutual TLS only. Returns how many."""

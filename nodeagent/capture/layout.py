@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Final
 
 __all__ = [
+    "CONFIG_SIZE",
     "COUNTERS",
     "HBONE_PORT",
     "INBOUND_PORT",
@@ -21,17 +22,27 @@ __all__ = [
     "MARK_TUNNEL",
     "MAX_ADDRESSES",
     "MAX_EXCEPTIONS",
+    "MAX_PODS",
     "OUTBOUND_PORT",
+    "PODS_KEY",
+    "POD_PLACEHOLDER",
+    "POD_SIZE",
     "PORTS",
     "RECORD_SIZE",
     "SETTINGS_SIZE",
     "SLOTS",
+    "SOCKETS_KEY",
     "TABLE",
     "V4",
     "V6",
     "mapped",
     "pack_config",
+    "pack_pod",
     "pack_settings",
+    "pod_key",
+    "slot_key",
+    "unpack_pod",
+    "with_number",
 ]
 
 OUTBOUND_PORT: Final = 15001
@@ -41,6 +52,9 @@ PORTS: Final = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT)
 """Listening ports in the pod, in the order of the socket map's slots."""
 
 SLOTS: Final = len(PORTS)
+
+_INSTRUCTION: Final = struct.Struct("=BBhi")
+_LOAD_IMMEDIATE: Final = 0x18
 
 MARK_TUNNEL: Final = 0x539
 MARK_DELIVERY: Final = 0x111
@@ -61,6 +75,18 @@ RECORD_SIZE: Final = 3072
 holds it then fits a page."""
 
 SETTINGS_SIZE: Final = 8 + 2 * MAX_EXCEPTIONS
+
+MAX_PODS: Final = 4096
+"""Pods of one node: four times what is promised. Numbers of pods go from 1 to this."""
+
+POD_PLACEHOLDER: Final = 0x706F6400
+"""Stands for the pod's number in the capture program as it was compiled."""
+
+POD_SIZE: Final = 312
+CONFIG_SIZE: Final = 4 + 16 * MAX_ADDRESSES
+COOKIE_SIZE: Final = 8
+PODS_KEY: Final = 4
+SOCKETS_KEY: Final = 8
 
 COUNTERS: Final = (
     "captured_outbound",
@@ -97,6 +123,45 @@ def pack_config(addresses: Iterable[str]) -> bytes:
     if len(packed) > MAX_ADDRESSES:
         raise ValueError(f"{len(packed)} addresses exceed {MAX_ADDRESSES}")
     return struct.pack("I", len(packed)) + b"".join(packed).ljust(16 * MAX_ADDRESSES, b"\0")
+
+
+def pack_pod(cookie: int, body: bytes) -> bytes:
+    """Return struct pod; `body` is `pack_settings`' and `pack_config`'s, one after the other."""
+    return struct.pack("Q", cookie) + body.ljust(POD_SIZE - COOKIE_SIZE, b"\0")
+
+
+def unpack_pod(entry: bytes) -> tuple[int, bytes]:
+    """Return cookie and body of struct pod."""
+    (cookie,) = struct.unpack_from("Q", entry)
+    return cookie, entry[COOKIE_SIZE : COOKIE_SIZE + SETTINGS_SIZE + CONFIG_SIZE]
+
+
+def pod_key(number: int) -> bytes:
+    """Return the key of a pod in the maps that all pods share."""
+    return struct.pack("I", number)
+
+
+def slot_key(number: int, slot: int) -> bytes:
+    """Return struct pod_slot."""
+    return struct.pack("II", number, slot)
+
+
+def with_number(instructions: bytes, number: int) -> bytes:
+    """Return the capture program for one pod. Raises ValueError if there is no placeholder.
+
+    Looks for "load 64 bits immediate" (BPF_LD | BPF_IMM | BPF_DW of RFC 9669, 5.4) and not merely
+    for the number, which could be part of anything.
+    """
+    code = bytearray(instructions)
+    found = 0
+    for offset in range(0, len(code), _INSTRUCTION.size):
+        operation, registers, _, value = _INSTRUCTION.unpack_from(code, offset)
+        if operation == _LOAD_IMMEDIATE and not registers >> 4 and value == POD_PLACEHOLDER:
+            struct.pack_into("=i", code, offset + 4, number)
+            found += 1
+    if not found:
+        raise ValueError("the capture program has no place for the pod's number")
+    return bytes(code)
 
 
 def pack_settings(*, strict_default: bool, exceptions: Iterable[int]) -> bytes:

@@ -63,6 +63,7 @@ RTA_TABLE: Final = 15
 
 TCA_KIND: Final = 1
 TCA_OPTIONS: Final = 2
+TCA_BPF_CLASSID: Final = 3
 TCA_BPF_NAME: Final = 7
 TCA_BPF_ID: Final = 11
 
@@ -187,6 +188,7 @@ def _filters(route: Rtnetlink, device: int, direction: str) -> Iterator[Filter]:
             handle,
             _text(options, TCA_BPF_NAME),
             _number(options, TCA_BPF_ID),
+            _number(options, TCA_BPF_CLASSID),
         )
 
 

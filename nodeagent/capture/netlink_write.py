@@ -49,6 +49,7 @@ from nodeagent.capture.netlink_read import (
     RTA_PREFSRC,
     RTA_TABLE,
     RULE,
+    TCA_BPF_CLASSID,
     TCA_BPF_NAME,
     TCA_KIND,
     TCA_OPTIONS,
@@ -66,7 +67,7 @@ from nodeagent.pods.netlink import (
     text,
 )
 
-__all__ = ["encode", "write"]
+__all__ = ["Guard", "encode", "write"]
 
 RTM_NEWROUTE: Final = 24
 RTM_DELROUTE: Final = 25
@@ -94,6 +95,9 @@ RT_SCOPE_NOWHERE: Final = 255
 TCA_BPF_FD: Final = 6
 TCA_BPF_FLAGS: Final = 8
 DIRECT_ACTION: Final = 1
+
+Guard = tuple[int, int]
+"""What a filter runs: the program's descriptor, and the pod that it is told to be of."""
 
 _GONE: Final = frozenset(
     {errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EINVAL, errno.EADDRNOTAVAIL}
@@ -142,14 +146,16 @@ def _filter(item: Filter) -> bytes:
     return TRAFFIC.pack(0, item.device, item.handle, parent, info) + text(TCA_KIND, "bpf")
 
 
-def _guard(device: int, direction: str, program: int) -> bytes:
+def _guard(device: int, direction: str, guard: Guard) -> bytes:
     ours = Filter(device, direction, FILTER_PRIORITY, FILTER_HANDLE, FILTER_NAME, 0)
+    program, pod = guard
     options = number(TCA_BPF_FD, program) + text(TCA_BPF_NAME, FILTER_NAME)
-    return _filter(ours) + attribute(TCA_OPTIONS, options + number(TCA_BPF_FLAGS, DIRECT_ACTION))
+    options += number(TCA_BPF_FLAGS, DIRECT_ACTION) + number(TCA_BPF_CLASSID, pod)
+    return _filter(ours) + attribute(TCA_OPTIONS, options)
 
 
-def encode(action: NetlinkAction, program: int) -> bytes:
-    """Return the message for `action`; `program` is the descriptor that a filter runs."""
+def encode(action: NetlinkAction, guard: Guard | None) -> bytes:
+    """Return the message for `action`; only AddFilter needs `guard`."""
     match action:
         case AddRule(rule):
             return message(RTM_NEWRULE, ADD, _rule(rule))
@@ -165,20 +171,22 @@ def encode(action: NetlinkAction, program: int) -> bytes:
             return message(RTM_NEWQDISC, ADD, _qdisc(device.index))
         case DeleteClsact(index):
             return message(RTM_DELQDISC, ACK, _qdisc(index))
-        case AddFilter(device, direction):
-            # Without EXCLUSIVE: replaces what is in our place, without a moment of none.
-            return message(RTM_NEWTFILTER, ACK | CREATE, _guard(device.index, direction, program))
         case DeleteFilter(item):
             return message(RTM_DELTFILTER, ACK, _filter(item))
+        case AddFilter(device, direction):
+            if guard is None:
+                raise ValueError("a filter needs a program")
+            # Without EXCLUSIVE: replaces what is in our place, without a moment of none.
+            return message(RTM_NEWTFILTER, ACK | CREATE, _guard(device.index, direction, guard))
 
 
-def write(steps: Sequence[tuple[NetlinkAction, int]]) -> list[OSError | None]:
-    """Do all actions, each given with the program that it needs (a descriptor) or 0.
+def write(steps: Sequence[tuple[NetlinkAction, Guard | None]]) -> list[OSError | None]:
+    """Do all actions, each given with what `encode` needs.
 
     Returns for each in turn its error, None if it succeeded.
     """
     with Rtnetlink() as route:
-        outcomes = route.change([encode(action, program) for action, program in steps])
+        outcomes = route.change([encode(action, guard) for action, guard in steps])
     return [_error(action, outcome) for (action, _), outcome in zip(steps, outcomes, strict=True)]
 
 

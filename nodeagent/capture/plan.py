@@ -90,6 +90,8 @@ class Found(msgspec.Struct, frozen=True):
     slots: tuple[int, ...] = (0,) * SLOTS
     listening: tuple[bool | None, ...] = (None,) * SLOTS
     settings: bytes = b""
+    number: int = 0
+    """The pod's in the shared maps, 0 if it has none yet."""
     connected: bool = False
     """Whether the namespace has TCP sockets besides ours."""
 
@@ -255,6 +257,7 @@ def _guard(found: Found) -> list[Action]:
                 FILTER_HANDLE,
                 FILTER_NAME,
                 found.programs.get(direction, 0),
+                found.number,
             )
             # In our place a wrong program is replaced, without a moment of none.
             actions += [DeleteFilter(item) for item in here if not item.is_in_place]

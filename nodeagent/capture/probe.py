@@ -15,7 +15,7 @@ from pathlib import Path
 from nodeagent.capture import _libbpf, older
 from nodeagent.capture.bpffs import BpffsError, ensure_bpffs
 from nodeagent.capture.model import Finding
-from nodeagent.capture.objects import load_code, load_marker
+from nodeagent.capture.shared import load_code, load_marker
 from nodeagent.pods.netns import current_cookie
 
 __all__ = ["probe"]

@@ -35,8 +35,9 @@ from nodeagent.capture.model import (
     Recovered,
     Repair,
 )
-from nodeagent.capture.objects import PodObjects, Record, load_marker
+from nodeagent.capture.objects import PodObjects, Record
 from nodeagent.capture.probe import probe
+from nodeagent.capture.shared import NodeObjects, load_marker
 from nodeagent.pods import NamespaceThreads, NetnsError, NetnsHandle, open_netns
 from nodeagent.pods.netlink import Rtnetlink
 
@@ -53,6 +54,7 @@ class SkLookupCapture:
     def __init__(self, bpf_dir: Path, threads: NamespaceThreads) -> None:
         self._bpf_dir = bpf_dir
         self._threads = threads
+        self._node = NodeObjects(bpf_dir)
         self._pods: dict[str, PodExecutor] = {}
         self._lost: dict[str, PodObjects] = {}
         self._locks: dict[str, asyncio.Lock] = {}
@@ -133,7 +135,7 @@ class SkLookupCapture:
                     record.netns_cookie,
                     record.netns_path,
                     alive=netns is not None,
-                    listening=all(objects.slots()),
+                    listening=all(objects.held()),
                 )
             )
             objects.close()
@@ -161,6 +163,7 @@ class SkLookupCapture:
         if self._marker is not None:
             os.close(self._marker)
             self._marker = None
+        self._node.close()
 
     # --- pods ---
 
@@ -181,7 +184,7 @@ class SkLookupCapture:
         addresses: tuple[str, ...],
         objects: PodObjects | None = None,
     ) -> PodExecutor:
-        objects = objects or PodObjects(self._bpf_dir, netns.cookie)
+        objects = objects or PodObjects(self._bpf_dir, netns.cookie, self._node)
         return PodExecutor(uid, netns, addresses, None, objects, self._get_marker)
 
     def _get_marker(self) -> int | None:
@@ -221,7 +224,7 @@ class SkLookupCapture:
             if adopt is not None:
                 _adopt(pod, adopt)
                 found = pod.read(route)
-            elif any(found.slots) and not any(pod.listeners):
+            elif any(pod.objects.held()) and not any(pod.listeners):
                 raise CaptureError(
                     pod.uid,
                     CaptureReason.LISTENERS_HELD,
@@ -263,7 +266,7 @@ class SkLookupCapture:
     def _enforce(self, pod: PodExecutor) -> int:
         with Rtnetlink() as route:
             pod.read(route)
-        pod.objects.write_settings(pod.settings())
+        pod.enforce()
         return pod.cut()
 
     def _audit(self, pod: PodExecutor) -> list[Deviation]:
@@ -290,7 +293,7 @@ class SkLookupCapture:
             return []
         for directory in sorted(self._bpf_dir.iterdir()):
             try:
-                objects = PodObjects(self._bpf_dir, int(directory.name, 16))
+                objects = PodObjects(self._bpf_dir, int(directory.name, 16), self._node)
             except ValueError:
                 continue
             record = objects.record()
@@ -305,6 +308,7 @@ class SkLookupCapture:
                 netns.close()
                 netns = None
             found.append((record, objects, netns))
+        self._node.tidy()
         return found
 
 

@@ -21,6 +21,7 @@ from nodeagent.capture.actions import NetlinkAction
 from nodeagent.capture.executor import PodExecutor
 from nodeagent.capture.layout import INBOUND_PORT, PORTS
 from nodeagent.capture.objects import PodObjects
+from nodeagent.capture.shared import NodeObjects
 from nodeagent.pods import NamespaceThreads, NetnsError, NetnsReason, open_netns
 from support.capture_life import (
     assert_gone,
@@ -106,7 +107,7 @@ def test_a_pod_with_ipv6_switched_off(world: Captured) -> None:
 def test_an_address_that_came_later_is_taken_in_by_repair(world: Captured) -> None:
     tunnel = world.enrol()
     world.pod.ip("address add 10.9.0.77/24 dev eth0")
-    assert "program_detached" in world.deviations()
+    assert "guard_settings" in world.deviations()
 
     world.run(world.capture.repair(world.uid))
 
@@ -221,6 +222,8 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None])
     monkeypatch.setattr(PodExecutor, "do", before(PodExecutor.do))
     monkeypatch.setattr(PodExecutor, "write", before(PodExecutor.write))
     monkeypatch.setattr(PodObjects, "_pin", before(PodObjects._pin))
+    monkeypatch.setattr(NodeObjects, "_pin", before(NodeObjects._pin))
+    monkeypatch.setattr(NodeObjects, "claim", before(NodeObjects.claim))
 
 
 def break_down() -> None:
@@ -256,8 +259,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     numbers = itertools.count(1)
     encode = netlink_write.encode
 
-    def spoilt(action: NetlinkAction, program: int) -> bytes:
-        message = bytearray(encode(action, program))
+    def spoilt(action: NetlinkAction, guard: netlink_write.Guard | None) -> bytes:
+        message = bytearray(encode(action, guard))
         if next(numbers) == at:
             message[4:6] = b"\xff\x7f"  # a message type that rtnetlink does not know
         return bytes(message)

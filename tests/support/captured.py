@@ -177,6 +177,14 @@ class Captured:
             handle.close()
 
 
+def _has_carrier(pod: Namespace) -> bool:
+    """Whether the kernel has noticed that the other end is up: it does so a moment later, and then
+    changes routes that tests compare.
+    """
+    routes = pod.check_output("sh", "-c", "ip route show table all; ip -6 route show table all")
+    return "linkdown" not in routes and "local fe80:" in routes
+
+
 @contextlib.contextmanager
 def captured() -> Iterator[Captured]:
     """Make the topology, and remove it."""
@@ -190,6 +198,7 @@ def captured() -> Iterator[Captured]:
             [f"{four.pod}/24", f"{six.pod}/64"],
             [f"{four.peer}/24", f"{six.peer}/64"],
         )
+        wait_until(lambda: _has_carrier(pod), "the pod's link")
         made = Captured(pod, peer, bpf_dir)
         try:
             yield made

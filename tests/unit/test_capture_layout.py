@@ -11,12 +11,21 @@ import pytest
 from nodeagent.capture import layout
 from nodeagent.capture.model import Enforcement
 
-HEADER = (Path(__file__).parents[2] / "bpf" / "include" / "nodeagent.h").read_text(encoding="ascii")
+HEADER_DIRECTORY = Path(__file__).parents[2] / "bpf" / "include"
+HEADER = (HEADER_DIRECTORY / "nodeagent.h").read_text(encoding="ascii")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["MARK_TUNNEL", "MARK_DELIVERY", "MARK_OLDER", "HBONE_PORT", "MAX_ADDRESSES", "MAX_EXCEPTIONS"],
+    [
+        "MARK_TUNNEL",
+        "MARK_DELIVERY",
+        "MARK_OLDER",
+        "HBONE_PORT",
+        "MAX_ADDRESSES",
+        "MAX_EXCEPTIONS",
+        "MAX_PODS",
+    ],
 )
 def test_numbers_are_the_headers(name: str) -> None:
     found = re.search(rf"^#define {name} +(\w+)", HEADER, re.MULTILINE)
@@ -41,6 +50,42 @@ def test_sizes_are_those_that_the_header_asserts() -> None:
     assert len(layout.pack_config([])) == 4 + 16 * layout.MAX_ADDRESSES
     packed = layout.pack_settings(strict_default=True, exceptions=())
     assert len(packed) == layout.SETTINGS_SIZE == 8 + 2 * layout.MAX_EXCEPTIONS
+
+
+def test_a_pod_is_the_headers_struct() -> None:
+    body = layout.pack_settings(strict_default=True, exceptions={80}) + layout.pack_config(["::1"])
+    packed = layout.pack_pod(0x1234, body)
+    assert len(packed) == layout.POD_SIZE
+    assert f"sizeof(struct pod) == {layout.POD_SIZE}," in HEADER
+    assert layout.unpack_pod(packed) == (0x1234, body)
+    assert layout.slot_key(7, 2) == struct.pack("II", 7, 2)
+    assert len(layout.pod_key(7)) == layout.PODS_KEY
+
+
+def instruction(operation: int, registers: int, value: int) -> bytes:
+    return struct.pack("=BBhi", operation, registers, 0, value)
+
+
+def test_only_the_placeholder_becomes_the_number() -> None:
+    placeholder = layout.POD_PLACEHOLDER
+    program = [
+        instruction(0x18, 0x06, placeholder) + instruction(0, 0, 0),
+        # A map by its descriptor, and a comparison with the same bits: neither is the placeholder.
+        instruction(0x18, 0x11, placeholder) + instruction(0, 0, 0),
+        instruction(0x55, 0x01, placeholder),
+    ]
+    right = instruction(0x18, 0x06, 77) + instruction(0, 0, 0)
+    assert layout.with_number(b"".join(program), 77) == right + b"".join(program[1:])
+
+
+def test_a_program_without_a_place_for_the_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="no place"):
+        layout.with_number(instruction(0x95, 0, 0), 1)
+
+
+def test_the_placeholder_is_the_programs() -> None:
+    source = (HEADER_DIRECTORY.parent / "capture.bpf.c").read_text(encoding="ascii")
+    assert f"#define POD_PLACEHOLDER {layout.POD_PLACEHOLDER:#x}\n" in source
 
 
 def test_addresses_are_mapped() -> None:

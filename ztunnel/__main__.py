@@ -5,17 +5,13 @@ This module owns what must happen before anything else is imported, and nothing 
 
 from __future__ import annotations
 
-import sys
+from ztunnel.lean import leave_out
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    # structlog imports rich where it is installed, for colours that the daemon never prints, and
-    # asyncio imports ssl, with it the system's libssl, which the daemon does not use either: four
-    # megabytes each. None in sys.modules is Python's way to say "not there".
-    for unused in ("rich", "ssl"):
-        sys.modules.setdefault(unused, None)  # type: ignore[arg-type]
+    leave_out()
     from ztunnel.daemon import command  # noqa: PLC0415 - see above
 
     command(prog_name="ztunnel")

@@ -28,12 +28,12 @@ from typing import Final
 
 import click
 import structlog
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from ztunnel import _core, access_log, logs, stats, tls
 from ztunnel.admin import Page, Server, health_page, parse_address
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
-from ztunnel.exposition import CONTENT_TYPE
 from ztunnel.health import Health
 from ztunnel.reasons import ReasonsMismatchError
 from ztunnel.reasons import check as check_reasons
@@ -163,7 +163,7 @@ class Daemon:
                 tuple(_core.DEADLINES),
             )
             body = await asyncio.to_thread(stats.render, picture)
-        return Page(200, CONTENT_TYPE, body)
+        return Page(200, CONTENT_TYPE_PLAIN_0_0_4, body)
 
     async def _ready(self) -> Page:
         return health_page(self._health.ready())

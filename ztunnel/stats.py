@@ -5,27 +5,29 @@ exactly (Istio's dashboards and Kiali read them), seconds and bytes as units, bo
 series, and that a scrape holds up the event loop only while counters are copied: the text is made
 on a thread. It may not count anything itself.
 
-`take` runs on the loop's thread and copies; `render` turns such a copy into text on any thread.
+`take` runs on the loop's thread and copies; `Collector` turns such a copy into metrics wherever it
+is called.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-
-from ztunnel import reasons
-from ztunnel.exposition import (
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
-    escape,
-    generate,
 )
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector as CollectorBase
+
+from ztunnel import reasons
 from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
 from ztunnel.reasons import NO_FLAG, Reason
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
     from ztunnel.tunnel import Tunnel
 
-__all__ = ["Picture", "render", "take"]
+__all__ = ["Collector", "Picture", "render", "take"]
 
 _REASONS: Final = tuple(Reason)
 _REPORTER: Final = LABEL_NAMES.index("reporter")
@@ -119,19 +121,31 @@ def take(
     )
 
 
-def _collect(picture: Picture) -> Iterator[Metric]:
-    """Yield everything but Istio's series."""
-    yield from _handshakes(picture)
-    yield from _core(picture)
-    yield from _own(picture)
+class Collector(CollectorBase):
+    """Gives everything but Istio's series, of whatever picture `source` returns."""
+
+    def __init__(self, source: Callable[[], Picture]) -> None:
+        self._source = source
+
+    def describe(self) -> Iterable[Metric]:
+        # Nothing is collected at registration: there may be no picture yet.
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        picture = self._source()
+        yield from _handshakes(picture)
+        yield from _core(picture)
+        yield from _own(picture)
 
 
 def render(picture: Picture) -> bytes:
     """Return the exposition text of `picture`. May run on any thread."""
-    return ("".join(_istio(picture)) + generate(_collect(picture))).encode("utf-8", "replace")
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector(lambda: picture))
+    return "".join(_istio(picture)).encode("utf-8", "replace") + generate_latest(registry)
 
 
-# Istio's series are written here and not as families: there are thousands, each with 27 labels
+# Istio's series are written here and not by the library: there are thousands, each with 27 labels
 # and in five families. Escaping the labels once makes a scrape of 4,000 series twenty times faster
 # than escaping and sorting them for every sample, and needs no object for each.
 
@@ -161,8 +175,12 @@ def _head(name: str, text: str) -> str:
 
 def _label_text(labels: Labels, flag: str) -> str:
     """Return the labels as the text format has them (backslash, quote and newline escaped)."""
-    pairs = [f'{name}="{escape(value)}"' for name, value in zip(LABEL_NAMES, labels, strict=True)]
+    pairs = [f'{name}="{_escape(value)}"' for name, value in zip(LABEL_NAMES, labels, strict=True)]
     return f'{{{",".join(pairs)},response_flags="{flag}"}}'
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
 def _failed(picture: Picture) -> dict[tuple[Labels, str], int]:

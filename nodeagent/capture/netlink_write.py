@@ -1,6 +1,6 @@
 """Changing rules, routes, qdiscs and filters of one namespace: many changes, one system call.
 
-This module owns the translation from the plan's actions to rtnetlink. It promises to do exactly
+This module owns the translation from the plan's actions to netlink. It promises to do exactly
 what the actions say, all that can be done of them, and to report each that failed in the kernel's
 own words; an action whose result is there already has succeeded. It may not decide anything.
 `write` blocks and runs inside the namespace.
@@ -10,11 +10,24 @@ from __future__ import annotations
 
 import errno
 import functools
-import ipaddress
 import os
 import socket
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
+
+from pyroute2.netlink.rtnl import (
+    RTM_DELQDISC,
+    RTM_DELROUTE,
+    RTM_DELRULE,
+    RTM_DELTFILTER,
+    RTM_NEWQDISC,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+    RTM_NEWTFILTER,
+)
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from pyroute2.netlink.rtnl.tcmsg import tcmsg
 
 from nodeagent.capture.actions import (
     FILTER_HANDLE,
@@ -34,49 +47,11 @@ from nodeagent.capture.actions import (
     Rule,
 )
 from nodeagent.capture.layout import TABLE
-from nodeagent.capture.netlink_read import (
-    FRA_FWMARK,
-    FRA_FWMASK,
-    FRA_GOTO,
-    FRA_IIFNAME,
-    FRA_IP_PROTO,
-    FRA_PRIORITY,
-    FRA_TABLE,
-    PARENTS,
-    ROUTE,
-    RTA_DST,
-    RTA_OIF,
-    RTA_PREFSRC,
-    RTA_TABLE,
-    RULE,
-    TCA_BPF_CLASSID,
-    TCA_BPF_NAME,
-    TCA_KIND,
-    TCA_OPTIONS,
-    TRAFFIC,
-)
-from nodeagent.pods.netlink import (
-    ACK,
-    CREATE,
-    EXCLUSIVE,
-    Outcome,
-    Rtnetlink,
-    attribute,
-    message,
-    number,
-    text,
-)
+from nodeagent.capture.netlink_read import PARENTS
+from nodeagent.pods.netlink import ACK, CREATE, EXCLUSIVE, Attributes, Outcome, Rtnetlink
+from nodeagent.pods.netlink import encode as encode_message
 
 __all__ = ["Guard", "encode", "write"]
-
-RTM_NEWROUTE: Final = 24
-RTM_DELROUTE: Final = 25
-RTM_NEWRULE: Final = 32
-RTM_DELRULE: Final = 33
-RTM_NEWQDISC: Final = 36
-RTM_DELQDISC: Final = 37
-RTM_NEWTFILTER: Final = 44
-RTM_DELTFILTER: Final = 45
 
 ADD: Final = ACK | CREATE | EXCLUSIVE
 
@@ -92,9 +67,8 @@ RTN_LOCAL: Final = 2
 RTPROT_STATIC: Final = 4
 RT_SCOPE_HOST: Final = 254
 RT_SCOPE_NOWHERE: Final = 255
-TCA_BPF_FD: Final = 6
-TCA_BPF_FLAGS: Final = 8
 DIRECT_ACTION: Final = 1
+"""TCA_BPF_FLAG_ACT_DIRECT (linux/pkt_cls.h)."""
 
 Guard = tuple[int, int]
 """What a filter runs: the program's descriptor, and the pod that it is told to be of."""
@@ -106,78 +80,98 @@ _GONE: Final = frozenset(
 
 
 @functools.lru_cache(MOST_RULES)
-def _rule(rule: Rule) -> bytes:
+def _rule(kind: int, flags: int, rule: Rule) -> bytes:
     # Rules are the same in every pod.
-    body = RULE.pack(rule.family, 0, 0, 0, rule.table if rule.table < 256 else 0, rule.action, 0)  # noqa: PLR2004 - an octet
-    body += number(FRA_PRIORITY, rule.preference)
+    fields = {"family": rule.family, "action": rule.action}
+    attributes: list[tuple[str, Any]] = [("FRA_PRIORITY", rule.preference)]
     if rule.table:
-        body += number(FRA_TABLE, rule.table)
+        attributes.append(("FRA_TABLE", rule.table))
     if rule.target:
-        body += number(FRA_GOTO, rule.target)
+        attributes.append(("FRA_GOTO", rule.target))
     if rule.mask:
-        body += number(FRA_FWMARK, rule.mark) + number(FRA_FWMASK, rule.mask)
+        attributes += [("FRA_FWMARK", rule.mark), ("FRA_FWMASK", rule.mask)]
     if rule.interface:
-        body += text(FRA_IIFNAME, rule.interface)
+        attributes.append(("FRA_IIFNAME", rule.interface))
     if rule.protocol:
-        body += attribute(FRA_IP_PROTO, bytes((rule.protocol,)))
-    return body
+        attributes.append(("FRA_IP_PROTO", rule.protocol))
+    return encode_message(fibmsg, kind, flags, fields, attributes)
 
 
-def _route(item: Route, protocol: int, scope: int) -> bytes:
+def _route(kind: int, flags: int, item: Route, protocol: int, scope: int) -> bytes:
     where, _, bits = item.destination.partition("/")
-    body = ROUTE.pack(item.family, int(bits or 0), 0, 0, TABLE, protocol, scope, item.kind, 0)
-    body += number(RTA_TABLE, TABLE)
+    fields = {
+        "family": item.family,
+        "dst_len": int(bits or 0),
+        "table": TABLE,
+        "proto": protocol,
+        "scope": scope,
+        "type": item.kind,
+    }
+    attributes: list[tuple[str, Any]] = [("RTA_TABLE", TABLE)]
     if bits:
-        body += attribute(RTA_DST, ipaddress.ip_address(where).packed)
+        attributes.append(("RTA_DST", where))
     if item.device:
-        body += number(RTA_OIF, item.device)
+        attributes.append(("RTA_OIF", item.device))
     if item.source:
-        body += attribute(RTA_PREFSRC, ipaddress.ip_address(item.source).packed)
-    return body
+        attributes.append(("RTA_PREFSRC", item.source))
+    return encode_message(rtmsg, kind, flags, fields, attributes)
 
 
-def _qdisc(device: int) -> bytes:
-    return TRAFFIC.pack(0, device, CLSACT_HANDLE, CLSACT, 0) + text(TCA_KIND, "clsact")
+@functools.lru_cache(MOST_RULES)
+def _qdisc(kind: int, flags: int, device: int) -> bytes:
+    fields = {"index": device, "handle": CLSACT_HANDLE, "parent": CLSACT}
+    return encode_message(tcmsg, kind, flags, fields, [("TCA_KIND", "clsact")])
 
 
-def _filter(item: Filter) -> bytes:
-    info = item.priority << 16 | socket.htons(ETH_P_ALL)
-    parent = PARENTS[item.direction]
-    return TRAFFIC.pack(0, item.device, item.handle, parent, info) + text(TCA_KIND, "bpf")
+def _filter(kind: int, flags: int, item: Filter, options: Attributes = ()) -> bytes:
+    fields = {
+        "index": item.device,
+        "handle": item.handle,
+        "parent": PARENTS[item.direction],
+        "info": item.priority << 16 | socket.htons(ETH_P_ALL),
+    }
+    attributes: list[tuple[str, Any]] = [("TCA_KIND", "bpf")]
+    if options:
+        attributes.append(("TCA_OPTIONS", {"attrs": list(options)}))
+    return encode_message(tcmsg, kind, flags, fields, attributes)
 
 
 def _guard(device: int, direction: str, guard: Guard) -> bytes:
-    ours = Filter(device, direction, FILTER_PRIORITY, FILTER_HANDLE, FILTER_NAME, 0)
     program, pod = guard
-    options = number(TCA_BPF_FD, program) + text(TCA_BPF_NAME, FILTER_NAME)
-    options += number(TCA_BPF_FLAGS, DIRECT_ACTION) + number(TCA_BPF_CLASSID, pod)
-    return _filter(ours) + attribute(TCA_OPTIONS, options)
+    ours = Filter(device, direction, FILTER_PRIORITY, FILTER_HANDLE, FILTER_NAME, 0)
+    options = (
+        ("TCA_BPF_CLASSID", pod),
+        ("TCA_BPF_FD", program),
+        ("TCA_BPF_NAME", FILTER_NAME),
+        ("TCA_BPF_FLAGS", DIRECT_ACTION),
+    )
+    # Without EXCLUSIVE: replaces what is in our place, without a moment of none.
+    return _filter(RTM_NEWTFILTER, ACK | CREATE, ours, options)
 
 
 def encode(action: NetlinkAction, guard: Guard | None) -> bytes:
     """Return the message for `action`; only AddFilter needs `guard`."""
     match action:
         case AddRule(rule):
-            return message(RTM_NEWRULE, ADD, _rule(rule))
+            return _rule(RTM_NEWRULE, ADD, rule)
         case DeleteRule(rule):
-            return message(RTM_DELRULE, ACK, _rule(rule))
+            return _rule(RTM_DELRULE, ACK, rule)
         case AddRoute(item):
             # The scope as iproute2 sets it for local routes; IPv6 ignores it.
             scope = RT_SCOPE_HOST if item.kind == RTN_LOCAL else 0
-            return message(RTM_NEWROUTE, ADD, _route(item, RTPROT_STATIC, scope))
+            return _route(RTM_NEWROUTE, ADD, item, RTPROT_STATIC, scope)
         case DeleteRoute(item):
-            return message(RTM_DELROUTE, ACK, _route(item, 0, RT_SCOPE_NOWHERE))
+            return _route(RTM_DELROUTE, ACK, item, 0, RT_SCOPE_NOWHERE)
         case AddClsact(device):
-            return message(RTM_NEWQDISC, ADD, _qdisc(device.index))
+            return _qdisc(RTM_NEWQDISC, ADD, device.index)
         case DeleteClsact(index):
-            return message(RTM_DELQDISC, ACK, _qdisc(index))
+            return _qdisc(RTM_DELQDISC, ACK, index)
         case DeleteFilter(item):
-            return message(RTM_DELTFILTER, ACK, _filter(item))
+            return _filter(RTM_DELTFILTER, ACK, item)
         case AddFilter(device, direction):
             if guard is None:
                 raise ValueError("a filter needs a program")
-            # Without EXCLUSIVE: replaces what is in our place, without a moment of none.
-            return message(RTM_NEWTFILTER, ACK | CREATE, _guard(device.index, direction, guard))
+            return _guard(device.index, direction, guard)
 
 
 def write(steps: Sequence[tuple[NetlinkAction, Guard | None]]) -> list[OSError | None]:

@@ -1,6 +1,6 @@
 """What a pod's namespace has in the way of devices and addresses.
 
-This module owns reading links and addresses. It promises values only: canonical
+This module owns reading links and addresses through pyroute2. It promises values only: canonical
 addresses, never IPv4-mapped, and only those that are ready for use (IPv6 addresses still in
 duplicate detection are not). It may not change anything.
 """
@@ -8,11 +8,15 @@ duplicate detection are not). It may not change anything.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
-import struct
 from typing import Final
 
-from nodeagent.pods.netlink import Rtnetlink, attributes, number
+from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_GETLINK
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+
+from nodeagent.pods.netlink import DUMP, Rtnetlink, decode, encode
 from nodeagent.pods.netns import NetnsHandle
 from nodeagent.pods.threads import NamespaceThreads
 from nodeagent.pods.values import LO_INDEX, Address, Device, Interfaces
@@ -35,25 +39,14 @@ IFF_UP: Final = 0x1
 IFA_F_UNUSABLE: Final = 0x40 | 0x08
 """linux/if_addr.h: IFA_F_TENTATIVE, IFA_F_DADFAILED."""
 
-_RTM_GETLINK: Final = 18
-_RTM_GETADDR: Final = 22
-_IFLA_IFNAME: Final = 3
-_IFLA_EXT_MASK: Final = 29
-_IFA_ADDRESS: Final = 1
-_IFA_LOCAL: Final = 2
-_IFA_FLAGS: Final = 8
-"""linux/rtnetlink.h, if_link.h and if_addr.h."""
-
 _SKIP_STATS: Final = 0x8
 """RTEXT_FILTER_SKIP_STATS: counters are most of what a device has to say."""
 
-_LINK: Final = struct.Struct("=BxHiII")
-"""struct ifinfomsg: family, type, index, flags, change."""
+MOST_KEPT: Final = 64
+"""Links and addresses that are remembered by their bytes: `lo` and its addresses, above all."""
 
-_ADDRESS: Final = struct.Struct("=BBBBI")
-"""struct ifaddrmsg: family, prefix length, flags, scope, index."""
-
-_NUMBER: Final = struct.Struct("=I")
+_LINKS: Final = encode(ifinfmsg, RTM_GETLINK, DUMP, {}, [("IFLA_EXT_MASK", _SKIP_STATS)])
+_ADDRESSES: Final = encode(ifaddrmsg, RTM_GETADDR, DUMP, {})
 
 
 class AddressesMissingError(Exception):
@@ -68,28 +61,37 @@ class AddressesMissingError(Exception):
         self.missing = missing
 
 
+@functools.lru_cache(MOST_KEPT)
+def _link(data: bytes) -> tuple[int, int, str]:
+    """Return index, flags and name."""
+    link = decode(ifinfmsg, data)
+    return link["index"], link["flags"], link.get_attr("IFLA_IFNAME") or ""
+
+
+@functools.lru_cache(MOST_KEPT)
+def _address(data: bytes) -> Address | None:
+    """Return the address if it is ready for use and not link-local."""
+    found = decode(ifaddrmsg, data)
+    flags = found.get_attr("IFA_FLAGS") or found["flags"]
+    # IFA_ADDRESS is the peer's on a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
+    text = found.get_attr("IFA_LOCAL") or found.get_attr("IFA_ADDRESS")
+    if flags & IFA_F_UNUSABLE or text is None:
+        return None
+    parsed = ipaddress.ip_address(text)
+    if parsed.version == 6 and parsed.is_link_local:  # noqa: PLR2004
+        return None
+    return Address(found["index"], str(parsed))
+
+
 def collect_interfaces(route: Rtnetlink) -> Interfaces:
     """Read through an open socket that was made inside the namespace. Raises OSError."""
     devices: dict[int, str] = {}
-    wanted = _LINK.pack(0, 0, 0, 0, 0) + number(_IFLA_EXT_MASK, _SKIP_STATS)
-    for body in route.dump(_RTM_GETLINK, wanted):
-        _, _, index, flags, _ = _LINK.unpack_from(body)
+    for data in route.dump(_LINKS):
+        index, flags, name = _link(data)
         if index != LO_INDEX and flags & IFF_UP:
-            name = attributes(body, _LINK.size).get(_IFLA_IFNAME, b"")
-            devices[index] = name.rstrip(b"\0").decode("utf-8", "replace")
-    addresses: set[Address] = set()
-    for body in route.dump(_RTM_GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
-        _, _, flags, _, index = _ADDRESS.unpack_from(body)
-        found = attributes(body, _ADDRESS.size)
-        if _IFA_FLAGS in found:
-            flags = _NUMBER.unpack_from(found[_IFA_FLAGS])[0]
-        # IFA_ADDRESS is the peer's on a point-to-point link; IPv6 has no IFA_LOCAL elsewhere.
-        packed = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-        if flags & IFA_F_UNUSABLE or index not in devices or packed is None:
-            continue
-        parsed = ipaddress.ip_address(packed)
-        if not (parsed.version == 6 and parsed.is_link_local):  # noqa: PLR2004
-            addresses.add(Address(index, str(parsed)))
+            devices[index] = name
+    found = (_address(data) for data in route.dump(_ADDRESSES))
+    addresses = {each for each in found if each is not None and each.device in devices}
     return Interfaces(
         tuple(sorted(Device(index, name) for index, name in devices.items())),
         tuple(sorted(addresses)),

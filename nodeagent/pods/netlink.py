@@ -1,13 +1,13 @@
-"""rtnetlink(7) without a library: dumps, changes, and the attributes that they are made of.
+"""rtnetlink(7): dumps and changes of the calling thread's namespace.
 
-This module owns the sockets that speak with the kernel's routing and traffic control, and the form
-of their messages. It promises that a dump which something changed meanwhile is read again, that
-many changes go in one system call, and that each change's outcome is reported in the kernel's own
-words. It may not know what the messages mean. All of it blocks, and speaks to the namespace that
-the calling thread is in.
+This module owns the sockets that speak with the kernel's routing and traffic control. It promises
+that a dump which something changed meanwhile is read again, that many changes go in one system
+call, and that each change's outcome is reported in the kernel's own words. It may not know what the
+messages mean. All of it blocks.
 
-Plain structs and not pyroute2: that takes ten megabytes and, for one pod, twenty milliseconds,
-nearly all of it in its own event loop and its decoding of what nobody asked for.
+pyroute2's message classes encode and decode. Its own sockets are left out: each runs an event loop,
+which took longer than all the work in the kernel; so are its decodings of what is the same in every
+pod, which callers keep by the bytes (`dump` returns equal bytes for equal things).
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
+
+from pyroute2.netlink import nlmsg
 
 __all__ = [
     "ACK",
     "CREATE",
+    "DUMP",
     "EXCLUSIVE",
+    "Attributes",
     "Outcome",
     "Rtnetlink",
-    "attribute",
-    "attributes",
-    "message",
-    "number",
-    "text",
+    "decode",
+    "encode",
+    "get",
 ]
 
 REQUEST: Final = 0x1
@@ -66,7 +68,6 @@ TIMEOUT: Final = 10.0
 
 _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
-_NUMBER: Final = struct.Struct("=I")
 _CODE: Final = struct.Struct("=i")
 _SEQUENCE: Final = struct.Struct("=II")
 _SEQUENCE_OFFSET: Final = 8
@@ -76,28 +77,42 @@ _ERROR_BODY: Final = 20
 _KIND_MASK: Final = 0x3FFF
 """Without NLA_F_NESTED and NLA_F_NET_BYTEORDER."""
 
+Attributes = Sequence[tuple[str, Any]]
+"""By pyroute2's names, with values as it takes them."""
+
 Outcome = tuple[int, str]
 """errno of one change, 0 for success, and the kernel's explanation, often empty."""
 
 
-def attribute(kind: int, value: bytes) -> bytes:
-    """Return one attribute, padded to four bytes."""
-    length = _ATTRIBUTE.size + len(value)
-    return _ATTRIBUTE.pack(length, kind) + value + bytes(-length & 3)
+def encode(
+    form: type[nlmsg], kind: int, flags: int, fields: Mapping[str, int], attributes: Attributes = ()
+) -> bytes:
+    """Return a request; its sequence number is set when it is sent."""
+    message = form()
+    for name, value in fields.items():
+        message[name] = value
+    message["attrs"] = list(attributes)
+    message["header"]["type"] = kind
+    message["header"]["flags"] = REQUEST | flags
+    message.encode()
+    return bytes(message.data)
 
 
-def number(kind: int, value: int) -> bytes:
-    """Return an attribute that holds 32 bits in the machine's byte order."""
-    return attribute(kind, _NUMBER.pack(value))
+def decode(form: type[nlmsg], data: bytes) -> Any:  # noqa: ANN401 - pyroute2 is untyped
+    """Return what `Rtnetlink.dump` has read, as pyroute2 understands it."""
+    message = form(data)
+    message.decode()
+    return message
 
 
-def text(kind: int, value: str) -> bytes:
-    """Return an attribute that holds a string, with the NUL that the kernel wants."""
-    return attribute(kind, value.encode() + b"\0")
+def get(message: Any, name: str) -> int:  # noqa: ANN401
+    """Return a number among the attributes, 0 if it is not there."""
+    value: int | None = message.get_attr(name)
+    return value or 0
 
 
-def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
-    """Return the attributes from `offset` on, by kind. What is malformed ends the walk."""
+def _attributes(data: bytes, offset: int) -> dict[int, bytes]:
+    """Return the attributes of an acknowledgement by kind: pyroute2 has no class for them."""
     found: dict[int, bytes] = {}
     while offset + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, offset)
@@ -106,11 +121,6 @@ def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
         found[kind & _KIND_MASK] = data[offset + _ATTRIBUTE.size : offset + length]
         offset += (length + 3) & ~3
     return found
-
-
-def message(kind: int, flags: int, body: bytes) -> bytes:
-    """Return a request; its sequence number is set when it is sent."""
-    return _HEADER.pack(_HEADER.size + len(body), kind, REQUEST | flags, 0, 0) + body
 
 
 class Rtnetlink:
@@ -143,20 +153,20 @@ class Rtnetlink:
     def close(self) -> None:
         self._socket.close()
 
-    def dump(self, kind: int, body: bytes) -> list[bytes]:
-        """Return the payloads that answer the dump request. Raises OSError."""
-        found, interrupted = self._dump(kind, body)
+    def dump(self, request: bytes) -> list[bytes]:
+        """Return the messages that answer a dump request (`encode`). Raises OSError."""
+        found, interrupted = self._dump(request)
         tries = 1
         while interrupted and tries < DUMP_TRIES:
-            found, interrupted = self._dump(kind, body)
+            found, interrupted = self._dump(request)
             tries += 1
         return found
 
-    def _dump(self, kind: int, body: bytes) -> tuple[list[bytes], bool]:
+    def _dump(self, request: bytes) -> tuple[list[bytes], bool]:
         self._sequence += 1
-        request = bytearray(message(kind, DUMP, body))
-        _SEQUENCE.pack_into(request, _SEQUENCE_OFFSET, self._sequence, 0)
-        self._socket.send(request)
+        sent = bytearray(request)
+        _SEQUENCE.pack_into(sent, _SEQUENCE_OFFSET, self._sequence, 0)
+        self._socket.send(sent)
         found: list[bytes] = []
         interrupted = False
         for answer, flags, sequence, payload in self._messages():
@@ -166,9 +176,10 @@ class Rtnetlink:
             if answer in (_DONE_KIND, _ERROR_KIND):
                 code = -_CODE.unpack_from(payload)[0] if len(payload) >= _CODE.size else 0
                 if code:
-                    raise OSError(code, f"netlink dump {kind}: {os.strerror(code)}")
+                    raise OSError(code, f"netlink dump: {os.strerror(code)}")
                 break
-            found.append(payload)
+            # Without flags, sequence number and port, which differ for equal things.
+            found.append(_HEADER.pack(_HEADER.size + len(payload), answer, 0, 0, 0) + payload)
         return found, interrupted
 
     def change(self, messages: Sequence[bytes]) -> list[Outcome]:
@@ -193,7 +204,7 @@ class Rtnetlink:
             if answer != _ERROR_KIND or not 0 <= sequence - first < len(messages):
                 continue
             code = -_CODE.unpack_from(payload)[0]
-            words = attributes(payload, _ERROR_BODY) if flags & _ACK_TLVS else {}
+            words = _attributes(payload, _ERROR_BODY) if flags & _ACK_TLVS else {}
             said = words.get(_ERROR_TEXT, b"").rstrip(b"\0").decode("utf-8", "replace")
             outcomes[sequence - first] = code, said
             left -= 1

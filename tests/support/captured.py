@@ -177,12 +177,13 @@ class Captured:
             handle.close()
 
 
-def _has_carrier(pod: Namespace) -> bool:
-    """Whether the kernel has noticed that the other end is up: it does so a moment later, and then
-    changes routes that tests compare.
+def _is_settled(side: Namespace) -> bool:
+    """Whether the kernel has noticed that the other end is up, and its own link-local address is
+    ready: both come a moment later, and change routes that tests compare.
     """
-    routes = pod.check_output("sh", "-c", "ip route show table all; ip -6 route show table all")
-    return "linkdown" not in routes and "local fe80:" in routes
+    shown = "ip route show table all; ip -6 route show table all; ip -6 address show tentative"
+    routes = side.check_output("sh", "-c", shown)
+    return not any(word in routes for word in ("linkdown", "inet6")) and "local fe80:" in routes
 
 
 @contextlib.contextmanager
@@ -198,7 +199,7 @@ def captured() -> Iterator[Captured]:
             [f"{four.pod}/24", f"{six.pod}/64"],
             [f"{four.peer}/24", f"{six.peer}/64"],
         )
-        wait_until(lambda: _has_carrier(pod), "the pod's link")
+        wait_until(lambda: _is_settled(pod) and _is_settled(peer), "the link of pod and peer")
         made = Captured(pod, peer, bpf_dir)
         try:
             yield made

@@ -99,6 +99,7 @@ class Agent:
                 settings.locality,
                 settings.node_addresses,
                 settings.deadlines,
+                settings.same_node,
             ),
             on_held=self._held,
             before_snapshot=self._before_snapshot,

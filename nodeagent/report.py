@@ -130,6 +130,7 @@ def build(facts: Facts, now: Now) -> Status:
         started=facts.started,
         ready=not lacks,
         missing=lacks,
+        same_node=facts.settings.same_node.value,
         ztunnel=_ztunnel(facts.ztunnel, facts.own, now),
         config=_config(facts),
         pods=tuple(

@@ -20,7 +20,7 @@ import msgspec
 
 from nodeagent import deadlines
 from nodeagent.api import Check, ConfigError, read_struct, values
-from ztunnel.protocol import Deadlines
+from ztunnel.protocol import Deadlines, SameNode
 
 __all__ = ["LogFormat", "LogLevel", "Settings", "load_settings"]
 
@@ -118,6 +118,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     admin_address: Annotated[str, Check(_admin_address)] | None = None
     log_format: LogFormat | None = None
     log_level: LogLevel | None = None
+    same_node: SameNode | None = None
     deadlines: deadlines.Section | None = None
 
 
@@ -128,6 +129,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `config_dir` is the watched directory of the `files` source. `run_dir` holds the sockets,
     `state_dir` what must survive a restart, `ca_dir` the embedded CA (by default in `state_dir`;
     the nodes of one lab share one). `admin_address` is ADDRESS:PORT on loopback.
+    `same_node` is how connections between two pods of this node go; DIRECT is not encrypted.
     """
 
     node: str = msgspec.field(default_factory=_hostname)
@@ -145,6 +147,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     admin_address: str = "127.0.0.1:15000"
     log_format: LogFormat = LogFormat.TEXT
     log_level: LogLevel = LogLevel.INFO
+    same_node: SameNode = SameNode.HBONE
     deadlines: Deadlines = Deadlines()
 
     def __post_init__(self) -> None:

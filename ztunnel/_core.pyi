@@ -157,6 +157,12 @@ class Core:
         `address` empty: to the original destination."""
     def decide_deliver(self, decision: int, series: int) -> None:
         """Inbound: to the application at the original destination, from the client's address."""
+    def decide_hand_over(
+        self, decision: int, series: int, mirror: int, pod: int, address: bytes, port: int
+    ) -> None:
+        """Plain TCP inside the namespace of another pod of this node, which has `address`: to the
+        application there, from the client's address, as `decide_deliver` does. Both series count
+        it; removing either pod ends it."""
     def decide_tunnel(
         self, decision: int, series: int, peer: int, authority: str, baggage: str, host: str
     ) -> None:

@@ -7,8 +7,8 @@ characters and quotes are escaped), and that the file is reopened when asked, fo
 not look anything up. What repeats from line to line is put together once (`_json_frame`,
 `_text_frame`): each line delays some connection on a busy node.
 
-JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `connection_security_policy`
-and `policy`. Text is Envoy's familiar shape with the same keys behind it:
+JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `connection_security_policy`,
+`same_node` and `policy`. Text is Envoy's familiar shape with the same keys behind it:
 
     [START] "TCP 10.0.0.2:80" reason "error" RECEIVED SENT MS mTLS_Origin: "spiffe://…"
     mTLS_Destination: "spiffe://…" key="value" …
@@ -47,6 +47,10 @@ BATCH_LINES: Final = 500
 """Lines after which a system call writes what has been taken."""
 
 STDOUT: Final = "-"
+
+SAME_NODE: Final = "direct"
+"""Value of `same_node`, which only lines have of connections that went between two pods of this
+node without encryption (setting `same_node: direct`)."""
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -104,6 +108,7 @@ class _Known(NamedTuple):
     security: str
     mtls_origin: str
     mtls_destination: str
+    same_node: str
 
 
 @functools.lru_cache(maxsize=MAX_FORMATTED)
@@ -135,6 +140,7 @@ def _known(labels: Labels) -> _Known:
         _escaped(security),
         _escaped(origin or "-"),
         _escaped(destination or "-"),
+        _escaped(SAME_NODE) if label_sets.is_handed_over(labels) else "",
     )
 
 
@@ -204,6 +210,8 @@ def _json_frame(
     ]
     middle = _keyed(known, direction, destination, hbone)
     after = [("reason", f'"{reason.value}"'), ("connection_security_policy", known.security)]
+    if known.same_node:
+        after.append(("same_node", known.same_node))
     if policy:
         after.append(("policy", _escaped(policy)))
     if error:
@@ -251,7 +259,8 @@ def _text_frame(
         f"mTLS_Origin: {known.mtls_origin} mTLS_Destination: {known.mtls_destination} "
         f"connection_security_policy={known.security}"
     )
-    rest = keyed + (f" policy={_escaped(policy)}" if policy else "")
+    rest = keyed + (f" same_node={known.same_node}" if known.same_node else "")
+    rest += f" policy={_escaped(policy)}" if policy else ""
     return f'[%s] {_constant(head)} %d %d %.0f {_constant(tail)} src.addr="%s" {_constant(rest)}'
 
 

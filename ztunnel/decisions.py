@@ -258,10 +258,13 @@ class Record:
         "key",
         "killed",
         "labels",
+        "mirror",
+        "mirror_labels",
         "number",
         "outcome",
         "peer",
         "pod",
+        "proofs",
         "proven",
         "series",
     )
@@ -276,8 +279,14 @@ class Record:
         self.labels = labels
         """This decision's own, also where its series is the one of the overflow."""
         self.series: Series | None = None
+        self.mirror: Series | None = None
+        self.mirror_labels: Labels = ()
+        """The destination's report of a hand-over, beside the source's."""
         self.peer: Peer | None = None
         self.proven: Proven | None = None
+        """Whom the caller proved to be, of what comes in."""
+        self.proofs: tuple[Proven, ...] = ()
+        """Everybody whose certificate the decision rests on."""
         self.choices: tuple[int, ...] = ()
         self.cached = True
         self.killed = False
@@ -319,8 +328,8 @@ class Decisions:
 
     def add(self, record: Record) -> None:
         """Take a record whose decision the core has; its series, peer and identity are held."""
-        if record.proven is not None:
-            record.proven.refs += 1
+        for proven in record.proofs:
+            proven.refs += 1
         self._records[record.number] = record
 
     def cache(self, record: Record) -> None:
@@ -350,9 +359,10 @@ class Decisions:
         record = self._records.pop(number, None)
         if record is None:
             return
-        if record.series is not None:
-            self._series.release(record.series)
+        for series in (record.series, record.mirror):
+            if series is not None:
+                self._series.release(series)
         if record.peer is not None:
             self._peers.release(record.peer, now)
-        if record.proven is not None:
-            record.proven.refs -= 1
+        for proven in record.proofs:
+            proven.refs -= 1

@@ -1,9 +1,10 @@
 """What became of connections: from the core's reports to access log lines and failure counts.
 
 This module owns the joining of an ended connection or a failed handshake with the decision, the
-identities and the workloads behind its numbers. It promises one line for each report, and that a
-connection that ended before a decision was reached is counted too (the core counts by decision).
-It may not write the lines out, nor change what it reads.
+identities and the workloads behind its numbers. It promises one line for each report, two for a
+connection that was handed over between two pods of this node, and that a connection that ended
+before a decision was reached is counted too (the core counts by decision). It may not write the
+lines out, nor change what it reads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
+import msgspec
+
 from ztunnel import address, labels, reasons
 from ztunnel.access_log import Line, Sink
 from ztunnel.authorize import Verdict
@@ -20,7 +23,7 @@ from ztunnel.corelike import Kind
 from ztunnel.decisions import Key
 from ztunnel.labels import Labels
 from ztunnel.reasons import Reason
-from ztunnel.route import Refuse, Tunnel
+from ztunnel.route import HandOver, Refuse, Tunnel
 from ztunnel.state import HBONE_PORT
 
 if TYPE_CHECKING:
@@ -96,14 +99,12 @@ class Events:
         lines: list[Line] = []
         try:
             for connection in ended:
-                line = self._ended(state, connection)
-                if line is not None:
-                    lines.append(line)
+                lines += self._ended(state, connection)
             lines += [self._failed(state, handshake) for handshake in failed]
         finally:
             self._sink.write(lines)
 
-    def _ended(self, state: State, event: Ended) -> Line | None:
+    def _ended(self, state: State, event: Ended) -> list[Line]:
         reason = _REASONS[event.reason]
         record = self._owner.decisions.get(event.decision) if event.decision else None
         outbound = event.kind == _OUTBOUND
@@ -111,13 +112,13 @@ class Events:
         if record is None:
             found = self._early_labels(state, event, reason)
             if found is None:
-                return None
+                return []
             self._count_early(found, reasons.flag(reason, hbone=hbone))
         else:
             found = record.labels
         started = self._wall() - (self._clock() - event.started_us / 1e6)
         destination, hbone_address = _addresses(event, record)
-        return Line(
+        line = Line(
             start=started,
             duration_us=event.duration_us,
             direction="outbound" if outbound else "inbound",
@@ -131,6 +132,18 @@ class Events:
             error=reasons.explain(reason, hbone=hbone),
             policy=_policy(record),
         )
+        if record is None or not isinstance(record.outcome, HandOver):
+            return [line]
+        # One connection, but two pods of this node: each side says what it would across nodes.
+        way = record.outcome.way
+        there = msgspec.structs.replace(
+            line,
+            direction="inbound",
+            destination=f"{_host(way.target)}:{way.port}",
+            labels=record.mirror_labels,
+            policy=_policy(record) or record.outcome.origin,
+        )
+        return [line, there]
 
     def _failed(self, state: State, event: Failed) -> Line:
         """A handshake that failed: its line has no bytes and no duration."""

@@ -21,7 +21,7 @@ from ztunnel import address
 from ztunnel.authorize import Verdict
 from ztunnel.corelike import Kind
 from ztunnel.protocol import PROTOCOL_VERSION
-from ztunnel.route import Balance, Passthrough, Plain, Refuse
+from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse
 
 if TYPE_CHECKING:
     from ztunnel.admin import Check
@@ -205,6 +205,11 @@ def _decision(record: Record) -> dict[str, Any]:
         case Balance() as balance:
             entry["action"] = "balance"
             entry["choices"] = len(balance.choices)
+        case HandOver() as over:
+            entry["action"] = "hand over (same node, direct: not encrypted)"
+            entry["target"] = over.way.authority
+            entry["identity"], entry["expected"] = str(over.proofs[0].id), [str(over.proofs[1].id)]
+            entry["policy"] = over.origin
         case tunnel:
             entry["action"] = "tunnel"
             entry["target"] = tunnel.authority

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Request, Verdict, authorize
-from ztunnel.decisions import Decisions, Key, Peer, Peers, Record, Series, SeriesTable
+from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
 from ztunnel.protocol import Service, Workload
 from ztunnel.reasons import Reason
-from ztunnel.route import Balance, Choice, Passthrough, Plain, Refuse, Route, Tunnel
+from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse, Route, Tunnel, Way
+from ztunnel.same_node import admit, is_direct
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
     from ztunnel.identities import Proven
-    from ztunnel.pods import Held
+    from ztunnel.pods import Held, Pods
     from ztunnel.state import State
 
 __all__ = ["NUMBER_OF", "Cut", "Judge", "still_allowed"]
@@ -77,46 +78,60 @@ class Judge:
         return balance
 
     def _outbound_single(
-        self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Choice, now: float
+        self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Way, now: float
     ) -> Record:
-        labels = self.outbound_labels(state, held, key, route)
-        peer: Peer | None = None
-        if isinstance(route, Tunnel):
-            peer = self._peers.acquire(
-                held.number, held.credential, route.expected, route.target, route.hbone_port, now
-            )
-        series: Series | None = None
-        number = next(self._numbers)
+        record = Record(
+            next(self._numbers),
+            key,
+            held.pod.uid,
+            route,
+            self.outbound_labels(state, held, key, route),
+        )
         try:
-            series = self._series.acquire(labels)
-            match route:
-                case Refuse():
-                    self._core.decide_refuse(number, series.number, NUMBER_OF[route.reason])
-                case Passthrough():
-                    self._core.decide_forward(number, series.number, b"", 0)
-                case Plain():
-                    self._core.decide_forward(number, series.number, route.target, route.port)
-                case Tunnel():
-                    assert peer is not None  # noqa: S101 - set above for exactly this case
-                    self._core.decide_tunnel(
-                        number,
-                        series.number,
-                        peer.number,
-                        route.authority,
-                        route.baggage,
-                        route.host,
-                    )
+            record.series = self._series.acquire(record.labels)
+            if isinstance(route, Tunnel):
+                record.peer = self._peers.acquire(
+                    held.number,
+                    held.credential,
+                    route.expected,
+                    route.target,
+                    route.hbone_port,
+                    now,
+                )
+            if isinstance(route, HandOver):
+                record.proofs = route.proofs
+                record.mirror_labels = self.handed_labels(state, held, route)
+                record.mirror = self._series.acquire(record.mirror_labels)
+            self._tell(record, route)
         except BaseException:
-            if series is not None:
-                self._series.release(series)
-            if peer is not None:
-                self._peers.release(peer, now)
+            for series in (record.series, record.mirror):
+                if series is not None:
+                    self._series.release(series)
+            if record.peer is not None:
+                self._peers.release(record.peer, now)
             raise
-        record = Record(number, key, held.pod.uid, route, labels)
-        record.series = series
-        record.peer = peer
         self._decisions.add(record)
         return record
+
+    def _tell(self, record: Record, route: Refuse | Passthrough | Way) -> None:
+        """Make the core's decision, whose series and peer `record` holds."""
+        number = record.number
+        series = record.series.number if record.series is not None else 0
+        match route:
+            case Refuse():
+                self._core.decide_refuse(number, series, NUMBER_OF[route.reason])
+            case Passthrough():
+                self._core.decide_forward(number, series, b"", 0)
+            case Plain():
+                self._core.decide_forward(number, series, route.target, route.port)
+            case Tunnel():
+                peer = record.peer.number if record.peer is not None else 0
+                self._core.decide_tunnel(
+                    number, series, peer, route.authority, route.baggage, route.host
+                )
+            case HandOver(way=way):
+                mirror = record.mirror.number if record.mirror is not None else 0
+                self._core.decide_hand_over(number, series, mirror, route.pod, way.target, way.port)
 
     def inbound(
         self, state: State, held: Held | None, key: Key, proven: Proven | None, verdict: Verdict
@@ -136,11 +151,12 @@ class Judge:
         record = Record(number, key, held.pod.uid if held is not None else "", verdict, labels)
         record.series = series
         record.proven = proven
+        record.proofs = (proven,) if proven is not None else ()
         self._decisions.add(record)
         return record
 
     def outbound_labels(
-        self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Choice
+        self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Way
     ) -> Labels:
         source = state.workload_of(held.pod)
         destination: Workload | None
@@ -153,6 +169,11 @@ class Judge:
                 service = state.services.get(route.service)
                 security = MUTUAL_TLS
                 principal = destination.identity if destination is not None else ""
+            case HandOver(way=way):
+                destination = state.workloads.get(way.workload)
+                service = state.services.get(way.service)
+                security = PLAINTEXT
+                principal = str(route.proofs[1].id)
             case Plain():
                 destination = state.workloads.get(route.workload)
                 service = state.services.get(route.service)
@@ -170,6 +191,19 @@ class Judge:
             service,
             source_principal=source.identity if source is not None and principal else "",
             destination_principal=principal,
+        )
+
+    def handed_labels(self, state: State, held: Held, route: HandOver) -> Labels:
+        """Return what the destination's side reports of a hand-over from `held`."""
+        destination = state.workloads.get(route.way.workload)
+        return label_sets.make(
+            DESTINATION,
+            PLAINTEXT,
+            state.workload_of(held.pod),
+            destination,
+            self._inbound_service(state, destination, route.way.port),
+            source_principal=str(route.proofs[0].id),
+            destination_principal=str(route.proofs[1].id),
         )
 
     def inbound_labels(
@@ -218,13 +252,14 @@ class Cut(NamedTuple):
     origin: str = ""
 
 
-def still_allowed(state: State, held: Held | None, record: Record) -> Cut | None:
+def still_allowed(state: State, pods: Pods, record: Record) -> Cut | None:
     """Return why connections under `record` must be cut, or None while they may live.
 
-    Inbound is judged as if asked anew. Outbound is cut only when the destination's address now
-    belongs to another identity than the one that was proved: whether plaintext may enter a
-    workload is its own node's judgement, and that node cuts it there.
+    Inbound is judged as if asked anew, and so is a hand-over, which is both. Outbound is cut only
+    when the destination's address now belongs to another identity than the one that was proved:
+    whether plaintext may enter a workload is its own node's judgement, and that node cuts it there.
     """
+    held = pods.get(record.pod)
     if held is None or record.pod != held.pod.uid or record.key.pod != held.number:
         # Taken out of the core, and its connections with it.
         return None
@@ -243,10 +278,31 @@ def still_allowed(state: State, held: Held | None, record: Record) -> Cut | None
             if not verdict.allow:
                 return Cut(_cut_reason(verdict.reason), verdict.origin)
         case Tunnel() as tunnel:
-            workload = state.workload_at(tunnel.target)
-            if workload is not None and workload.identity not in tunnel.expected:
-                return Cut(Reason.IDENTITY_MISMATCH)
+            return _still_expected(state, tunnel)
+        case HandOver() as over:
+            server = pods.by_number(over.pod)
+            if server is not None:
+                return _still_joined(state, held, server, over)
     return None
+
+
+def _still_expected(state: State, way: Tunnel) -> Cut | None:
+    workload = state.workload_at(way.target)
+    if workload is not None and workload.identity not in way.expected:
+        return Cut(Reason.IDENTITY_MISMATCH)
+    return None
+
+
+def _still_joined(state: State, client: Held, server: Held, over: HandOver) -> Cut | None:
+    if not is_direct(state):
+        # What was in clear by the settings of then is not by those of now.
+        return Cut(Reason.POLICY_CHANGED)
+    if any(proven.withdrawn for proven in over.proofs):
+        return Cut(Reason.TRUST_WITHDRAWN)
+    verdict = admit(state, client, over.proofs[0].id, server, over.way)
+    if not verdict.allow:
+        return Cut(_cut_reason(verdict.reason), verdict.origin)
+    return _still_expected(state, over.way)
 
 
 def _cut_reason(reason: Reason) -> Reason:

@@ -1,9 +1,10 @@
 """The labels of Istio's standard TCP metrics: who called whom, through which service, how secured.
 
 This module owns the label names, their order and how a connection gets their values. It promises
-that a label that names an identity was proved by that identity's key, that a missing value reads
-`unknown` (Kiali matches on it) and that values come from the mesh's state, never from what a peer
-said of itself. It is pure.
+that a label that names an identity was proved by that identity's key (between two pods of this
+node that are joined directly: by its certificate, whose key this node holds), that a missing value
+reads `unknown` (Kiali matches on it) and that values come from the mesh's state, never from what a
+peer said of itself. It is pure.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "UNKNOWN",
     "Labels",
     "inbound_services",
+    "is_handed_over",
     "make",
     "overflow",
     "service_name",
@@ -93,6 +95,13 @@ def make(
             if service is not None
             else (UNKNOWN, UNKNOWN, UNKNOWN)
         ),
+    )
+
+
+def is_handed_over(labels: Labels) -> bool:
+    """True for what went between two pods of this node directly: both known, nothing encrypted."""
+    return value(labels, "connection_security_policy") == PLAINTEXT and bool(
+        value(labels, "source_principal")
     )
 
 

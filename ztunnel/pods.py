@@ -126,6 +126,7 @@ class Pods:
         self._build = build
         self._held: dict[str, Held] = {}
         self._by_number: dict[int, Held] = {}
+        self._by_address: dict[bytes, Held] | None = None
         self._credentials: dict[str, protocol.Credential] = {}
         self._pairs: dict[str, Pair] = {}
 
@@ -140,6 +141,21 @@ class Pods:
 
     def by_number(self, number: int) -> Held | None:
         return self._by_number.get(number)
+
+    def at(self, packed: bytes) -> Held | None:
+        """Return the pod that has this address; the newest, while an address changes hands."""
+        if self._by_address is None:
+            self._by_address = {
+                own: held
+                for held in sorted(self._held.values(), key=lambda held: held.number)
+                for own in held.pod.addresses
+            }
+        return self._by_address.get(packed)
+
+    def chain(self, held: Held) -> tuple[bytes, ...]:
+        """Return the certificates that `held` shows, DER, leaf first; none while it has none."""
+        credential = self._credentials.get(held.identity)
+        return credential.chain if credential is not None else ()
 
     def stage(
         self,
@@ -173,6 +189,8 @@ class Pods:
 
     def commit(self, stage: Stage) -> list[Held]:
         """Put `stage` in force; return the pods that left. Owns the staged sockets from here."""
+        if stage.gone or stage.added:
+            self._by_address = None
         for held in stage.gone:
             del self._held[held.pod.uid]
             del self._by_number[held.number]
@@ -198,6 +216,7 @@ class Pods:
             held.sockets.close()
         self._held.clear()
         self._by_number.clear()
+        self._by_address = None
 
     def _stage_credentials(
         self,

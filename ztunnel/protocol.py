@@ -55,6 +55,7 @@ __all__ = [
     "Refusal",
     "Removal",
     "Resource",
+    "SameNode",
     "Service",
     "ServicePort",
     "Settings",
@@ -92,6 +93,13 @@ class DataPlane(enum.StrEnum):
 
     HBONE = "HBONE"
     TCP = "TCP"
+
+
+class SameNode(enum.StrEnum):
+    """How connections between two pods of one node go: like all others, or straight across."""
+
+    HBONE = "hbone"
+    DIRECT = "direct"
 
 
 class _Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
@@ -269,6 +277,7 @@ class Settings(_Base, frozen=True, tag="settings"):
     locality: str = ""
     node_addresses: tuple[str, ...] = ()
     deadlines: Deadlines = Deadlines()
+    same_node: SameNode = SameNode.HBONE
 
 
 class Welcome(_Base, frozen=True, tag="welcome"):

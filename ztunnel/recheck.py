@@ -14,12 +14,14 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from ztunnel.judge import NUMBER_OF, still_allowed
+from ztunnel.judge import NUMBER_OF, Cut, still_allowed
 from ztunnel.reasons import Reason
+from ztunnel.route import HandOver
+from ztunnel.same_node import is_direct
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
-    from ztunnel.decisions import Decisions, Peers
+    from ztunnel.decisions import Decisions, Peers, Record
     from ztunnel.identities import Identities, Proven
     from ztunnel.pods import Pods
     from ztunnel.state import State
@@ -62,6 +64,7 @@ class Recheck:
             before.policies is state.policies
             and before.workloads is state.workloads
             and before.bundles is state.bundles
+            and is_direct(before) is is_direct(state)
         ):
             await self._allowed(state)
 
@@ -71,15 +74,17 @@ class Recheck:
                 await asyncio.sleep(0)
             if record.killed:
                 continue
-            cut = still_allowed(state, self._pods.get(record.pod), record)
-            if cut is None:
-                continue
-            record.killed = True
-            record.cut_by = cut.origin
-            # KeyError: nothing was left of it, and the core's report of that is on its way.
-            with contextlib.suppress(KeyError):
-                self._core.kill_decision(record.number, NUMBER_OF[cut.reason])
-                self.cut += 1
+            cut = still_allowed(state, self._pods, record)
+            if cut is not None:
+                self._end(record, cut)
+
+    def _end(self, record: Record, cut: Cut) -> None:
+        record.killed = True
+        record.cut_by = cut.origin
+        # KeyError: nothing was left of it, and the core's report of that is on its way.
+        with contextlib.suppress(KeyError):
+            self._core.kill_decision(record.number, NUMBER_OF[cut.reason])
+            self.cut += 1
 
     async def _trust(self, before: State, state: State) -> None:
         changed = {
@@ -106,3 +111,6 @@ class Recheck:
     def evicted(self, proven: Proven) -> None:
         """End what rests on an identity that is forgotten: it could not be checked again."""
         self._core.kill_identity(proven.number, NUMBER_OF[Reason.TRUST_WITHDRAWN])
+        for record in self._decisions:
+            if isinstance(record.outcome, HandOver) and proven in record.proofs:
+                self._end(record, Cut(Reason.TRUST_WITHDRAWN))

@@ -19,7 +19,8 @@ The rules, in order
    likewise.
 6. Anything else is outside the mesh: passed through untouched.
 
-A workload of the same node takes the same path as any other. A mode of DISABLE is not told across
+A workload of the same node takes the same path as any other, unless the settings say otherwise
+(`same_node`, which turns a `Tunnel` into a `HandOver`). A mode of DISABLE is not told across
 nodes; a workload that speaks HBONE is called by HBONE whatever its mode, and accepts it
 (`authorize`).
 """
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
 import msgspec
@@ -38,15 +39,20 @@ from ztunnel.protocol import DataPlane, Endpoint, Service, Workload
 from ztunnel.reasons import Reason
 from ztunnel.state import HBONE_PORT, OWN_PORTS, LocalPod, State
 
+if TYPE_CHECKING:
+    from ztunnel.identities import Proven
+
 __all__ = [
     "MAX_CHOICES",
     "Balance",
     "Choice",
+    "HandOver",
     "Passthrough",
     "Plain",
     "Refuse",
     "Route",
     "Tunnel",
+    "Way",
     "baggage",
     "route",
 ]
@@ -98,17 +104,31 @@ class Tunnel(msgspec.Struct, frozen=True):
     hbone_port: int = HBONE_PORT
 
 
+class HandOver(msgspec.Struct, frozen=True):
+    """Into the namespace of `pod`, the core's number of it, which is where `way` would have led.
+
+    `proofs` are the client's certificate and the server's, `origin` names the policy that lets the
+    client in.
+    """
+
+    way: Tunnel
+    pod: int
+    proofs: tuple[Proven, Proven]
+    origin: str = ""
+
+
 Choice = Plain | Tunnel
+Way = Choice | HandOver
 
 
 class Balance(msgspec.Struct, frozen=True):
     """One of several, chosen anew for each connection in proportion to the weights."""
 
-    choices: tuple[tuple[Choice, int], ...]
+    choices: tuple[tuple[Way, int], ...]
     service: str
 
 
-Route = Refuse | Passthrough | Plain | Tunnel | Balance
+Route = Refuse | Passthrough | Way | Balance
 
 
 def route(state: State, pod: LocalPod, destination: bytes, port: int) -> Route:

@@ -30,6 +30,7 @@ from prometheus_client.registry import Collector as CollectorBase
 from ztunnel import reasons
 from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
 from ztunnel.reasons import NO_FLAG, Reason
+from ztunnel.same_node import is_direct
 
 if TYPE_CHECKING:
     from ztunnel._core import SeriesCounters, Stats
@@ -70,6 +71,7 @@ _OWN_HELP: Final[Mapping[str, str]] = {
     "identities": "Verified certificate chains that are remembered.",
     "waiting_decisions": "Connections of young pods that wait for the pod's own state.",
     "control_connected": "1 while the connection to nodeagent stands.",
+    "same_node_direct": "1 while pods of this node are joined directly, without encryption.",
     "control_version": "Version of the state in force.",
     "series_overflow_total": "Decisions counted under unknown labels, the limit being reached.",
     "series_evicted_total": "Label sets dropped to make room; their counters start anew.",
@@ -109,6 +111,7 @@ def take(
             "identities": len(tunnel.identities),
             "waiting_decisions": tunnel.waiting,
             "control_connected": float(control.connected),
+            "same_node_direct": float(is_direct(state)),
             "control_version": control.version,
             "series_overflow_total": tunnel.series.overflowed,
             "series_evicted_total": tunnel.series.evicted,

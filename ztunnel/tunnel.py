@@ -39,6 +39,7 @@ from ztunnel.reasons import Reason
 from ztunnel.recheck import Recheck
 from ztunnel.route import Balance, Refuse, Route, route
 from ztunnel.route import Tunnel as TunnelRoute
+from ztunnel.same_node import Join
 from ztunnel.state import EMPTY, Change, State, StateError, apply
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class Tunnel:
         self.decisions = Decisions(core, self.series, self.peers)
         self.identities = Identities(numbers, self._evicted)
         self.pods = Pods(core, numbers, clock, build)
+        self._join = Join(self.identities, self.pods, wall)
         self.recheck = Recheck(core, self.decisions, self.identities, self.peers, self.pods, wall)
         self._judge = Judge(core, numbers, self.decisions, self.series, self.peers)
         self.events = Events(self, self._judge, sink, clock, wall)
@@ -291,6 +293,7 @@ class Tunnel:
                 if may_wait and self._wait(upcall, held):
                     return
                 outcome = Refuse(missing)
+            outcome = self._join(self.state, held, outcome)
             record = self._judge.outbound(self.state, held, key, outcome, self._clock())
             if self.peers.evicted_in_use != self._peers_evicted:
                 self._peers_evicted = self.peers.evicted_in_use

@@ -120,7 +120,10 @@ class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """`missing` names what keeps the node from being ready; `ready` is its emptiness."""
+    """`missing` names what keeps the node from being ready; `ready` is its emptiness.
+
+    `same_node` is how two pods of this node are joined: "hbone", or "direct", not encrypted.
+    """
 
     schema: int
     time: datetime
@@ -132,6 +135,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     started: datetime
     ready: bool
     missing: tuple[str, ...]
+    same_node: str = "hbone"
     ztunnel: ZtunnelReport
     config: ConfigReport
     pods: tuple[PodReport, ...] = ()

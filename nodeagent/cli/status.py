@@ -211,6 +211,9 @@ def _people(
         console.print(table)
         if any(pod.port_modes for pod in found.pods):
             console.print("* some ports have another mode: -o json shows them")
+    for note in status_view.notes(found):
+        console.print()
+        _indented(console, note, 0)
     if findings:
         console.print("\nFindings:")
         for finding in findings:

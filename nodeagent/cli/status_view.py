@@ -13,8 +13,18 @@ from typing import Final
 import msgspec
 
 from nodeagent.admin.model import CertificateReport, PodReport, PodState, Status
+from ztunnel.protocol import SameNode
 
-__all__ = ["Finding", "Row", "certificate_left", "duration", "findings", "pod_rows", "verdict"]
+__all__ = [
+    "Finding",
+    "Row",
+    "certificate_left",
+    "duration",
+    "findings",
+    "notes",
+    "pod_rows",
+    "verdict",
+]
 
 _MINUTE: Final = 60
 _HOUR: Final = 60 * _MINUTE
@@ -89,6 +99,17 @@ def findings(status: Status, now: datetime) -> tuple[Finding, ...]:
         for missing in status.missing:
             found.append(Finding("not-ready", missing, "look at the daemon's log"))
     return tuple(found)
+
+
+def notes(status: Status) -> tuple[str, ...]:
+    """Return what was chosen in the settings and yet must not be overlooked."""
+    if status.same_node != SameNode.DIRECT:
+        return ()
+    note = (
+        "same node, direct: not encrypted between pods of this node, identity and policy by the "
+        "node (settings: same_node)"
+    )
+    return (note,)
 
 
 def _config(status: Status) -> list[Finding]:

@@ -231,6 +231,13 @@ class FakeCore:
     def decide_deliver(self, decision: int, series: int) -> None:
         self._decide(decision, Decision("deliver", series))
 
+    def decide_hand_over(
+        self, decision: int, series: int, mirror: int, pod: int, address: bytes, port: int
+    ) -> None:
+        assert mirror in self.series
+        assert pod in self.pods
+        self._decide(decision, Decision("hand_over", series, (mirror, pod, address, port)))
+
     def decide_tunnel(
         self, decision: int, series: int, peer: int, authority: str, baggage: str, host: str
     ) -> None:

@@ -105,8 +105,9 @@ def change(
     *resources: Resource,
     removals: tuple[Removal, ...] = (),
     reset: bool = False,
+    settings: Settings = SETTINGS,
 ) -> Change:
-    return Change(version, reset, resources, removals, SETTINGS if reset else None)
+    return Change(version, reset, resources, removals, settings if reset else None)
 
 
 def local(found: State, uid: str) -> LocalPod:

@@ -16,7 +16,7 @@ from typing import Any
 from support.certificates import NOW, authority
 from support.certificates import workload as leaf
 from support.fake_core import FakeCore, record
-from support.mesh_state import bundle, change, identity, ip, pod, policy, workload
+from support.mesh_state import SETTINGS, bundle, change, identity, ip, pod, policy, workload
 from ztunnel import tunnel
 from ztunnel._core import Ended
 from ztunnel.access_log import Line
@@ -28,6 +28,7 @@ from ztunnel.protocol import (
     Mode,
     Removal,
     Resource,
+    Settings,
 )
 from ztunnel.reasons import Reason
 
@@ -69,7 +70,8 @@ def is_open(descriptor: int) -> bool:
 class Rig:
     """A tunnel on a fake core, with a clock that a test moves."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings = SETTINGS) -> None:
+        self.settings = settings
         self.core = FakeCore()
         self.now = 1000.0
         self.wall = float(NOW)
@@ -98,7 +100,9 @@ class Rig:
         given: Mapping[str, PodSockets] | None = None,
     ) -> str:
         self.version += 1
-        found = change(self.version, *resources, removals=removals, reset=reset)
+        found = change(
+            self.version, *resources, removals=removals, reset=reset, settings=self.settings
+        )
         if given is None:
             given = {
                 each.uid: sockets() for each in resources if each.__struct_config__.tag == "pod"

@@ -206,6 +206,14 @@ def test_exit_codes_do_not_depend_on_the_form(tmp_path: Path, form: str) -> None
     assert "ztunnel-not-connected" in result.stdout
 
 
+def test_what_is_not_encrypted_by_choice_is_said_and_is_no_finding(tmp_path: Path) -> None:
+    result = invoke(tmp_path, living(same_node="direct"))
+    assert result.exit_code == ExitCode.HEALTHY
+    assert "same node, direct: not encrypted" in result.stdout
+    (tmp_path / "admin.sock").unlink(missing_ok=True)
+    assert "not encrypted" not in invoke(tmp_path, living()).stdout
+
+
 def test_table_fits_eighty_columns(tmp_path: Path) -> None:
     result = invoke(tmp_path, living())
     assert "node-1: healthy" in result.stdout

@@ -9,7 +9,7 @@ import pytest
 
 from nodeagent.api import ConfigError
 from nodeagent.settings import LogFormat, LogLevel, Settings, load_settings
-from ztunnel.protocol import Deadlines
+from ztunnel.protocol import Deadlines, SameNode
 
 
 def write(folder: Path, text: str) -> Path:
@@ -52,6 +52,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
             admin_address: "[::1]:15000"
             log_format: json
             log_level: debug
+            same_node: direct
             deadlines: {connect: 3, half_closed: 60}
             """,
         )
@@ -62,7 +63,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         state_dir=Path("/var/lib/n1"), config_dir=Path("/etc/n1"), bpf_dir=Path("/sys/fs/bpf/n1"),
         ca_dir=Path("/var/lib/n1/ca"), svid_ttl_seconds=600, admin_address="[::1]:15000",
         log_format=LogFormat.JSON, log_level=LogLevel.DEBUG,
-        deadlines=Deadlines(connect=3, half_closed=60),
+        same_node=SameNode.DIRECT, deadlines=Deadlines(connect=3, half_closed=60),
     )  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         ("log_format: xml", "log_format"),
         ("log_level: 3", "log_level"),
         ("cluster: ''", "cluster"),
+        ("same_node: plaintext", "same_node"),
         ("deadlines: 3", "deadlines"),
         ("deadlines: {lunch: 3}", "deadlines.lunch"),
         ("deadlines: {connect: 0}", "deadlines.connect"),

@@ -97,6 +97,29 @@ def test_text_shows_that_plaintext_has_neither() -> None:
     assert 'connection_security_policy="none"' in found
 
 
+def test_what_was_joined_on_this_node_is_no_mutual_tls_and_has_both_identities() -> None:
+    joined = labels.make(
+        labels.SOURCE,
+        labels.PLAINTEXT,
+        SLEEP,
+        HTTPBIN,
+        None,
+        source_principal=identity("sleep"),
+        destination_principal=identity("httpbin"),
+    )
+    each = line(labels=joined, hbone_destination="")
+    found = json.loads(json_line(each))
+    assert (found["connection_security_policy"], found["same_node"]) == ("none", "direct")
+    assert (found["src.identity"], found["dst.identity"]) == (
+        identity("sleep"),
+        identity("httpbin"),
+    )
+    text = text_line(each)
+    assert 'mTLS_Origin: "-" mTLS_Destination: "-" connection_security_policy="none"' in text
+    assert 'same_node="direct"' in text
+    assert "same_node" not in text_line(plaintext()) + json_line(line())
+
+
 @pytest.mark.parametrize("form", [json_line, text_line])
 @pytest.mark.parametrize(
     "evil", ['a"b', "a\nb", "a\rb", "a\x00b", "a\x1b[31mb", "a\x7fb", "a\u2028b", "a\x85b"]

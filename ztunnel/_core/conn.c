@@ -9,7 +9,7 @@
 #include "h2.h"
 
 /* Registered once, for the socket's whole life. */
-#define LEG_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+#define LEG_EVENTS (EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 
 static void on_client(struct zt_worker *w, struct zt_io *io, uint32_t events);
 static void on_server(struct zt_worker *w, struct zt_io *io, uint32_t events);
@@ -186,16 +186,40 @@ enum zt_reason zt_reason_of_leg(const struct zt_conn *c, const struct zt_leg *le
     return reset ? ZT_R_SERVER_RESET : ZT_R_SERVER_LOST;
 }
 
-static void dial(struct zt_conn *c) {
+/* The client's address towards `to`: where a service's family is not its endpoint's, the client
+ * is known there by its address of the other family. */
+static const struct zt_addr *client_towards(const struct zt_conn *c, const struct zt_addr *to) {
+    if (zt_addr_is_v4(&c->source) == zt_addr_is_v4(to)) return &c->source;
+    for (int i = 0; i < c->pod->naddrs; i++) {
+        if (zt_addr_is_v4(&c->pod->addrs[i]) == zt_addr_is_v4(to)) return &c->pod->addrs[i];
+    }
+    return &c->source;
+}
+
+static int dial_socket(struct zt_conn *c) {
     const struct zt_decision *d = c->decision;
+
+    c->upstream = d->addr.port ? d->addr : c->destination;
+    switch (d->action) {
+    case ZT_FORWARD:
+        return zt_sock_forward(c->worker, c->pod, &c->source, &c->upstream);
+    case ZT_HAND_OVER:
+        return zt_sock_deliver(c->worker, d->pod, client_towards(c, &c->upstream), &c->upstream);
+    default:
+        return zt_sock_deliver(c->worker, c->pod, &c->source, &c->upstream);
+    }
+}
+
+static void dial(struct zt_conn *c) {
     struct zt_worker *w = c->worker;
     int fd;
 
-    c->upstream = d->action == ZT_FORWARD && d->addr.port ? d->addr : c->destination;
-    if (d->action == ZT_FORWARD)
-        fd = zt_sock_forward(w, c->pod, &c->source, &c->upstream);
-    else
-        fd = zt_sock_deliver(w, c->pod, &c->source, &c->upstream);
+    /* Who is removed after this is seen here: the word of it comes to this thread. */
+    if (c->decision->pod && atomic_load(&c->decision->pod->removed)) {
+        zt_conn_end(c, ZT_R_POD_REMOVED);
+        return;
+    }
+    fd = dial_socket(c);
     if (fd < 0) {
         zt_conn_end(c, zt_reason_of_connect(-fd));
         return;
@@ -223,6 +247,7 @@ void zt_conn_decided(struct zt_conn *c, struct zt_decision *d) {
         break;
     case ZT_FORWARD:
     case ZT_DELIVER:
+    case ZT_HAND_OVER:
         dial(c);
         break;
     case ZT_TUNNEL:
@@ -242,6 +267,7 @@ void zt_conn_open(struct zt_conn *c) {
     c->state = ZT_C_OPEN;
     zt_timer_stop(&c->timer);
     zt_add(&c->decision->series->by_worker[c->worker->index].opened, 1);
+    if (c->decision->mirror) zt_add(&c->decision->mirror->by_worker[c->worker->index].opened, 1);
     if (c->kind == ZT_INBOUND_HBONE) zt_stream_answer(c, 200);
     if (c->state != ZT_C_OPEN) return;
     if (c->stream.h2) {
@@ -255,9 +281,10 @@ void zt_conn_open(struct zt_conn *c) {
 /* --- events ----------------------------------------------------------------------------------------------- */
 
 void zt_leg_events(struct zt_leg *leg, uint32_t events) {
-    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->readable = true;
+    if (events & (EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->readable = true;
     if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) leg->writable = true;
-    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->hangup = true;
+    /* A read ends short in front of urgent data, whatever is behind it (tcp(7)). */
+    if (events & (EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->drain = true;
 }
 
 struct zt_leg *zt_conn_leg(struct zt_conn *c) {
@@ -349,14 +376,31 @@ static void on_task(struct zt_worker *w, struct zt_task *t) {
 
 /* --- the end ----------------------------------------------------------------------------------------------- */
 
+static void count(struct zt_series *series, int worker, uint64_t received, uint64_t sent) {
+    zt_add(&series->by_worker[worker].received, received);
+    zt_add(&series->by_worker[worker].sent, sent);
+}
+
 void zt_conn_count(struct zt_conn *c, uint64_t received, uint64_t sent) {
-    struct zt_series_counters *s = &c->decision->series->by_worker[c->worker->index];
+    const struct zt_decision *d = c->decision;
 
     c->moved = c->worker->now;
     c->received += received;
     c->sent += sent;
-    zt_add(&s->received, received);
-    zt_add(&s->sent, sent);
+    count(d->series, c->worker->index, received, sent);
+    if (d->mirror) count(d->mirror, c->worker->index, received, sent);
+}
+
+bool zt_conn_uses(const struct zt_conn *c, const struct zt_pod *pod) {
+    return c->pod == pod || (c->decision && c->decision->pod == pod);
+}
+
+static void count_end(struct zt_series *series, int worker, bool opened, enum zt_reason reason) {
+    struct zt_series_counters *s;
+
+    if (!series) return;
+    s = &series->by_worker[worker];
+    zt_add(opened ? &s->closed : &s->failed[reason], 1);
 }
 
 /* RFC 9110, 15 and what the field's node proxy answers (docs/architecture.md, HBONE). */
@@ -429,10 +473,9 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
     close_leg(&c->client, reason == ZT_R_CLOSED);
     close_leg(&c->server, reason == ZT_R_CLOSED);
     zt_relay_release(c);
-    if (c->decision && c->decision->series) {
-        struct zt_series_counters *s = &c->decision->series->by_worker[w->index];
-
-        zt_add(opened ? &s->closed : &s->failed[reason], 1);
+    if (c->decision) {
+        count_end(c->decision->series, w->index, opened, reason);
+        count_end(c->decision->mirror, w->index, opened, reason);
     }
     zt_worker_report(w, &e);
     atomic_fetch_sub(&w->load_connections, 1);

@@ -5,8 +5,9 @@
  *
  *   outbound, tunnel    client leg  <->  stream        (h2.c relays)
  *   inbound, HBONE      stream      <->  server leg    (h2.c relays)
- *   outbound, forward   client leg  <->  server leg    (relay.c splices)
- *   inbound, plaintext  client leg  <->  server leg    (relay.c splices)
+ *   outbound, forward   client leg  <->  server leg    (relay.c)
+ *   outbound, hand over client leg  <->  server leg    (relay.c), the latter in the other pod
+ *   inbound, plaintext  client leg  <->  server leg    (relay.c)
  */
 #ifndef ZT_CONN_H
 #define ZT_CONN_H
@@ -24,10 +25,10 @@ enum zt_conn_state {
 struct zt_leg {
     struct zt_io io;
     bool readable, writable; /* as far as edge-triggered epoll has told */
-    bool hangup;             /* FIN or worse has been seen: read until the end shows */
-    bool eof;                /* we have read the end */
-    bool shut;               /* we have sent our end */
-    int error;               /* errno of what failed on it */
+    bool drain; /* FIN, worse or urgent data has been seen: a short read may not be the last */
+    bool eof;   /* we have read the end */
+    bool shut;  /* we have sent our end */
+    int error;  /* errno of what failed on it */
 };
 
 struct zt_chunk {
@@ -56,6 +57,7 @@ struct zt_stream {
 struct zt_half {
     struct zt_pipe pipe;
     size_t in_pipe;
+    bool bulk; /* reads come back full: bytes go by the pipe */
 };
 
 struct zt_conn {
@@ -92,6 +94,8 @@ void zt_conn_open(struct zt_conn *c);
 /* The end, exactly once; safe to call again. Anything but CLOSED resets both ends. */
 void zt_conn_end(struct zt_conn *c, enum zt_reason reason);
 void zt_conn_count(struct zt_conn *c, uint64_t received, uint64_t sent);
+/* Whether one of its ends is in this pod. */
+bool zt_conn_uses(const struct zt_conn *c, const struct zt_pod *pod);
 /* One direction has ended: the other must move, or end, before its deadline. May be repeated. */
 void zt_conn_half_closed(struct zt_conn *c);
 /* The leg that is a socket, of a connection with a stream. */

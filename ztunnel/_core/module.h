@@ -51,6 +51,7 @@ struct core_object {
     X(decide_refuse, METH_VARARGS)      \
     X(decide_forward, METH_VARARGS)     \
     X(decide_deliver, METH_VARARGS)     \
+    X(decide_hand_over, METH_VARARGS)   \
     X(decide_tunnel, METH_VARARGS)      \
     X(decide_balance, METH_VARARGS)     \
     X(release_decision, METH_O)         \

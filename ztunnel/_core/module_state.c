@@ -134,8 +134,8 @@ static void drop_template(struct zt_decision *t) {
 }
 
 static PyObject *decide(PyObject *self, struct zt_decision *t, unsigned long long decision,
-                        unsigned long long series, unsigned long long peer) {
-    int rv = zt_decision_add(zt_py_core(self), t, decision, series, peer);
+                        struct zt_referred refers) {
+    int rv = zt_decision_add(zt_py_core(self), t, decision, refers);
 
     if (rv < 0) drop_template(t);
     return zt_py_done(rv, "decide");
@@ -152,7 +152,7 @@ PyObject *zt_py_decide_refuse(PyObject *self, PyObject *args) {
     if (reason == ZT_R_CLOSED)
         return PyErr_Format(PyExc_ValueError, "a refusal needs a reason other than closed");
     t.reason = (enum zt_reason)reason;
-    return decide(self, &t, decision, series, 0);
+    return decide(self, &t, decision, (struct zt_referred){.series = series});
 }
 
 PyObject *zt_py_decide_forward(PyObject *self, PyObject *args) {
@@ -164,7 +164,7 @@ PyObject *zt_py_decide_forward(PyObject *self, PyObject *args) {
 
     if (!PyArg_ParseTuple(args, "KKy#k", &decision, &series, &ip, &len, &port)) return NULL;
     if (len && zt_py_addr(ip, len, port, &t.addr) < 0) return NULL;
-    return decide(self, &t, decision, series, 0);
+    return decide(self, &t, decision, (struct zt_referred){.series = series});
 }
 
 PyObject *zt_py_decide_deliver(PyObject *self, PyObject *args) {
@@ -172,7 +172,23 @@ PyObject *zt_py_decide_deliver(PyObject *self, PyObject *args) {
     struct zt_decision t = {.action = ZT_DELIVER};
 
     if (!PyArg_ParseTuple(args, "KK", &decision, &series)) return NULL;
-    return decide(self, &t, decision, series, 0);
+    return decide(self, &t, decision, (struct zt_referred){.series = series});
+}
+
+PyObject *zt_py_decide_hand_over(PyObject *self, PyObject *args) {
+    unsigned long long decision, series, mirror, pod;
+    struct zt_decision t = {.action = ZT_HAND_OVER};
+    unsigned long port;
+    const char *ip;
+    Py_ssize_t len;
+
+    if (!PyArg_ParseTuple(args, "KKKKy#k", &decision, &series, &mirror, &pod, &ip, &len, &port) ||
+        zt_py_addr(ip, len, port, &t.addr) < 0)
+        return NULL;
+    if (!mirror || !pod || !port)
+        return PyErr_Format(PyExc_ValueError, "a hand-over needs two series, a pod and a port");
+    return decide(self, &t, decision,
+                  (struct zt_referred){.series = series, .mirror = mirror, .pod = pod});
 }
 
 PyObject *zt_py_decide_tunnel(PyObject *self, PyObject *args) {
@@ -193,7 +209,7 @@ PyObject *zt_py_decide_tunnel(PyObject *self, PyObject *args) {
         drop_template(&t);
         return PyErr_NoMemory();
     }
-    return decide(self, &t, decision, series, peer);
+    return decide(self, &t, decision, (struct zt_referred){.series = series, .peer = peer});
 }
 
 PyObject *zt_py_decide_balance(PyObject *self, PyObject *args) {
@@ -224,7 +240,7 @@ PyObject *zt_py_decide_balance(PyObject *self, PyObject *args) {
             goto fail;
         }
     }
-    return decide(self, &t, decision, 0, 0);
+    return decide(self, &t, decision, (struct zt_referred){0});
 fail:
     drop_template(&t);
     return NULL;

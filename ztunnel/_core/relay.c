@@ -1,6 +1,8 @@
 /*
- * Plaintext on both sides: bytes go from socket to socket through a pipe, by splice(2), and never
- * enter this process. A pipe is held only while it has bytes in it.
+ * Plaintext on both sides. Small messages are copied through the worker's buffer: one recv and one
+ * send. Where reads come back full, bytes go from socket to socket through a pipe, by splice(2),
+ * and never enter this process. A pipe is held only while it has bytes in it; all that a connection
+ * holds is in its pipes.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,8 +14,12 @@
 
 /* The kernel's default limit for unprivileged users, so that it is granted everywhere. */
 #define PIPE_BYTES (256 * 1024)
-/* Read past urgent data at once: what the smallest pipe takes. */
-#define URGENT_BYTES 4096
+/* Asked for with one splice: a pipe's slot holds up to 32 KiB of a socket's, not a page. */
+#define SPLICE_BYTES (1024 * 1024)
+
+/* Read at once where messages are small. At most what an empty pipe of the smallest size takes
+ * (pipe(7): 16 pages), for that is where the rest goes when the receiver is full. */
+#define COPY_BYTES (16 * 1024)
 
 static int pipe_take(struct zt_worker *w, struct zt_pipe *p) {
     int fds[2];
@@ -59,60 +65,110 @@ void zt_relay_drop_pool(struct zt_worker *w) {
 
 enum outcome { DONE, AGAIN, MORE, FROM_FAILED, TO_FAILED, NO_PIPE };
 
-/* What splice leaves when it says that nothing more comes: an end, or urgent data before which it
- * stops for ever (RFC 6093 wants it read inline; like every reader that has not asked for it, recv
- * drops the urgent byte and goes on). Fills the pipe, which is empty, as splice would have. */
-static ssize_t beyond(struct zt_worker *w, const struct zt_leg *from, const struct zt_half *half) {
-    ssize_t n = recv(from->io.fd, w->plain, URGENT_BYTES, 0);
-
-    return n > 0 ? write(half->pipe.w, w->plain, (size_t)n) : n;
-}
-
 static enum outcome failed(struct zt_leg *leg, enum outcome how) {
     leg->error = errno;
     return how;
 }
 
+/* What the receiver did not take. */
+static enum outcome keep(struct zt_worker *w, struct zt_half *half, const uint8_t *rest, size_t n) {
+    if (half->pipe.r < 0 && pipe_take(w, &half->pipe) < 0) return NO_PIPE;
+    if (write(half->pipe.w, rest, n) != (ssize_t)n) {
+        pipe_close(&half->pipe);
+        return NO_PIPE;
+    }
+    half->in_pipe = n;
+    return MORE;
+}
+
+/* From socket to socket through the worker's buffer. */
+static enum outcome copy(struct zt_worker *w, struct zt_leg *from, struct zt_leg *to,
+                         struct zt_half *half, uint64_t *moved) {
+    ssize_t n, sent;
+
+    if (!to->writable) return AGAIN;
+    n = recv(from->io.fd, w->plain, COPY_BYTES, 0);
+    if (n < 0 && errno == EAGAIN) {
+        from->readable = false;
+        return MORE;
+    }
+    if (n < 0) return failed(from, FROM_FAILED);
+    if (n == 0) {
+        from->eof = true;
+        return MORE;
+    }
+    if (n == COPY_BYTES)
+        half->bulk = true;
+    else if (!from->drain)
+        from->readable = false;
+    sent = send(to->io.fd, w->plain, (size_t)n, MSG_NOSIGNAL);
+    if (sent < 0 && errno != EAGAIN) return failed(to, TO_FAILED);
+    if (sent < 0) {
+        to->writable = false;
+        sent = 0;
+    }
+    *moved += (uint64_t)sent;
+    return sent < n ? keep(w, half, w->plain + sent, (size_t)(n - sent)) : MORE;
+}
+
+/* From a socket into the pipe. Nothing more by this way may be the end, or urgent data, before which
+ * splice stops for ever: recv finds out, and like every reader that has not asked for it drops the
+ * urgent byte and goes on (RFC 6093). */
+static enum outcome fill(struct zt_worker *w, struct zt_leg *from, struct zt_half *half) {
+    ssize_t n;
+
+    if (half->pipe.r < 0 && pipe_take(w, &half->pipe) < 0) return NO_PIPE;
+    n = splice(from->io.fd, NULL, half->pipe.w, NULL, SPLICE_BYTES,
+               SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+    if (n < 0 && errno != EAGAIN) return failed(from, FROM_FAILED);
+    if (n > 0)
+        half->in_pipe = (size_t)n;
+    else if (n < 0 && !from->drain)
+        from->readable = false; /* the pipe is empty: it is the socket that is */
+    if (n < COPY_BYTES) half->bulk = false;
+    return MORE;
+}
+
+/* From the pipe to a socket. */
+static enum outcome drain(struct zt_leg *to, struct zt_half *half, uint64_t *moved) {
+    ssize_t n;
+
+    if (!to->writable) return AGAIN;
+    n = splice(half->pipe.r, NULL, to->io.fd, NULL, half->in_pipe,
+               SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
+    if (n < 0 && errno == EAGAIN) {
+        to->writable = false;
+        return AGAIN;
+    }
+    if (n <= 0) return failed(to, TO_FAILED);
+    half->in_pipe -= (size_t)n;
+    *moved += (uint64_t)n;
+    return MORE;
+}
+
+/* All that the sender sent has been taken. */
+static enum outcome finish(struct zt_leg *from, struct zt_leg *to) {
+    if (!from->eof) return AGAIN;
+    if (!to->shut && shutdown(to->io.fd, SHUT_WR) < 0) return failed(to, TO_FAILED);
+    to->shut = true;
+    return DONE;
+}
+
 /* Moves bytes one way; MORE: the budget is used up. */
 static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg *to,
                          struct zt_half *half, uint64_t *moved) {
-    for (uint64_t budget = 0; budget < ZT_BUDGET;) {
-        ssize_t n;
+    enum outcome rv = MORE;
 
-        if (half->in_pipe == 0 && !from->eof && from->readable) {
-            if (half->pipe.r < 0 && pipe_take(w, &half->pipe) < 0) return NO_PIPE;
-            n = splice(from->io.fd, NULL, half->pipe.w, NULL, PIPE_BYTES,
-                       SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-            if (n == 0) n = beyond(w, from, half);
-            if (n < 0 && errno == EAGAIN)
-                from->readable = false; /* the pipe is empty: it is the socket that is */
-            else if (n < 0)
-                return failed(from, FROM_FAILED);
-            else if (n == 0)
-                from->eof = true;
-            else
-                half->in_pipe = (size_t)n;
-        }
-        if (half->in_pipe == 0) {
-            pipe_give(w, half);
-            if (!from->eof) return AGAIN;
-            if (!to->shut && shutdown(to->io.fd, SHUT_WR) < 0) return failed(to, TO_FAILED);
-            to->shut = true;
-            return DONE;
-        }
-        if (!to->writable) return AGAIN;
-        n = splice(half->pipe.r, NULL, to->io.fd, NULL, half->in_pipe,
-                   SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-        if (n < 0 && errno == EAGAIN) {
-            to->writable = false;
-            return AGAIN;
-        }
-        if (n <= 0) return failed(to, TO_FAILED);
-        half->in_pipe -= (size_t)n;
-        *moved += (uint64_t)n;
-        budget += (uint64_t)n;
+    while (rv == MORE && *moved < ZT_BUDGET) {
+        if (half->in_pipe)
+            rv = drain(to, half, moved);
+        else if (from->readable && !from->eof)
+            rv = half->bulk ? fill(w, from, half) : copy(w, from, to, half, moved);
+        else
+            rv = finish(from, to);
     }
-    return MORE;
+    if (!half->in_pipe) pipe_give(w, half);
+    return rv;
 }
 
 void zt_relay_run(struct zt_conn *c) {

@@ -82,7 +82,9 @@ void zt_decision_put(struct zt_decision *d) {
     pthread_mutex_unlock(&core->lock);
     for (size_t i = 0; i < d->nchoices; i++) zt_decision_put(d->choices[i].decision);
     series_put(d->series);
+    series_put(d->mirror);
     zt_peer_put(d->peer);
+    zt_pod_put(d->pod);
     free(d->authority);
     free(d->baggage);
     free(d->host);
@@ -398,7 +400,7 @@ int zt_series_read(struct zt_core *core, uint64_t number, struct zt_series_count
 /* --- decisions ---------------------------------------------------------------------------------------- */
 
 int zt_decision_add(struct zt_core *core, const struct zt_decision *template, uint64_t number,
-                    uint64_t series, uint64_t peer) {
+                    struct zt_referred refers) {
     struct zt_decision *d = malloc(sizeof(*d));
     int rv = 0;
 
@@ -406,10 +408,13 @@ int zt_decision_add(struct zt_core *core, const struct zt_decision *template, ui
     *d = *template;
     d->refs = 1;
     d->core = core;
-    d->series = NULL;
-    d->peer = NULL;
-    if (series && !(d->series = find_series(core, series))) rv = -ENOENT;
-    if (peer && !(d->peer = find_peer(core, peer))) rv = -ENOENT;
+    d->series = refers.series ? find_series(core, refers.series) : NULL;
+    d->mirror = refers.mirror ? find_series(core, refers.mirror) : NULL;
+    d->peer = refers.peer ? find_peer(core, refers.peer) : NULL;
+    d->pod = refers.pod ? find_pod(core, refers.pod) : NULL;
+    if (!d->series != !refers.series || !d->mirror != !refers.mirror || !d->peer != !refers.peer ||
+        !d->pod != !refers.pod)
+        rv = -ENOENT;
     if (!rv) {
         pthread_mutex_lock(&core->lock);
         rv = zt_map_add(&core->decisions, &d->node, number);
@@ -417,7 +422,9 @@ int zt_decision_add(struct zt_core *core, const struct zt_decision *template, ui
     }
     if (rv) {
         series_put(d->series);
+        series_put(d->mirror);
         zt_peer_put(d->peer);
+        zt_pod_put(d->pod);
         free(d);
     }
     return rv;

@@ -105,7 +105,7 @@ struct zt_series {
 
 /* --- decisions ---------------------------------------------------------------------------------- */
 
-enum zt_action { ZT_REFUSE, ZT_FORWARD, ZT_DELIVER, ZT_TUNNEL, ZT_BALANCE };
+enum zt_action { ZT_REFUSE, ZT_FORWARD, ZT_DELIVER, ZT_HAND_OVER, ZT_TUNNEL, ZT_BALANCE };
 
 struct zt_choice {
     struct zt_decision *decision;
@@ -119,7 +119,9 @@ struct zt_decision {
     enum zt_action action;
     enum zt_reason reason;    /* REFUSE */
     struct zt_series *series; /* all but BALANCE */
-    struct zt_addr addr;      /* FORWARD; port 0: to the original destination */
+    struct zt_series *mirror; /* the same counts by another name, HAND_OVER only */
+    struct zt_addr addr;      /* FORWARD; port 0: to the original destination. HAND_OVER */
+    struct zt_pod *pod;       /* HAND_OVER: the destination */
     struct zt_peer *peer;     /* TUNNEL */
     char *authority, *baggage, *host;
     struct zt_choice *choices; /* BALANCE */
@@ -247,10 +249,15 @@ int zt_series_remove(struct zt_core *core, uint64_t number);
 /* Sums the workers' counters into `out` (one plain struct). */
 int zt_series_read(struct zt_core *core, uint64_t number, struct zt_series_counters *out);
 
+/* What a decision refers to, by number; 0: nothing. */
+struct zt_referred {
+    uint64_t series, mirror, peer, pod;
+};
+
 /* The template's owned pointers (authority, baggage, host, choices) pass to the decision on
- * success and stay with the caller on failure. `series` and `peer` are looked up by number. */
+ * success and stay with the caller on failure. */
 int zt_decision_add(struct zt_core *core, const struct zt_decision *template, uint64_t number,
-                    uint64_t series, uint64_t peer);
+                    struct zt_referred refers);
 /* A reference by number, for building BALANCE; -ENOENT. */
 int zt_decision_find(struct zt_core *core, uint64_t number, struct zt_decision **out);
 int zt_decision_release(struct zt_core *core, uint64_t number);

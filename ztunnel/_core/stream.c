@@ -309,7 +309,7 @@ static ssize_t read_leg(nghttp2_session *session, int32_t id, uint8_t *buf, size
         zt_conn_end(c, leg_failed(c));
         return NGHTTP2_ERR_DEFERRED;
     }
-    if ((size_t)n < room && !leg->hangup) leg->readable = false;
+    if ((size_t)n < room && !leg->drain) leg->readable = false;
     *flags |= NGHTTP2_DATA_FLAG_NO_COPY;
     if (n == 0) {
         leg->eof = true;

@@ -212,7 +212,7 @@ static void end_where(struct zt_worker *w, const struct zt_msg *m) {
     while (!zt_list_empty(&all)) {
         struct zt_conn *c = ZT_CONTAINER(zt_list_move_first(&all, &w->conns), struct zt_conn, link);
 
-        if ((m->decision && c->decision == m->decision) || (m->pod && c->pod == m->pod))
+        if ((m->decision && c->decision == m->decision) || (m->pod && zt_conn_uses(c, m->pod)))
             zt_conn_end(c, m->reason);
     }
     zt_list_take_all(&w->h2s, &all);

@@ -53,6 +53,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     half_closed: Annotated[int, Check(_between(60, _WEEK))] | None = None
     ping_interval: _Wait | None = None
     ping_answer: _Wait | None = None
+    ping_suspect: _Short | None = None
     idle: Annotated[int, Check(_between(5, _WEEK))] | None = None
     goodbye: _Short | None = None
     drain: Annotated[int, Check(_between(1, _WEEK))] | None = None

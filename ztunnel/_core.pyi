@@ -144,6 +144,9 @@ class Core:
         """No new streams; connections close when their streams end."""
     def close_peer(self, peer: int, reason: int) -> None:
         """Cut the pool's connections and their streams at once."""
+    def suspect_peer(self, peer: int) -> None:
+        """Ask the pool's connections at once whether the peer is there; those that do not answer
+        within the deadline `ping_suspect` are cut."""
 
     # series: counters that outlive decisions.
     def add_series(self, series: int) -> None: ...

@@ -139,7 +139,7 @@ class SeriesTable:
 class Peer:
     """A pool of the core: from one pod to one address; servers must prove one of `expected`."""
 
-    __slots__ = ("address", "expected", "number", "pod", "port", "proven", "refs", "used")
+    __slots__ = ("address", "expected", "gone", "number", "pod", "port", "proven", "refs", "used")
 
     def __init__(
         self, number: int, pod: int, expected: frozenset[str], address: bytes, port: int
@@ -151,6 +151,8 @@ class Peer:
         self.port = port
         self.refs = 0
         self.used = 0.0
+        self.gone = False
+        """No workload of the mesh has its address any more."""
         self.proven: OrderedDict[int, Proven] = OrderedDict()
         """Identities that servers of this pool have proved, to be looked at again when trust
         changes."""

@@ -263,6 +263,7 @@ class Deadlines(_Base, frozen=True, kw_only=True, tag="deadlines"):
     half_closed: int = 3600
     ping_interval: int = 10
     ping_answer: int = 20
+    ping_suspect: int = 3
     idle: int = 300
     goodbye: int = 10
     drain: int = 3600

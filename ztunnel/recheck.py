@@ -5,6 +5,9 @@ identities that are no longer trusted, and pools towards workloads that have gon
 only what the change touches is looked at, that the loop turns between portions, and that new
 connections, judged meanwhile by the new state, are left alone. It may not judge by itself
 (`judge.still_allowed` does), nor answer the core's questions.
+
+A workload that left the mesh may live on, and then so do the connections to it. If it does not, its
+callers learn so in seconds: its pools are asked for an answer at once.
 """
 
 from __future__ import annotations
@@ -60,6 +63,8 @@ class Recheck:
         """Cut what `state`, in force since before this call, does not allow any more."""
         if before.bundles is not state.bundles:
             await self._trust(before, state)
+        if before.workloads is not state.workloads:
+            await self._gone(state)
         if not (
             before.policies is state.policies
             and before.workloads is state.workloads
@@ -85,6 +90,15 @@ class Recheck:
         with contextlib.suppress(KeyError):
             self._core.kill_decision(record.number, NUMBER_OF[cut.reason])
             self.cut += 1
+
+    async def _gone(self, state: State) -> None:
+        for count, peer in enumerate(self._peers, start=1):
+            if count % PORTION == 0:
+                await asyncio.sleep(0)
+            gone = state.workload_at(peer.address) is None
+            if gone and not peer.gone:
+                self._core.suspect_peer(peer.number)
+            peer.gone = gone
 
     async def _trust(self, before: State, state: State) -> None:
         changed = {

@@ -179,7 +179,7 @@ def test_a_connect_request_that_never_becomes_whole() -> None:
         client = in_step(lab)
         client.frame(Kind.HEADERS, 0, 1, b"\0\7:method\7CONNECT")
         with pytest.raises(Gone):
-            client.step()
+            forever(client.step)
         told(lab.server, "connect_request_timeout", "connect_request")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import select
 import socket
@@ -188,6 +189,7 @@ class Pair:
     ) -> None:
         self.left, self.right, self.client, self.server = left, right, client, server
         self.root = root
+        self.serial = 0
 
     def connect(self, address: str = SERVER_V4) -> socket.socket:
         return self.left.connect((address, PORT))
@@ -203,6 +205,26 @@ class Pair:
             f" add rule inet lost in tcp dport {port} drop"
         )
         self.right.check_output("nft", rules)
+
+    def count_syns(self, port: int) -> Callable[[], int]:
+        """Count from here on the SYNs that reach a port of the server's namespace."""
+        name = f"syns{port}"
+        self.right.check_output(
+            "nft",
+            f"add table inet {name}; add counter inet {name} seen;"
+            f" add chain inet {name} in {{ type filter hook input priority -1; }};"
+            f" add rule inet {name} in tcp dport {port} tcp flags & (syn|ack) == syn"
+            " counter name seen",
+        )
+
+        def seen() -> int:
+            shown = self.right.check_output("nft", "-j", "list", "counter", "inet", name, "seen")
+            counters = [
+                each["counter"] for each in json.loads(shown)["nftables"] if "counter" in each
+            ]
+            return int(counters[0]["packets"])
+
+        return seen
 
     def raw(self, port: int = HBONE_PORT) -> socket.socket:
         """Return a socket from the client's namespace to a port of the server core."""
@@ -233,6 +255,17 @@ class Pair:
         """Take the client core's next HBONE connection; `extra` are further SETTINGS."""
         accepted, _ = self.right.accept(listener)
         return Server(accepted, self.server_context(), extra)
+
+    def rotate(self) -> None:
+        """Give the client's pod another certificate of the same identity."""
+        now = time.time()
+        leaf = workload(self.root, CLIENT_ID, not_before=now - 60, not_after=now + 3600)
+        made = tls.build([leaf.der], leaf.key_der, [self.root.der])
+        self.client.keep.append(made)
+        self.client.core.set_credential(
+            CREDENTIAL, tls.context_pointer(made.client), tls.context_pointer(made.server)
+        )
+        self.serial = leaf.certificate.serial_number
 
     def server_context(self) -> SSL.Context:
         return self._shown(SERVER_ID).context(server=True)

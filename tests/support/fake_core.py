@@ -207,6 +207,10 @@ class FakeCore:
         assert peer in self.peers
         self.closed_peers[peer] = REASONS[reason]
 
+    def suspect_peer(self, peer: int) -> None:
+        assert peer in self.peers
+        self._told("suspect_peer", peer)
+
     def add_series(self, series: int) -> None:
         self._take_number(series)
         self.series[series] = record(SeriesCounters, 0, 0, (0,) * len(REASONS), 0, 0)

@@ -8,6 +8,7 @@ import pytest
 
 from support.mesh_state import SETTINGS, pod, policy, service, workload
 from support.tunnel_rig import (
+    HTTPBIN,
     MESH,
     POD,
     SLEEP,
@@ -175,3 +176,18 @@ def test_the_deadlines_of_new_settings_are_the_cores(rig: Rig) -> None:
         == ""
     )
     assert rig.core.deadlines == {**_core.DEADLINES, "connect": 3_000_000}
+
+
+def test_the_pools_of_a_workload_that_left_are_asked_for_an_answer_once(rig: Rig) -> None:
+    rig.start()
+    rig.outbound("10.2.0.1")
+    (peer,) = rig.core.peers
+    gone = Removal("workload", HTTPBIN.uid)
+    rig.apply(removals=(gone,))
+    rig.apply(workload("new", "10.8.0.1"))
+    assert [call for call in rig.core.calls if call[0] == "suspect_peer"] == [
+        ("suspect_peer", (peer,))
+    ]
+    rig.apply(HTTPBIN)
+    rig.apply(removals=(gone,))
+    assert rig.core.names().count("suspect_peer") == 2

@@ -78,6 +78,17 @@
 #define ZT_MAX_HEADER_BYTES (16 * 1024)
 /* Connections of one pool that may be dialled at once by one worker for one peer. */
 #define ZT_POOL_DIALS 4
+/* Connections of one pool of one worker: with a hundred streams each, more than a node's
+ * descriptors allow. A peer that allows few streams costs so many connections and no more. */
+#define ZT_POOL_CONNECTIONS 128
+/* Connections on which one CONNECT is tried after the first: a peer may be going away, and its
+ * successor may have lowered its limit meanwhile. */
+#define ZT_STREAM_RETRIES 2
+/* After a failed dial nobody dials for so long, doubled with each further one: at first short, for
+ * a peer that restarts is back in no time, and at most so that a peer which is back is found while
+ * a caller still tries. */
+#define ZT_BACKOFF_FIRST_US 200000u
+#define ZT_BACKOFF_MAX_US 3000000u
 /* Connections accepted for one readiness event before other events are served. */
 #define ZT_ACCEPT_BATCH 16
 /* Connections that a listener may hold when we part with it: the largest backlog that is used. */
@@ -108,6 +119,8 @@
  *             answer does so within an hour; what is left over by a crash would stay for ever.
  * PING        How often an HBONE connection is looked after.
  * PONG        The answer to a PING: several retransmissions.
+ * SUSPECT     The answer to a PING whose peer's workload has left the mesh: it has probably gone,
+ *             and its callers should not wait for the keepalive to find out.
  * IDLE        An HBONE connection without streams; a new one costs a handshake, an old one memory.
  *             Looked at with each PING.
  * GOODBYE     The other side's end of an HBONE connection that we have ended in good order.
@@ -128,6 +141,7 @@
     X(HALF_CLOSED, "half_closed", 3600) \
     X(PING, "ping_interval", 10)        \
     X(PONG, "ping_answer", 20)          \
+    X(SUSPECT, "ping_suspect", 3)       \
     X(IDLE, "idle", 300)                \
     X(GOODBYE, "goodbye", 10)           \
     X(DRAIN, "drain", 3600)

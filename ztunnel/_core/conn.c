@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "h2.h"
+#include "pool.h"
 
 /* Registered once, for the socket's whole life. */
 #define LEG_EVENTS (EPOLLIN | EPOLLPRI | EPOLLOUT | EPOLLRDHUP | EPOLLET)
@@ -253,7 +254,7 @@ void zt_conn_decided(struct zt_conn *c, struct zt_decision *d) {
     case ZT_TUNNEL:
         /* A peer is reached from its pod's namespace, by its pod's identity: nobody else's. */
         if (d->peer->pod == c->pod)
-            zt_h2_want_stream(c, d->peer);
+            zt_pool_want(c, d->peer);
         else
             zt_conn_end(c, ZT_R_INTERNAL);
         break;

@@ -44,7 +44,7 @@ struct zt_stream {
     int16_t status;                          /* client: of the answer; 0 until it comes */
     bool is_connect;                         /* server: the method was CONNECT */
     bool has_authority;                      /* server: and there was one that parses */
-    bool retried;                            /* client: one peer refused it unseen */
+    uint8_t retries;                         /* client: attempts after the first */
     bool answered;                           /* 200 went or came: data may flow */
     bool deferred;                           /* nghttp2 waits for zt_h2_resume */
     bool remote_end;                         /* END_STREAM came */

@@ -1,4 +1,4 @@
-#include "h2.h"
+#include "pool.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -54,10 +54,6 @@ static struct zt_h2 *h2_new(struct zt_worker *w, struct zt_pod *pod, struct zt_c
 
 /* --- the end ---------------------------------------------------------------------------------------------- */
 
-static struct zt_pool *pool_of(struct zt_h2 *h) {
-    return &h->peer->pools[h->worker->index];
-}
-
 /* Ends that deserve a line of their own, for no stream may be there to tell of them. */
 static bool worth_telling(enum zt_h2_state was, enum zt_reason reason) {
     if (was < ZT_H_OPEN) return true;
@@ -86,16 +82,6 @@ static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *d
     snprintf(f.detail, sizeof(f.detail), "%s", detail ? detail : "");
     zt_add(&h->worker->stats.handshake_failures[reason], 1);
     zt_failed_push(h->worker->core, &f);
-}
-
-/* Nobody dials any more: those that wait are told at once. */
-static void fail_waiting(struct zt_pool *pool, enum zt_reason reason) {
-    while (!zt_list_empty(&pool->waiting)) {
-        struct zt_conn *c = ZT_CONTAINER(pool->waiting.next, struct zt_conn, wait);
-
-        zt_list_remove(&c->wait);
-        zt_conn_end(c, reason);
-    }
 }
 
 static void say_goodbye(struct zt_h2 *h, enum zt_reason reason) {
@@ -130,7 +116,8 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
         zt_list_remove(&c->stream.link);
         nghttp2_session_set_stream_user_data(h->session, c->stream.id, NULL);
         c->stream.h2 = NULL;
-        zt_conn_end(c, reason);
+        if (!zt_pool_worth_another(h, c, reason) || !zt_pool_again(c, h->peer))
+            zt_conn_end(c, reason);
     }
     h->nstreams = 0;
     if (was == ZT_H_OPEN) say_goodbye(h, reason);
@@ -140,8 +127,6 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     zt_timer_stop(&h->timer);
     if (h->upcall) zt_upcall_cancel(w->core, h->upcall);
     if (worth_telling(was, reason)) report_failure(h, reason, detail);
-    if (was < ZT_H_OPEN && !h->server && --pool_of(h)->dialling == 0)
-        fail_waiting(pool_of(h), reason);
     if (h->session) nghttp2_session_del(h->session);
     h->session = NULL;
     if (h->ssl) ossl.SSL_free(h->ssl);
@@ -156,7 +141,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     zt_add(&w->stats.tls_connections, (uint64_t)-1);
     zt_list_remove(&h->link);
     zt_bury(w, &h->grave);
-    if (!h->server && was == ZT_H_OPEN) zt_h2_pool_serve(w, h->peer);
+    if (!h->server) zt_pool_lost(h, reason);
 }
 
 /* --- beginning ----------------------------------------------------------------------------------------------- */
@@ -229,8 +214,8 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
                   "the HBONE port was called by an address that is not the pod's");
     else if (zt_io_watch(w, &h->io, H2_EVENTS) < 0)
         zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
-    else if (atomic_load(&h->credential->generation))
-        begin_tls(h);
+    else
+        zt_h2_certified(h);
 }
 
 static void start_connect(struct zt_h2 *h) {
@@ -246,90 +231,33 @@ static void start_connect(struct zt_h2 *h) {
     if (zt_io_watch(h->worker, &h->io, H2_EVENTS) < 0) zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
 }
 
-static bool dial(struct zt_worker *w, struct zt_peer *peer) {
+bool zt_h2_dial(struct zt_worker *w, struct zt_peer *peer) {
     struct zt_h2 *h = h2_new(w, peer->pod, peer->credential);
-    struct zt_pool *pool = &peer->pools[w->index];
 
     if (!h) return false;
     h->peer = zt_peer_get(peer);
     h->address = peer->addr;
-    zt_list_append(&pool->connections, &h->pool_link);
-    pool->dialling++;
-    if (atomic_load(&h->credential->generation)) start_connect(h);
+    zt_list_append(&peer->pools[w->index].connections, &h->pool_link);
+    zt_h2_certified(h);
     return true;
 }
 
-/* --- the pool -------------------------------------------------------------------------------------------------- */
-
-static struct zt_h2 *with_room(struct zt_pool *pool) {
-    for (struct zt_list *l = pool->connections.next; l != &pool->connections; l = l->next) {
-        struct zt_h2 *h = ZT_CONTAINER(l, struct zt_h2, pool_link);
-
-        if (h->state == ZT_H_OPEN && !h->fate && zt_session_room(h) > 0) return h;
-    }
-    return NULL;
-}
-
-void zt_h2_pool_serve(struct zt_worker *w, struct zt_peer *peer) {
-    struct zt_pool *pool = &peer->pools[w->index];
-    struct zt_h2 *h;
-    int dials = 0, waiting = 0;
-
-    while (!zt_list_empty(&pool->waiting) && (h = with_room(pool))) {
-        struct zt_conn *c = ZT_CONTAINER(pool->waiting.next, struct zt_conn, wait);
-
-        zt_list_remove(&c->wait);
-        if (zt_stream_request(h, c) < 0) zt_conn_end(c, ZT_R_NO_MEMORY);
-    }
-    for (struct zt_list *l = pool->waiting.next; l != &pool->waiting; l = l->next) {
-        if (waiting++ % ZT_CLIENT_STREAMS == 0) dials++;
-        if (dials == ZT_POOL_DIALS) break;
-    }
-    while (pool->dialling < dials && !zt_list_empty(&pool->waiting)) {
-        if (!dial(w, peer)) {
-            if (!pool->dialling) fail_waiting(pool, ZT_R_NO_MEMORY);
-            return;
-        }
-    }
-}
-
-void zt_h2_want_stream(struct zt_conn *c, struct zt_peer *peer) {
-    c->state = ZT_C_POOL;
-    c->upstream = peer->addr;
-    zt_timer_set(c->worker, &c->timer, ZT_D_STREAM);
-    zt_list_append(&peer->pools[c->worker->index].waiting, &c->wait);
-    zt_h2_pool_serve(c->worker, peer);
-}
-
-static bool outdated(const struct zt_h2 *h) {
-    return !h->server && (atomic_load(&h->peer->draining) ||
-                          h->generation != atomic_load(&h->credential->generation));
-}
-
-void zt_h2_retire(struct zt_worker *w) {
-    struct zt_list all;
-
-    zt_list_take_all(&w->h2s, &all);
-    while (!zt_list_empty(&all)) {
-        struct zt_h2 *h = ZT_CONTAINER(zt_list_move_first(&all, &w->h2s), struct zt_h2, link);
-
-        if (h->state == ZT_H_CREDENTIAL && atomic_load(&h->credential->generation)) {
-            if (h->server)
-                begin_tls(h);
-            else
-                start_connect(h);
-        } else if (h->state == ZT_H_OPEN && outdated(h)) {
-            h->retiring = true;
-            zt_h2_mark_dirty(h);
-        }
-    }
+void zt_h2_certified(struct zt_h2 *h) {
+    if (!atomic_load(&h->credential->generation)) return;
+    if (h->server)
+        begin_tls(h);
+    else
+        start_connect(h);
 }
 
 /* --- leaving ------------------------------------------------------------------------------------------------------ */
 
 /* Nothing keeps it any more but its own output, which flush sees out first. */
 static bool leaving(const struct zt_h2 *h) {
-    return !h->nstreams && (h->retiring || (h->worker->draining && !h->server));
+    bool done =
+        h->retiring || (!h->server && (h->worker->draining || atomic_load(&h->peer->draining)));
+
+    return done && !h->nstreams;
 }
 
 void zt_h2_drain(struct zt_h2 *h) {
@@ -351,10 +279,29 @@ void zt_h2_part(struct zt_h2 *h) {
     zt_h2_mark_dirty(h);
 }
 
+/* --- at rest ------------------------------------------------------------------------------------------------------ */
+
 void zt_h2_settled(struct zt_h2 *h) {
-    if (h->settled) return;
+    bool first = !h->settled;
+
     h->settled = true;
-    zt_timer_set(h->worker, &h->timer, ZT_D_PING);
+    if (first) zt_timer_set(h->worker, &h->timer, ZT_D_PING);
+    if (!h->server) zt_pool_settled(h, first);
+    if (first && h->retiring) zt_h2_idle_check(h);
+}
+
+static void ask_for_life(struct zt_h2 *h, enum zt_deadline d) {
+    h->pinged = true;
+    zt_session_check(h, nghttp2_submit_ping(h->session, NGHTTP2_FLAG_NONE, NULL));
+    zt_h2_mark_dirty(h);
+    zt_timer_set(h->worker, &h->timer, d);
+}
+
+void zt_h2_suspect(struct zt_h2 *h) {
+    if (h->state == ZT_H_OPEN && h->settled)
+        ask_for_life(h, ZT_D_SUSPECT);
+    else
+        zt_timer_set(h->worker, &h->timer, ZT_D_SUSPECT);
 }
 
 void zt_h2_idle_check(struct zt_h2 *h) {
@@ -509,8 +456,9 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
     h->heard = h->idle_since = w->now;
     zt_h2_mark_dirty(h);
     if (!h->server) {
-        pool_of(h)->dialling--;
-        zt_h2_pool_serve(w, h->peer);
+        /* Rotated meanwhile: who waits gets a connection with the new certificate. */
+        h->retiring = h->generation != atomic_load(&h->credential->generation);
+        zt_pool_serve(w, h->peer);
     }
     if (h->early) {
         rv = zt_session_input(h, h->early, h->early_len);
@@ -704,6 +652,7 @@ static const struct {
     [ZT_D_DECISION] = {ZT_R_DECISION_TIMEOUT, "the certificate was not judged in time"},
     [ZT_D_SETTINGS] = {ZT_R_H2_TIMEOUT, "no HTTP/2 SETTINGS after the TLS handshake"},
     [ZT_D_PONG] = {ZT_R_KEEPALIVE_TIMEOUT, "a PING was not answered"},
+    [ZT_D_SUSPECT] = {ZT_R_KEEPALIVE_TIMEOUT, "its workload has left the mesh, and it is silent"},
     [ZT_D_IDLE] = {ZT_R_IDLE, NULL},
 };
 
@@ -715,20 +664,19 @@ static void expire(struct zt_h2 *h, enum zt_deadline d) {
 static void on_timer(struct zt_worker *w, struct zt_timer *t) {
     struct zt_h2 *h = ZT_CONTAINER(t, struct zt_h2, timer);
 
-    if (t->deadline != ZT_D_PING && (t->deadline != ZT_D_PONG || h->pinged)) {
+    if (t->deadline != ZT_D_PING) {
         expire(h, t->deadline);
         return;
     }
     zt_tls_shrink(h);
     /* It answers no PING of ours: it has had the time. */
     if (h->noticed && zt_timer_over(w, ZT_D_PING, h->noticed)) zt_h2_part(h);
+    /* Who waits for room may be worth a dial again. */
+    if (!h->server) zt_pool_serve(w, h->peer);
     if (!h->nstreams && zt_timer_over(w, ZT_D_IDLE, h->idle_since)) {
         expire(h, ZT_D_IDLE);
     } else if (zt_timer_over(w, ZT_D_PING, h->heard)) {
-        h->pinged = true;
-        zt_session_check(h, nghttp2_submit_ping(h->session, NGHTTP2_FLAG_NONE, NULL));
-        zt_h2_mark_dirty(h);
-        zt_timer_set(w, t, ZT_D_PONG);
+        ask_for_life(h, ZT_D_PONG);
     } else {
         /* Asked again when it has been silent for a whole interval. */
         zt_timer_set_since(w, t, ZT_D_PING, h->heard);

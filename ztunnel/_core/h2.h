@@ -72,12 +72,14 @@ struct zt_h2 {
 /* An accepted HBONE socket; descriptor and reference pass over. */
 void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,
                     const struct zt_addr *destination);
-/* Give `c` a stream of the peer's pool, now or when there is one. */
-void zt_h2_want_stream(struct zt_conn *c, struct zt_peer *peer);
+/* Begins a connection to the peer, which is in its pool from then on; false without memory. */
+bool zt_h2_dial(struct zt_worker *w, struct zt_peer *peer);
+/* There may be a certificate now: begin, if there is. */
+void zt_h2_certified(struct zt_h2 *h);
 void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
                        enum zt_reason reason);
-/* Credentials have come or were rotated, peers are draining: move what can move. */
-void zt_h2_retire(struct zt_worker *w);
+/* The peer has probably gone: ask it, and do not wait long. */
+void zt_h2_suspect(struct zt_h2 *h);
 /* End the connection and its streams (now, or once nghttp2 is off the stack). */
 void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail);
 void zt_h2_flush_dirty(struct zt_worker *w);
@@ -90,7 +92,6 @@ void zt_h2_idle_check(struct zt_h2 *h);
 void zt_h2_drain(struct zt_h2 *h);
 /* The peer has seen the first GOAWAY, or had the time to: say which stream was the last. */
 void zt_h2_part(struct zt_h2 *h);
-void zt_h2_pool_serve(struct zt_worker *w, struct zt_peer *peer);
 
 /* --- tls.c: bytes in and out -------------------------------------------------------------------------- */
 
@@ -128,7 +129,9 @@ void zt_stream_deliver(struct zt_conn *c);
 /* Lets go of the stream, with RST_STREAM if it is still alive. */
 void zt_stream_drop(struct zt_conn *c, uint32_t error_code);
 void zt_stream_free_pending(struct zt_conn *c);
-/* How many more streams the peer and we allow now. */
+/* How many streams the peer and we allow at a time. */
+int zt_session_limit(const struct zt_h2 *h);
+/* How many more they allow now. */
 int zt_session_room(struct zt_h2 *h);
 
 #endif

@@ -45,6 +45,7 @@ struct core_object {
     X(add_peer, METH_VARARGS)           \
     X(remove_peer, METH_O)              \
     X(close_peer, METH_VARARGS)         \
+    X(suspect_peer, METH_O)             \
     X(add_series, METH_O)               \
     X(read_series, METH_O)              \
     X(remove_series, METH_O)            \

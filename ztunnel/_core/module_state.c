@@ -87,6 +87,7 @@ PyObject *zt_py_set_credential(PyObject *self, PyObject *args) {
 BY_NUMBER(remove_pod, zt_pod_remove)
 BY_NUMBER(remove_credential, zt_credential_remove)
 BY_NUMBER(remove_peer, zt_peer_remove)
+BY_NUMBER(suspect_peer, zt_peer_suspect)
 BY_NUMBER(add_series, zt_series_add)
 BY_NUMBER(remove_series, zt_series_remove)
 BY_NUMBER(release_decision, zt_decision_release)

@@ -344,6 +344,15 @@ int zt_peer_remove(struct zt_core *core, uint64_t number) {
     return 0;
 }
 
+int zt_peer_suspect(struct zt_core *core, uint64_t number) {
+    struct zt_peer *peer = find_peer(core, number);
+
+    if (!peer) return -ENOENT;
+    post_all(core, (struct zt_msg){.type = ZT_MSG_SUSPECT_PEER}, NULL, peer);
+    zt_peer_put(peer);
+    return 0;
+}
+
 int zt_peer_close(struct zt_core *core, uint64_t number, enum zt_reason reason) {
     struct zt_peer *peer = find_peer(core, number);
 

@@ -77,7 +77,13 @@ struct zt_pod {
 struct zt_pool {
     struct zt_list connections; /* struct zt_h2 */
     struct zt_list waiting;     /* struct zt_conn that want a stream */
-    int dialling;
+    int dialling, total;        /* dialling <= total */
+    int limit;                  /* streams that the peer allows on a connection, if known */
+    bool known;
+    int failures;               /* dials that failed in a row, as far as they count for the wait */
+    uint64_t retry_at;          /* nobody dials before this */
+    uint64_t failed_generation; /* the certificate with which it failed */
+    enum zt_reason failure;
 };
 
 struct zt_peer {
@@ -243,6 +249,8 @@ SSL *zt_credential_ssl(struct zt_credential *c, bool server, uint64_t *generatio
 int zt_peer_add(struct zt_core *core, uint64_t number, uint64_t pod, const struct zt_addr *addr,
                 uint64_t credential);
 int zt_peer_remove(struct zt_core *core, uint64_t number);
+/* Asks the pool's connections whether the peer is there, and waits for the answer only so long. */
+int zt_peer_suspect(struct zt_core *core, uint64_t number);
 int zt_peer_close(struct zt_core *core, uint64_t number, enum zt_reason reason);
 int zt_series_add(struct zt_core *core, uint64_t number);
 int zt_series_remove(struct zt_core *core, uint64_t number);

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "h2.h"
+#include "pool.h"
 
 /* Less room than this in the worker's buffer is not worth a frame: encrypt what is there first. */
 #define WORTHWHILE (16 * 1024)
@@ -46,7 +46,7 @@ static void detach(struct zt_conn *c) {
     h->grown -= c->stream.window - ZT_STREAM_WINDOW;
     c->stream.window = ZT_STREAM_WINDOW;
     zt_h2_idle_check(h);
-    if (!h->server && h->state == ZT_H_OPEN) zt_h2_pool_serve(h->worker, h->peer);
+    if (!h->server && h->state == ZT_H_OPEN) zt_pool_serve(h->worker, h->peer);
 }
 
 static void hold(struct zt_conn *c, const struct zt_chunk *k, int sign) {
@@ -616,15 +616,11 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error_
     struct zt_conn *c = conn_of(session, id);
 
     if (!c) return 0;
-    if (error_code == NGHTTP2_REFUSED_STREAM && !h->server && c->state == ZT_C_CONNECTING &&
-        !c->stream.retried) {
-        /* RFC 9113, 8.7: the peer has not looked at it; another connection may take it. */
-        c->stream.retried = true;
-        detach(c);
-        zt_h2_want_stream(c, h->peer);
-        return 0;
-    }
     detach(c);
+    /* RFC 9113, 8.7: the peer has not looked at it. GOAWAY leaves streams behind the same way. */
+    if (error_code == NGHTTP2_REFUSED_STREAM && !h->server && c->state == ZT_C_CONNECTING &&
+        zt_pool_again(c, h->peer))
+        return 0;
     if (c->state != ZT_C_OPEN || !c->stream.remote_end ||
         (error_code != NGHTTP2_NO_ERROR && !c->stream.local_end)) {
         zt_conn_end(c, ZT_R_PEER_RESET);
@@ -705,11 +701,14 @@ int zt_session_input(struct zt_h2 *h, const uint8_t *data, size_t len) {
     return 0;
 }
 
-int zt_session_room(struct zt_h2 *h) {
+int zt_session_limit(const struct zt_h2 *h) {
     uint32_t theirs =
         nghttp2_session_get_remote_settings(h->session, NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS);
-    int most = theirs < ZT_CLIENT_STREAMS ? (int)theirs : ZT_CLIENT_STREAMS;
 
+    return theirs < ZT_CLIENT_STREAMS ? (int)theirs : ZT_CLIENT_STREAMS;
+}
+
+int zt_session_room(struct zt_h2 *h) {
     if (h->retiring || !nghttp2_session_check_request_allowed(h->session)) return 0;
-    return most - h->nstreams;
+    return zt_session_limit(h) - h->nstreams;
 }

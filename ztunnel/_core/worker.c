@@ -15,6 +15,7 @@
 
 #include "conn.h"
 #include "h2.h"
+#include "pool.h"
 
 #define EVENTS_PER_TURN 256
 /* A worker turns at least this often, so that a watchdog can tell idle from stuck. */
@@ -246,7 +247,7 @@ static void make_up(struct zt_worker *w) {
         if (h->server ? inbound : outbound)
             zt_h2_end(h, ZT_R_NO_MEMORY, "no memory for the order that may have meant it");
     }
-    if (lost & 1u << ZT_MSG_RETIRE) zt_h2_retire(w);
+    if (lost & 1u << ZT_MSG_RETIRE) zt_pool_retire(w);
     if (lost & 1u << ZT_MSG_STOP) w->stopping = true;
 }
 
@@ -264,8 +265,11 @@ static void handle_message(struct zt_worker *w, struct zt_msg *m) {
     case ZT_MSG_CLOSE_PEER:
         end_where(w, m);
         break;
+    case ZT_MSG_SUSPECT_PEER:
+        zt_pool_suspect(w, m->peer);
+        break;
     case ZT_MSG_RETIRE:
-        zt_h2_retire(w);
+        zt_pool_retire(w);
         break;
     case ZT_MSG_POD_GONE:
         m->reason = ZT_R_POD_REMOVED;

@@ -70,6 +70,7 @@ enum zt_msg_type {
     ZT_MSG_KILL_DECISION, /* decision (a reference), reason */
     ZT_MSG_KILL_IDENTITY, /* identity, reason */
     ZT_MSG_CLOSE_PEER,    /* peer (a reference), reason */
+    ZT_MSG_SUSPECT_PEER,  /* peer (a reference) */
     ZT_MSG_RETIRE,        /* look for pooled connections that may close, and for credentials */
     ZT_MSG_POD_GONE,      /* pod (a reference) */
     ZT_MSG_DEAF,          /* pod (a reference): no epoll has its listeners any more */

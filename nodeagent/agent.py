@@ -100,6 +100,7 @@ class Agent:
                 settings.node_addresses,
                 settings.deadlines,
                 settings.same_node,
+                settings.limits,
             ),
             on_held=self._held,
             before_snapshot=self._before_snapshot,

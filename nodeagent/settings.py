@@ -18,9 +18,9 @@ from typing import Annotated, Final
 
 import msgspec
 
-from nodeagent import deadlines
+from nodeagent import deadlines, limits
 from nodeagent.api import Check, ConfigError, read_struct, values
-from ztunnel.protocol import Deadlines, SameNode
+from ztunnel.protocol import Deadlines, Limits, SameNode
 
 __all__ = ["LogFormat", "LogLevel", "Settings", "load_settings"]
 
@@ -120,6 +120,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel | None = None
     same_node: SameNode | None = None
     deadlines: deadlines.Section | None = None
+    limits: limits.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,6 +150,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: LogLevel = LogLevel.INFO
     same_node: SameNode = SameNode.HBONE
     deadlines: Deadlines = Deadlines()
+    limits: Limits = Limits()
 
     def __post_init__(self) -> None:
         if self.ca_dir == Path():
@@ -163,6 +165,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         name: value for name, value in msgspec.structs.asdict(found).items() if value is not None
     }
     given["deadlines"] = deadlines.resolve(found.deadlines)
+    given["limits"] = limits.resolve(found.limits)
     settings = Settings(**given)
     try:
         _node(settings.node)

@@ -23,6 +23,8 @@ HISTOGRAM_BOUNDS_US: Final[tuple[int, ...]]
 """Upper bounds of the latency histograms' buckets, microseconds; one more bucket is unbounded."""
 DEADLINES: Final[dict[str, int]]
 """The deadlines' names and defaults, microseconds, in the order of `Stats.expired`."""
+LIMITS: Final[dict[str, int]]
+"""The limits of one pod and their defaults; 0 is no limit."""
 FUNCTIONS: Final[dict[str, str]]
 """OpenSSL functions that the core calls: name to C declaration as cffi prints it."""
 
@@ -76,9 +78,22 @@ class SeriesCounters(NamedTuple):
     received: int
     sent: int
 
+class PodCounters(NamedTuple):
+    """What a pod has now, and how often it was refused something, by reason."""
+
+    connections: int
+    descriptors: int  # of its connections
+    dials: int  # TCP connects under way
+    questions: int
+    handshakes: int
+    held_bytes: int
+    refused: tuple[int, ...]
+
 class Stats(NamedTuple):
     connections: int  # open application connections
     tls_connections: int  # open HBONE connections, both sides
+    descriptors: int  # of connections
+    descriptors_most: int  # that connections may take, of RLIMIT_NOFILE
     held_bytes: int  # that came for applications which do not read: waiting now
     handshakes_client: tuple[int, ...]  # histogram, see HISTOGRAM_BOUNDS_US
     handshakes_client_sum_us: int
@@ -119,6 +134,9 @@ class Core:
         """Change a deadline of DEADLINES, also for the waits under way; in force within half a
         second. Raises KeyError, and ValueError unless 1 us to a week."""
 
+    def set_limit(self, name: str, most: int) -> None:
+        """Change a limit of LIMITS, for what comes from now on. Raises KeyError, ValueError."""
+
     # pods. Descriptors are duplicated; the caller keeps its own.
     def add_pod(
         self,
@@ -132,6 +150,7 @@ class Core:
     ) -> None: ...
     def remove_pod(self, pod: int) -> None:
         """Stop listening and end every connection of the pod."""
+    def read_pod(self, pod: int) -> PodCounters: ...
 
     # credentials: a client and a server SSL_CTX of one identity. Setting again rotates: new
     # handshakes use the new contexts, pooled connections take no new stream, streams live on.

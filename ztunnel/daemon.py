@@ -95,6 +95,11 @@ class Daemon:
         self._scraping = asyncio.Lock()
         self._told_ready = False
 
+    def capacity(self) -> dict[str, int]:
+        """Return how many connections the limit of descriptors gives, at two for each."""
+        most = self._core.stats().descriptors_most
+        return {"descriptors": most, "connections": most // 2}
+
     async def _answer(self, what: str, args: Mapping[str, str]) -> bytes:
         return await self._health.answer(what, args)
 
@@ -239,8 +244,8 @@ def command(
         log = access_log.AccessLog(access_log_path, form)
         notifier = Notifier(os.environ)
         count = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-        _log.info("starting", workers=count, control=control)
         daemon = Daemon(str(Path(control).absolute()), count, log, notifier)
+        _log.info("starting", workers=count, control=control, **daemon.capacity())
         asyncio.run(daemon.run(stats_address, ready_address))
     except (OSError, tls.TlsError, ReasonsMismatchError) as error:
         _log.error("cannot run", error=str(error))

@@ -2,9 +2,9 @@
 
 This module owns the joining of an ended connection or a failed handshake with the decision, the
 identities and the workloads behind its numbers. It promises one line for each report, two for a
-connection that was handed over between two pods of this node, and that a connection that ended
-before a decision was reached is counted too (the core counts by decision). It may not write the
-lines out, nor change what it reads.
+connection that was handed over between two pods of this node, but for failures of one kind that
+come in masses (`log_limit`), and that a connection that ended before a decision was reached is
+counted too (the core counts by decision). It may not write the lines out, nor change what it reads.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ztunnel.authorize import Verdict
 from ztunnel.corelike import Kind
 from ztunnel.decisions import Key
 from ztunnel.labels import Labels
+from ztunnel.log_limit import FailureLines
 from ztunnel.reasons import Reason
 from ztunnel.route import HandOver, Refuse, Tunnel
 from ztunnel.state import HBONE_PORT
@@ -46,6 +47,7 @@ MAX_SPELLED: Final = 4096
 """Addresses whose text is kept: those that a node talks to, again and again."""
 
 _REASONS: Final = tuple(Reason)
+_FAILURE: Final = tuple(reasons.RESPONSE_FLAGS[each] != reasons.NO_FLAG for each in Reason)
 # Plain numbers: comparing with a member of the enum takes ten times as long, for every line.
 _OUTBOUND: Final = int(Kind.OUTBOUND)
 _INBOUND_HBONE: Final = int(Kind.INBOUND_HBONE)
@@ -84,6 +86,7 @@ class Events:
         self.early: Counter[tuple[Labels, str]] = Counter()
         """Connections that ended without a decision, by labels and response flag."""
         self.handshake_failures: Counter[tuple[Side, Reason]] = Counter()
+        self.failure_lines = FailureLines(clock)
 
     def explain(self, upcall: Upcall, detail: str) -> None:
         """Keep what a refused certificate's line will say beyond its reason."""
@@ -100,8 +103,15 @@ class Events:
         try:
             for connection in ended:
                 lines += self._ended(state, connection)
-            lines += [self._failed(state, handshake) for handshake in failed]
+            for handshake in failed:
+                lines += self._failed(state, handshake)
         finally:
+            self._sink.write(lines)
+
+    def tick(self, *, last: bool = False) -> None:
+        """Say what was left out; call about every second, and once at the end."""
+        lines = self.failure_lines.due(all_of_them=last)
+        if lines:
             self._sink.write(lines)
 
     def _ended(self, state: State, event: Ended) -> list[Line]:
@@ -116,6 +126,15 @@ class Events:
             self._count_early(found, reasons.flag(reason, hbone=hbone))
         else:
             found = record.labels
+        if _FAILURE[event.reason]:
+            kind = (event.pod, event.kind, event.reason)
+            return self.failure_lines.admit(kind, lambda: self._lines(event, record, found))
+        return self._lines(event, record, found)
+
+    def _lines(self, event: Ended, record: Record | None, found: Labels) -> list[Line]:
+        reason = _REASONS[event.reason]
+        outbound = event.kind == _OUTBOUND
+        hbone = outbound and event.upstream_port == HBONE_PORT
         started = self._wall() - (self._clock() - event.started_us / 1e6)
         destination, hbone_address = _addresses(event, record)
         line = Line(
@@ -145,18 +164,23 @@ class Events:
         )
         return [line, there]
 
-    def _failed(self, state: State, event: Failed) -> Line:
+    def _failed(self, state: State, event: Failed) -> list[Line]:
         """A handshake that failed: its line has no bytes and no duration."""
+        inbound = event.kind == Kind.PEER_CERTIFICATE
+        self.handshake_failures[SERVER if inbound else CLIENT, _REASONS[event.reason]] += 1
+        detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
+        kind = (event.pod, event.kind, event.reason)
+        return self.failure_lines.admit(kind, lambda: [self._handshake_line(state, event, detail)])
+
+    def _handshake_line(self, state: State, event: Failed, detail: str) -> Line:
         reason = _REASONS[event.reason]
         inbound = event.kind == Kind.PEER_CERTIFICATE
-        self.handshake_failures[SERVER if inbound else CLIENT, reason] += 1
         held = self._owner.pods.by_number(event.pod)
         local = state.workload_of(held.pod) if held is not None else None
         remote = state.workload_at(event.address)
         pod = next(iter(sorted(held.pod.addresses)), b"") if held is not None else b""
         there = address.authority(event.address, event.port)
         here = address.text(pod)
-        detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
         cause = reasons.explain(reason, hbone=not inbound)
         return Line(
             start=self._wall(),

@@ -47,6 +47,7 @@ __all__ = [
     "FrameDecoder",
     "HeldPod",
     "Hello",
+    "Limits",
     "Message",
     "Mode",
     "Pod",
@@ -269,6 +270,21 @@ class Deadlines(_Base, frozen=True, kw_only=True, tag="deadlines"):
     drain: int = 3600
 
 
+class Limits(_Base, frozen=True, kw_only=True, tag="limits"):
+    """How much one pod may have at once, by the names of the core's limits; 0 is no limit.
+
+    The reason for each default is beside its namesake in `_core/base.h`. `failure_lines` is not the
+    core's: lines of one pod and one reason in the access log, in ten seconds.
+    """
+
+    connections: int = 0
+    dials: int = 4096
+    questions: int = 512
+    handshakes: int = 512
+    held_bytes: int = 128 * 1024 * 1024
+    failure_lines: int = 100
+
+
 class Settings(_Base, frozen=True, tag="settings"):
     """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own."""
 
@@ -279,6 +295,7 @@ class Settings(_Base, frozen=True, tag="settings"):
     node_addresses: tuple[str, ...] = ()
     deadlines: Deadlines = Deadlines()
     same_node: SameNode = SameNode.HBONE
+    limits: Limits = Limits()
 
 
 class Welcome(_Base, frozen=True, tag="welcome"):

@@ -73,7 +73,7 @@ class Reason(enum.StrEnum):
     NO_DESCRIPTORS = "no_descriptors"
     NO_MEMORY = "no_memory"
     NO_PORTS = "no_ephemeral_ports"
-    POD_LIMIT = "pod_limit"
+    POD_QUESTIONS = "pod_question_limit"
     POD_REMOVED = "pod_removed"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal_error"
@@ -84,6 +84,11 @@ class Reason(enum.StrEnum):
     CLIENT_LOST = "client_lost"
     SERVER_LOST = "server_lost"
     DRAIN_TIMEOUT = "drain_timeout"
+    POD_CONNECTIONS = "pod_connection_limit"
+    POD_DESCRIPTORS = "pod_descriptor_limit"
+    POD_DIALS = "pod_dial_limit"
+    POD_HANDSHAKES = "pod_handshake_limit"
+    POD_HELD = "pod_held_bytes_limit"
 
 
 NO_FLAG: Final = "-"
@@ -179,7 +184,10 @@ _TABLE: Final[dict[Reason, tuple[str, str]]] = {
     _R.NO_DESCRIPTORS: (_CONNECT, "out of file descriptors: raise the service's LimitNOFILE"),
     _R.NO_MEMORY: (_CONNECT, "out of memory"),
     _R.NO_PORTS: (_CONNECT, "out of ephemeral ports in the pod's namespace"),
-    _R.POD_LIMIT: (_CONNECT, "the pod reached its limit of waiting connections"),
+    _R.POD_QUESTIONS: (
+        _CONNECT,
+        "the pod waits for too many decisions at once (limits.questions): does it scan addresses?",
+    ),
     _R.POD_REMOVED: (NO_FLAG, "the pod left the mesh"),
     _R.SHUTDOWN: (NO_FLAG, "the tunnel stopped"),
     _R.INTERNAL: (_CONNECT, "internal error: see the tunnel's log"),
@@ -207,6 +215,26 @@ _TABLE: Final[dict[Reason, tuple[str, str]]] = {
     _R.DRAIN_TIMEOUT: (
         NO_FLAG,
         "cut: an upgrade has replaced this tunnel, and the time for what it still carried is over",
+    ),
+    _R.POD_CONNECTIONS: (
+        _CONNECT,
+        "the pod has as many connections as one pod may have (limits.connections)",
+    ),
+    _R.POD_DESCRIPTORS: (
+        _CONNECT,
+        "the pod holds as many descriptors as are left for all: raise ztunnel's LimitNOFILE",
+    ),
+    _R.POD_DIALS: (
+        _CONNECT,
+        "too many connections of the pod wait for somebody to answer (limits.dials)",
+    ),
+    _R.POD_HANDSHAKES: (
+        _TLS,
+        "too many handshakes with the pod at once (limits.handshakes): a flood on its HBONE port",
+    ),
+    _R.POD_HELD: (
+        _CONNECT,
+        "the pod's applications leave too many bytes unread (limits.held_bytes)",
     ),
 }
 

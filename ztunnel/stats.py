@@ -33,7 +33,7 @@ from ztunnel.reasons import NO_FLAG, Reason
 from ztunnel.same_node import is_direct
 
 if TYPE_CHECKING:
-    from ztunnel._core import SeriesCounters, Stats
+    from ztunnel._core import PodCounters, SeriesCounters, Stats
     from ztunnel.access_log import AccessLog
     from ztunnel.control import ControlStatus
     from ztunnel.corelike import CoreLike
@@ -52,6 +52,7 @@ class Picture(msgspec.Struct, frozen=True):
 
     series: list[tuple[Labels, SeriesCounters]]
     early: dict[tuple[Labels, str], int]
+    pods: list[tuple[str, PodCounters]]
     core: Stats
     bounds_us: tuple[int, ...]
     deadlines: tuple[str, ...]
@@ -79,6 +80,7 @@ _OWN_HELP: Final[Mapping[str, str]] = {
     "waits_expired_total": "Connections refused because a young pod's state did not come in time.",
     "internal_errors_total": "Errors of the tunnel's own; each has a stack trace in the log.",
     "access_log_lines_total": "Access log lines written.",
+    "access_log_left_out_total": "Lines of failures left out, for there were too many of a kind.",
     "access_log_dropped_total": "Access log lines lost: queue full, or the file not writable.",
 }
 
@@ -96,6 +98,7 @@ def take(
     return Picture(
         series=[(series.labels, core.read_series(series.number)) for series in tunnel.series],
         early=dict(tunnel.events.early),
+        pods=[(held.pod.uid, core.read_pod(held.number)) for held in tunnel.pods],
         core=core.stats(),
         bounds_us=bounds_us,
         deadlines=deadlines,
@@ -119,6 +122,7 @@ def take(
             "waits_expired_total": tunnel.waited_too_long,
             "internal_errors_total": tunnel.internal_errors,
             "access_log_lines_total": access_log.written,
+            "access_log_left_out_total": tunnel.events.failure_lines.left_out,
             "access_log_dropped_total": access_log.dropped,
         },
     )
@@ -138,6 +142,7 @@ class Collector(CollectorBase):
         picture = self._source()
         yield from _handshakes(picture)
         yield from _core(picture)
+        yield from _pods(picture)
         yield from _own(picture)
 
 
@@ -309,6 +314,42 @@ def _core(picture: Picture) -> Iterator[Metric]:
         accepted.add_metric([str(number)], taken)
     yield connections
     yield accepted
+
+
+def _pods(picture: Picture) -> Iterator[Metric]:
+    """What each pod takes of what runs out. Pods that take nothing are left out."""
+    core = picture.core
+    yield GaugeMetricFamily(
+        "ztunnel_descriptors", "Descriptors that connections hold now.", value=core.descriptors
+    )
+    yield GaugeMetricFamily(
+        "ztunnel_descriptors_limit",
+        "Descriptors that connections may hold, one or two each (LimitNOFILE, less a reserve).",
+        value=core.descriptors_most,
+    )
+    families: tuple[tuple[str, str, Callable[[PodCounters], int]], ...] = (
+        ("connections", "Connections of a pod open now.", lambda c: c.connections),
+        ("descriptors", "Descriptors that a pod's connections hold now.", lambda c: c.descriptors),
+        ("dials", "TCP connects of a pod under way.", lambda c: c.dials),
+        ("handshakes", "Handshakes under way with a pod as server.", lambda c: c.handshakes),
+        ("held_bytes", "Bytes that a pod's applications have not read.", lambda c: c.held_bytes),
+    )
+    for name, text, value in families:
+        gauge = GaugeMetricFamily(f"ztunnel_pod_{name}", text, labels=["pod"])
+        for uid, counters in picture.pods:
+            if value(counters):
+                gauge.add_metric([uid], value(counters))
+        yield gauge
+    refused = CounterMetricFamily(
+        "ztunnel_pod_refusals",
+        "Connections and handshakes that a limit has ended, by pod and reason.",
+        labels=["pod", "reason"],
+    )
+    for uid, counters in picture.pods:
+        for reason, count in zip(_REASONS, counters.refused, strict=True):
+            if count:
+                refused.add_metric([uid, reason.value], count)
+    yield refused
 
 
 def _own(picture: Picture) -> Iterator[Metric]:

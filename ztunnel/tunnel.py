@@ -70,6 +70,9 @@ LARGE_CHANGE: Final = 2000
 
 MICROSECONDS: Final = 1_000_000
 
+FAILURE_LINES: Final = "failure_lines"
+"""The limit that is kept here and not by the core."""
+
 _COUNTER_BYTES: Final = 8
 """An eventfd's counter (eventfd(2))."""
 
@@ -179,6 +182,11 @@ class Tunnel:
     def _set(self, settings: protocol.Settings) -> None:
         for name, seconds in msgspec.structs.asdict(settings.deadlines).items():
             self._core.set_deadline(name, seconds * MICROSECONDS)
+        for name, most in msgspec.structs.asdict(settings.limits).items():
+            if name == FAILURE_LINES:
+                self.events.failure_lines.most = most
+            else:
+                self._core.set_limit(name, most)
 
     def _evicted(self, proven: Proven) -> None:
         self.recheck.evicted(proven)
@@ -207,6 +215,7 @@ class Tunnel:
         self._core.stop()
         while self._collect():
             pass
+        self.events.tick(last=True)
         self.pods.close()
 
     def pump(self) -> None:
@@ -255,6 +264,7 @@ class Tunnel:
             else:
                 self._waiting.append((upcall, deadline))
         self.peers.remove_idle(now - PEER_IDLE)
+        self.events.tick()
 
     async def _ask_again(self) -> None:
         """Answer the waiting questions by the state of now; those it does not help wait on."""

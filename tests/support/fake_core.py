@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple, TypeVar
 
-from ztunnel._core import Ended, Failed, SeriesCounters, Stats, Upcall
+from ztunnel._core import Ended, Failed, PodCounters, SeriesCounters, Stats, Upcall
 from ztunnel.corelike import Kind
 from ztunnel.reasons import Reason
 
@@ -55,6 +55,8 @@ class FakeCore:
         self.deadlines: dict[str, int] = {}
         self.emptied = False
         """What `drained` says."""
+        self.limits: dict[str, int] = {}
+        self.pod_counters: dict[int, PodCounters] = {}
         self.fail_add_pod: Exception | None = None
         self.last_loop_us: tuple[int, ...] = (0,)
         self._epoch = 1
@@ -163,6 +165,9 @@ class FakeCore:
     def set_deadline(self, name: str, us: int) -> None:
         self.deadlines[name] = us
 
+    def set_limit(self, name: str, most: int) -> None:
+        self.limits[name] = most
+
     def add_pod(
         self,
         pod: int,
@@ -184,6 +189,11 @@ class FakeCore:
     def remove_pod(self, pod: int) -> None:
         del self.pods[pod]
         self._told("remove_pod", pod)
+
+    def read_pod(self, pod: int) -> PodCounters:
+        assert pod in self.pods
+        none = record(PodCounters, 0, 0, 0, 0, 0, 0, (0,) * len(REASONS))
+        return self.pod_counters.get(pod, none)
 
     def set_credential(self, credential: int, client_ctx: int, server_ctx: int) -> None:
         self.credentials[credential] = (client_ctx, server_ctx)
@@ -296,6 +306,8 @@ class FakeCore:
             Stats,
             3,
             2,
+            5,
+            1000,
             4_096,
             buckets,
             5_000,

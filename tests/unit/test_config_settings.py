@@ -9,7 +9,7 @@ import pytest
 
 from nodeagent.api import ConfigError
 from nodeagent.settings import LogFormat, LogLevel, Settings, load_settings
-from ztunnel.protocol import Deadlines, SameNode
+from ztunnel.protocol import Deadlines, Limits, SameNode
 
 
 def write(folder: Path, text: str) -> Path:
@@ -54,6 +54,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
             log_level: debug
             same_node: direct
             deadlines: {connect: 3, half_closed: 60}
+            limits: {connections: 9, dials: 0}
             """,
         )
     )
@@ -64,6 +65,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         ca_dir=Path("/var/lib/n1/ca"), svid_ttl_seconds=600, admin_address="[::1]:15000",
         log_format=LogFormat.JSON, log_level=LogLevel.DEBUG,
         same_node=SameNode.DIRECT, deadlines=Deadlines(connect=3, half_closed=60),
+        limits=Limits(connections=9, dials=0),
     )  # fmt: skip
 
 
@@ -98,6 +100,11 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         ("log_level: 3", "log_level"),
         ("cluster: ''", "cluster"),
         ("same_node: plaintext", "same_node"),
+        ("limits: 3", "limits"),
+        ("limits: {lunch: 3}", "limits.lunch"),
+        ("limits: {dials: -1}", "limits.dials"),
+        ("limits: {questions: 0}", "limits.questions"),
+        ("limits: {held_bytes: 1000}", "limits.held_bytes"),
         ("deadlines: 3", "deadlines"),
         ("deadlines: {lunch: 3}", "deadlines.lunch"),
         ("deadlines: {connect: 0}", "deadlines.connect"),

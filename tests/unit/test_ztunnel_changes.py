@@ -22,6 +22,7 @@ from ztunnel import _core, tunnel
 from ztunnel.pods import PodSockets
 from ztunnel.protocol import (
     Deadlines,
+    Limits,
     Mode,
     Removal,
     Resource,
@@ -191,3 +192,14 @@ def test_the_pools_of_a_workload_that_left_are_asked_for_an_answer_once(rig: Rig
     rig.apply(HTTPBIN)
     rig.apply(removals=(gone,))
     assert rig.core.names().count("suspect_peer") == 2
+
+
+def test_the_limits_of_new_settings_are_the_cores(rig: Rig) -> None:
+    rig.start()
+    assert rig.core.limits == _core.LIMITS
+    settings = msgspec.structs.replace(SETTINGS, limits=Limits(dials=7, failure_lines=3))
+    rig.version += 1
+    change = Change(rig.version, reset=False, upserts=(), removals=(), settings=settings)
+    assert run(rig.tunnel.apply(change, {})) == ""
+    assert rig.core.limits == {**_core.LIMITS, "dials": 7}
+    assert rig.tunnel.events.failure_lines.most == 3

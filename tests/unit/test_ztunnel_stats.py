@@ -10,7 +10,7 @@ from support.certificates import NOW
 from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
 from ztunnel import labels
-from ztunnel._core import SeriesCounters, Stats
+from ztunnel._core import PodCounters, SeriesCounters, Stats
 from ztunnel.reasons import Reason
 from ztunnel.stats import Picture, render
 
@@ -39,6 +39,10 @@ def core() -> Iterator[FakeCore]:
     made.close()
 
 
+IDLE_POD = record(PodCounters, 0, 0, 0, 0, 0, 0, failed())
+POD = record(PodCounters, 4, 7, 1, 0, 2, 65536, failed(POD_DIALS=3, POD_CONNECTIONS=9))
+
+
 def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[Sample]]:
     picture = Picture(
         series=[
@@ -56,6 +60,7 @@ def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[S
             (PLAIN, record(SeriesCounters, 3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
         ],
         early={(PLAIN, "DENY"): 1, (PLAIN, "CONNECT"): 2},
+        pods=[("default/web", POD), ("default/idle", IDLE_POD)],
         core=picture_of or core.stats(),
         bounds_us=BOUNDS_US,
         deadlines=("connect", "idle"),
@@ -157,6 +162,24 @@ def test_the_tunnels_own_metrics_are_there(core: FakeCore) -> None:
     assert reported.labels == {"side": "client", "reason": "certificate_expired"}
 
 
+def test_what_a_pod_takes_and_was_refused(core: FakeCore) -> None:
+    found = samples(core)
+    assert [each.value for each in found["ztunnel_descriptors"]] == [5]
+    assert [each.value for each in found["ztunnel_descriptors_limit"]] == [1000]
+    # A pod that takes nothing has no sample.
+    taken = {name: [(each.labels, each.value) for each in found[name]] for name in found}
+    web = {"pod": "default/web"}
+    assert taken["ztunnel_pod_connections"] == [(web, 4)]
+    assert taken["ztunnel_pod_descriptors"] == [(web, 7)]
+    assert taken["ztunnel_pod_dials"] == [(web, 1)]
+    assert taken["ztunnel_pod_handshakes"] == [(web, 2)]
+    assert taken["ztunnel_pod_held_bytes"] == [(web, 65536)]
+    assert taken["ztunnel_pod_refusals_total"] == [
+        (web | {"reason": "pod_connection_limit"}, 9),
+        (web | {"reason": "pod_dial_limit"}, 3),
+    ]
+
+
 def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
     evil = workload('a"b\nc\\d', "10.1.0.1", account="a")
     picture = Picture(
@@ -167,6 +190,7 @@ def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
             )
         ],
         {},
+        [],
         core.stats(),
         BOUNDS_US,
         ("connect", "idle"),

@@ -23,8 +23,6 @@
 #define ZT_MAX_POD_ADDRS 8
 /* Cached decisions of one worker. Full means that something scans addresses: start afresh. */
 #define ZT_TABLE_MAX 65536
-/* Questions that one pod may have open; a scan by one must not keep the others waiting. */
-#define ZT_POD_UPCALLS 512
 /* Ended connections that wait for the access log; beyond it they are counted, not kept. */
 #define ZT_EVENTS_MAX 65536
 /* Ends are reported this many at once, or after this long: waking the interpreter for each costs
@@ -51,9 +49,6 @@
 /* What the windows of one HBONE connection may grow by together: four streams at their most. So one
  * connection holds at most ZT_SERVER_STREAMS * ZT_STREAM_WINDOW + ZT_CONN_GROWTH = 66 MiB. */
 #define ZT_CONN_GROWTH (16 * 1024 * 1024)
-/* Bytes that all stalled readers of one pod may hold in this process; beyond it the stream that
- * would hold more is reset. Room for 512 streams that never read, on however many connections. */
-#define ZT_POD_HELD (128 * 1024 * 1024)
 /* The whole connection's window is given back as it comes (the streams' windows bound it): a slow
  * reader must not stop its neighbours. What the field's node proxy announces. */
 #define ZT_CONN_WINDOW (16 * 1024 * 1024)
@@ -70,10 +65,6 @@
 /* Window updates come with the data that we send: for each frame one of the stream and one of the
  * connection, or for each KiB that the peer has read. */
 #define ZT_GLITCH_UPDATES(bytes) (2 + (bytes) / 512)
-/* Handshakes that one pod may have open as a server. Whoever can reach the port can begin one, at
- * some 50 KiB each; when there are too many the oldest gives way, as an honest one lasts
- * milliseconds. */
-#define ZT_POD_HANDSHAKES 512
 /* Header bytes of one CONNECT: authority, baggage and forwarded fit many times. */
 #define ZT_MAX_HEADER_BYTES (16 * 1024)
 /* Connections of one pool that may be dialled at once by one worker for one peer. */
@@ -162,6 +153,47 @@ enum zt_deadline {
 /* The longest wait that is worth spinning for instead of sleeping: about what it takes to answer a
  * small request through two tunnels. */
 #define ZT_SPIN_US 100u
+
+/*
+ * Limits of one pod, so that none starves its neighbours: X(NAME, name in the settings, unless the
+ * settings say otherwise). 0 is no limit. They may be changed while they are in use.
+ *
+ * CONNECTIONS  Open at once, both directions. None by number: descriptors are what runs out, and of
+ *              those each pod has its share (limit.c).
+ * DIALS        TCP connects under way. To a destination that does not answer each lasts CONNECT: 400
+ *              of them each second, which no application makes for long.
+ * QUESTIONS    For the control side, without an answer: a scan by one must not keep others waiting.
+ * HANDSHAKES   As a server. Whoever can reach the port can begin one, at some 50 KiB each; when there
+ *              are too many the oldest gives way, as an honest one lasts milliseconds.
+ * HELD         Bytes that all its stalled readers hold in this process; beyond it the stream that
+ *              would hold more is reset. Room for 512 streams that never read.
+ */
+#define ZT_LIMIT_TABLE(X)            \
+    X(CONNECTIONS, "connections", 0) \
+    X(DIALS, "dials", 4096)          \
+    X(QUESTIONS, "questions", 512)   \
+    X(HANDSHAKES, "handshakes", 512) \
+    X(HELD, "held_bytes", 128 * 1024 * 1024)
+
+enum zt_limit {
+#define X(name, setting, most) ZT_L_##name,
+    ZT_LIMIT_TABLE(X)
+#undef X
+        ZT_LIMITS
+};
+/* Descriptors that connections never take: for the control socket and a change of pods on it, for
+ * logs, health and metrics, and for the workers themselves. A quarter where so few are allowed that
+ * this would leave nothing. */
+#define ZT_RESERVED_DESCRIPTORS 256
+/* Descriptors of one pod besides its connections': three listeners and a namespace, kept here and by
+ * the control side. */
+#define ZT_POD_DESCRIPTORS 8
+/* Of what connections may take, the part (one of so many) that only HBONE connections take: each of
+ * those carries a hundred others. */
+#define ZT_HBONE_SHARE 16
+/* When the kernel gives no socket and taking callers in to send them away fails too, no worker looks
+ * at its listeners for so long: they would wake it without end. */
+#define ZT_ACCEPT_PAUSE_US 100000u
 
 /* Marks of our own sockets (docs/architecture.md, table of marks). */
 #define ZT_MARK_TUNNEL 0x539

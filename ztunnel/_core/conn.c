@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "h2.h"
+#include "limit.h"
 #include "pool.h"
 
 /* Registered once, for the socket's whole life. */
@@ -51,6 +52,7 @@ static struct zt_conn *conn_new(struct zt_worker *w, struct zt_pod *pod, enum zt
     c->stream.taken_at = w->now;
     zt_list_append(&w->conns, &c->link);
     zt_worker_count(w, 1);
+    atomic_fetch_add_explicit(&pod->connections, 1, memory_order_relaxed);
     return c;
 }
 
@@ -74,7 +76,7 @@ static void decide(struct zt_conn *c) {
     memcpy(key.destination, c->destination.ip, sizeof(key.destination));
     key.port = c->destination.port;
     rv = zt_table_decide(c->worker, c, &key);
-    if (rv) zt_conn_end(c, rv == -EBUSY ? ZT_R_POD_LIMIT : ZT_R_NO_MEMORY);
+    if (rv) zt_conn_end(c, rv == -EBUSY ? ZT_R_POD_QUESTIONS : ZT_R_NO_MEMORY);
 }
 
 void zt_conn_accepted(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind, int fd,
@@ -91,6 +93,7 @@ void zt_conn_accepted(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind
 
         zt_sock_abort(fd);
         zt_worker_report(w, &e);
+        zt_hold(w, pod, -1);
         zt_pod_put(pod);
         atomic_fetch_sub(&w->load_connections, 1);
         return;
@@ -140,6 +143,8 @@ void zt_conn_judge(struct zt_conn *c) {
         zt_conn_end(c, ZT_R_BAD_REQUEST);
     else if (!zt_addr_ip_equal(&c->destination, &h->local))
         zt_conn_end(c, ZT_R_AUTHORITY_MISMATCH);
+    else if (zt_beyond(c->worker->core, ZT_L_CONNECTIONS, atomic_load(&c->pod->connections)))
+        zt_conn_end(c, ZT_R_POD_CONNECTIONS);
     else
         decide(c);
 }
@@ -213,8 +218,13 @@ static int dial_socket(struct zt_conn *c) {
 
 static void dial(struct zt_conn *c) {
     struct zt_worker *w = c->worker;
+    enum zt_reason why = zt_admit(w, c->pod, ZT_USE_DIAL);
     int fd;
 
+    if (why) {
+        zt_conn_end(c, why);
+        return;
+    }
     /* Who is removed after this is seen here: the word of it comes to this thread. */
     if (c->decision->pod && atomic_load(&c->decision->pod->removed)) {
         zt_conn_end(c, ZT_R_POD_REMOVED);
@@ -227,6 +237,9 @@ static void dial(struct zt_conn *c) {
     }
     c->server.io.fd = fd;
     c->state = ZT_C_CONNECTING;
+    zt_hold(w, c->pod, 1);
+    c->dials = true;
+    atomic_fetch_add_explicit(&c->pod->dials, 1, memory_order_relaxed);
     zt_timer_set(w, &c->timer, ZT_D_CONNECT);
     if (zt_io_watch(w, &c->server.io, LEG_EVENTS) < 0) zt_conn_end(c, ZT_R_NO_MEMORY);
 }
@@ -264,8 +277,14 @@ void zt_conn_decided(struct zt_conn *c, struct zt_decision *d) {
     }
 }
 
+static void dialled(struct zt_conn *c) {
+    if (c->dials) atomic_fetch_sub_explicit(&c->pod->dials, 1, memory_order_relaxed);
+    c->dials = false;
+}
+
 void zt_conn_open(struct zt_conn *c) {
     c->state = ZT_C_OPEN;
+    dialled(c);
     zt_timer_stop(&c->timer);
     zt_add(&c->decision->series->by_worker[c->worker->index].opened, 1);
     if (c->decision->mirror) zt_add(&c->decision->mirror->by_worker[c->worker->index].opened, 1);
@@ -435,8 +454,9 @@ static uint32_t error_code_of(enum zt_reason reason) {
     }
 }
 
-static void close_leg(struct zt_leg *leg, bool clean) {
+static void close_leg(struct zt_conn *c, struct zt_leg *leg, bool clean) {
     if (leg->io.fd < 0) return;
+    zt_hold(c->worker, c->pod, -1);
     if (clean)
         zt_sock_close(leg->io.fd);
     else
@@ -471,14 +491,17 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
         else
             zt_stream_drop(c, error_code_of(reason));
     }
-    close_leg(&c->client, reason == ZT_R_CLOSED);
-    close_leg(&c->server, reason == ZT_R_CLOSED);
+    close_leg(c, &c->client, reason == ZT_R_CLOSED);
+    close_leg(c, &c->server, reason == ZT_R_CLOSED);
     zt_relay_release(c);
     if (c->decision) {
         count_end(c->decision->series, w->index, opened, reason);
         count_end(c->decision->mirror, w->index, opened, reason);
     }
     zt_worker_report(w, &e);
+    zt_count_refusal(c->pod, reason);
+    dialled(c);
+    atomic_fetch_sub_explicit(&c->pod->connections, 1, memory_order_relaxed);
     atomic_fetch_sub(&w->load_connections, 1);
     zt_worker_count(w, -1);
     zt_list_remove(&c->link);

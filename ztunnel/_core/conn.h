@@ -71,6 +71,7 @@ struct zt_conn {
     struct zt_decision *decision;
     enum zt_kind kind;
     enum zt_conn_state state;
+    bool dials; /* the server leg; counted by the pod */
     uint64_t identity;
     struct zt_addr source, destination, upstream;
     uint64_t started, received, sent;

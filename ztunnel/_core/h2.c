@@ -6,6 +6,8 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "limit.h"
+
 #define H2_EVENTS (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
 
 static void on_event(struct zt_worker *w, struct zt_io *io, uint32_t events);
@@ -81,6 +83,7 @@ static void report_failure(struct zt_h2 *h, enum zt_reason reason, const char *d
     if (!detail) detail = h->why ? h->why : h->complaint;
     snprintf(f.detail, sizeof(f.detail), "%s", detail ? detail : "");
     zt_add(&h->worker->stats.handshake_failures[reason], 1);
+    zt_count_refusal(h->pod, reason);
     zt_failed_push(h->worker->core, &f);
 }
 
@@ -97,6 +100,11 @@ static void say_goodbye(struct zt_h2 *h, enum zt_reason reason) {
         if (zt_tls_write(h, h->worker->out, h->worker->out_used) < 0) return;
     }
     zt_tls_close_notify(h);
+}
+
+static void dialled(struct zt_h2 *h) {
+    if (h->dials) atomic_fetch_sub_explicit(&h->pod->dials, 1, memory_order_relaxed);
+    h->dials = false;
 }
 
 void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
@@ -131,11 +139,13 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     h->session = NULL;
     if (h->ssl) ossl.SSL_free(h->ssl);
     h->ssl = NULL;
+    if (h->io.fd >= 0) zt_hold(w, h->pod, -1);
     if (h->io.fd >= 0 && was == ZT_H_OPEN && reason == ZT_R_IDLE)
         zt_linger(w, h->pod, h->io.fd);
     else if (h->io.fd >= 0)
         close(h->io.fd);
     h->io.fd = -1;
+    dialled(h);
     if (h->server) atomic_fetch_sub(&w->load_tls, 1);
     if (h->server && was < ZT_H_OPEN) atomic_fetch_sub(&h->pod->handshakes, 1);
     zt_add(&w->stats.tls_connections, (uint64_t)-1);
@@ -149,6 +159,7 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
 static void begin_tls(struct zt_h2 *h) {
     int reason = zt_tls_start(h);
 
+    dialled(h);
     if (reason) {
         zt_h2_end(h, (enum zt_reason)reason, "no TLS context");
         return;
@@ -178,9 +189,9 @@ static void make_room(struct zt_h2 *h) {
     struct zt_h2 *old = !silent || (begun && begun->started < silent->started) ? begun : silent;
 
     if (old)
-        zt_h2_end(old, ZT_R_POD_LIMIT, "too many handshakes at once: the oldest gives way");
+        zt_h2_end(old, ZT_R_POD_HANDSHAKES, "the oldest gives way");
     else
-        zt_h2_end(h, ZT_R_POD_LIMIT, "too many handshakes at once");
+        zt_h2_end(h, ZT_R_POD_HANDSHAKES, NULL);
 }
 
 void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struct zt_addr *source,
@@ -189,6 +200,7 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
     uint64_t number = pod->node.number;
     bool ours = false;
 
+    if (!h) zt_hold(w, pod, -1);
     zt_pod_put(pod); /* the connection has a reference of its own */
     if (!h) {
         struct zt_failed f = {
@@ -204,7 +216,8 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
     h->io.fd = fd;
     h->address = *source;
     h->local = *destination;
-    if (atomic_fetch_add(&pod->handshakes, 1) >= ZT_POD_HANDSHAKES) make_room(h);
+    if (zt_beyond(w->core, ZT_L_HANDSHAKES, atomic_fetch_add(&pod->handshakes, 1) + 1))
+        make_room(h);
     if (h->state == ZT_H_ENDED) return;
     for (int i = 0; i < pod->naddrs; i++) ours |= zt_addr_ip_equal(&pod->addrs[i], destination);
     if (atomic_load(&pod->removed))
@@ -219,14 +232,23 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
 }
 
 static void start_connect(struct zt_h2 *h) {
-    int fd = zt_sock_to_peer(h->worker, h->pod, &h->address);
+    enum zt_reason why = zt_admit(h->worker, h->pod, ZT_USE_HBONE_DIAL);
+    int fd;
 
+    if (why) {
+        zt_h2_end(h, why, NULL);
+        return;
+    }
+    fd = zt_sock_to_peer(h->worker, h->pod, &h->address);
     if (fd < 0) {
         zt_h2_end(h, zt_reason_of_connect(-fd), strerror(-fd));
         return;
     }
     h->io.fd = fd;
     h->state = ZT_H_CONNECTING;
+    zt_hold(h->worker, h->pod, 1);
+    h->dials = true;
+    atomic_fetch_add_explicit(&h->pod->dials, 1, memory_order_relaxed);
     zt_timer_set(h->worker, &h->timer, ZT_D_CONNECT);
     if (zt_io_watch(h->worker, &h->io, H2_EVENTS) < 0) zt_h2_end(h, ZT_R_NO_MEMORY, NULL);
 }

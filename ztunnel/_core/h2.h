@@ -39,6 +39,7 @@ struct zt_h2 {
     struct zt_peer *peer; /* client only */
     struct zt_credential *credential;
     enum zt_h2_state state;
+    bool dials; /* counted by the pod */
     bool server, readable, writable, hangup, retiring, pinged;
     bool settled;        /* the peer's SETTINGS have come */
     bool input_end;      /* close_notify, FIN or error: nothing more will come */

@@ -221,10 +221,10 @@ static PyType_Spec core_spec = {
 
 static int add_tables(PyObject *module) {
     PyObject *reasons = PyTuple_New(ZT_REASON_COUNT), *bounds, *functions = PyDict_New(),
-             *deadlines = PyDict_New();
+             *deadlines = PyDict_New(), *limits = PyDict_New();
     int i = 0;
 
-    if (!reasons || !functions || !deadlines) return -1;
+    if (!reasons || !functions || !deadlines || !limits) return -1;
 #define X(name, token) PyTuple_SET_ITEM(reasons, i++, PyUnicode_FromString(token));
     ZT_REASONS(X)
 #undef X
@@ -252,6 +252,16 @@ static int add_tables(PyObject *module) {
     }
     ZT_DEADLINE_TABLE(X)
 #undef X
+#define X(name, setting, number)                                                 \
+    {                                                                            \
+        PyObject *most = zt_py_number(number);                                   \
+                                                                                 \
+        if (!most || PyDict_SetItemString(limits, setting, most) < 0) return -1; \
+        Py_DECREF(most);                                                         \
+    }
+    ZT_LIMIT_TABLE(X)
+#undef X
+    if (PyModule_AddObject(module, "LIMITS", limits) < 0) return -1;
     if (PyModule_AddObject(module, "DEADLINES", deadlines) < 0) return -1;
     if (PyModule_AddObject(module, "REASONS", reasons) < 0) return -1;
     if (PyModule_AddObject(module, "HISTOGRAM_BOUNDS_US", bounds) < 0) return -1;

@@ -16,7 +16,7 @@
 #include "worker.h"
 
 /* Names of the records that Python receives. */
-#define ZT_PY_RECORDS(X) X(upcall) X(ended) X(failed) X(series) X(stats)
+#define ZT_PY_RECORDS(X) X(upcall) X(ended) X(failed) X(series) X(pod) X(stats)
 
 struct module_state {
 #define X(record) PyTypeObject *record;
@@ -38,8 +38,10 @@ struct core_object {
     X(drained, METH_NOARGS)             \
     X(advance_epoch, METH_NOARGS)       \
     X(set_deadline, METH_VARARGS)       \
+    X(set_limit, METH_VARARGS)          \
     X(add_pod, METH_VARARGS)            \
     X(remove_pod, METH_O)               \
+    X(read_pod, METH_O)                 \
     X(set_credential, METH_VARARGS)     \
     X(remove_credential, METH_O)        \
     X(add_peer, METH_VARARGS)           \

@@ -1,6 +1,7 @@
 /*
  * What Python hears from the core: questions (and its answers to them), ends, failures, counters.
  */
+#include "limit.h"
 #include "module.h"
 
 /* Takes at most this many items at once, on the stack. */
@@ -155,6 +156,26 @@ TAKE(ended, struct zt_ended, zt_ended_take, ended_object(zt_py_state(self), &ite
 TAKE(failed, struct zt_failed, zt_failed_take, failed_object(zt_py_state(self), &items[i]))
 TAKE(freed, uint64_t, zt_freed_take, zt_py_number(items[i]))
 
+PyObject *zt_py_read_pod(PyObject *self, PyObject *arg) {
+    unsigned long long number = PyLong_AsUnsignedLongLong(arg);
+    struct zt_pod_counters c;
+    struct zt_py_filler f;
+    int rv;
+
+    if (PyErr_Occurred()) return NULL;
+    rv = zt_pod_read(zt_py_core(self), number, &c);
+    if (rv < 0) return zt_py_errno(rv, "pod");
+    f = zt_py_fill(zt_py_state(self)->pod);
+    zt_py_put(&f, zt_py_number(c.connections));
+    zt_py_put(&f, zt_py_number(c.descriptors));
+    zt_py_put(&f, zt_py_number(c.dials));
+    zt_py_put(&f, zt_py_number(c.questions));
+    zt_py_put(&f, zt_py_number(c.handshakes));
+    zt_py_put(&f, zt_py_number(c.held));
+    zt_py_put(&f, zt_py_counts(c.refused, ZT_REASON_COUNT));
+    return zt_py_filled(&f);
+}
+
 PyObject *zt_py_stats(PyObject *self, PyObject *unused) {
     struct zt_core *core = zt_py_core(self);
     struct zt_worker_stats s;
@@ -175,6 +196,8 @@ PyObject *zt_py_stats(PyObject *self, PyObject *unused) {
     f = zt_py_fill(zt_py_state(self)->stats);
     zt_py_put(&f, zt_py_number(zt_get(&s.connections)));
     zt_py_put(&f, zt_py_number(zt_get(&s.tls_connections)));
+    zt_py_put(&f, zt_py_number(zt_get(&s.descriptors)));
+    zt_py_put(&f, zt_py_number(zt_descriptors_for_connections(core)));
     zt_py_put(&f, zt_py_number(zt_get(&s.held)));
     zt_py_put(&f, zt_py_counts(s.handshakes_client.bucket, ZT_BUCKETS + 1));
     zt_py_put(&f, zt_py_number(zt_get(&s.handshakes_client.sum_us)));
@@ -214,8 +237,13 @@ static PyStructSequence_Field failed_fields[] = {F(kind), F(pod),    F(peer),   
                                                  F(port), F(reason), F(detail), END};
 static PyStructSequence_Field series_fields[] = {F(opened),   F(closed), F(failed),
                                                  F(received), F(sent),   END};
+static PyStructSequence_Field pod_fields[] = {
+    F(connections), F(descriptors), F(dials),   F(questions),
+    F(handshakes),  F(held_bytes),  F(refused), END};
 static PyStructSequence_Field stats_fields[] = {F(connections),
                                                 F(tls_connections),
+                                                F(descriptors),
+                                                F(descriptors_most),
                                                 F(held_bytes),
                                                 F(handshakes_client),
                                                 F(handshakes_client_sum_us),
@@ -250,7 +278,7 @@ int zt_py_add_records(PyObject *module, struct module_state *state) {
     if (RECORD(upcall, "Upcall", upcall_fields) < 0 || RECORD(ended, "Ended", ended_fields) < 0 ||
         RECORD(failed, "Failed", failed_fields) < 0 ||
         RECORD(series, "SeriesCounters", series_fields) < 0 ||
-        RECORD(stats, "Stats", stats_fields) < 0)
+        RECORD(pod, "PodCounters", pod_fields) < 0 || RECORD(stats, "Stats", stats_fields) < 0)
         return -1;
     return 0;
 }

@@ -25,6 +25,25 @@ PyObject *zt_py_set_deadline(PyObject *self, PyObject *args) {
     return PyErr_Format(PyExc_KeyError, "no deadline is called %s", name);
 }
 
+PyObject *zt_py_set_limit(PyObject *self, PyObject *args) {
+    static const char *const names[ZT_LIMITS] = {
+#define X(name, setting, most) setting,
+        ZT_LIMIT_TABLE(X)
+#undef X
+    };
+    unsigned long long most;
+    const char *name;
+
+    if (!PyArg_ParseTuple(args, "sK", &name, &most)) return NULL;
+    for (int i = 0; i < ZT_LIMITS; i++) {
+        if (strcmp(name, names[i]) == 0) {
+            atomic_store(&zt_py_core(self)->limit[i], most);
+            Py_RETURN_NONE;
+        }
+    }
+    return PyErr_Format(PyExc_KeyError, "no limit is called %s", name);
+}
+
 /* --- pods, credentials, peers, series ------------------------------------------------------------------------------ */
 
 PyObject *zt_py_add_pod(PyObject *self, PyObject *args) {

@@ -62,7 +62,7 @@
     X(NO_DESCRIPTORS, "no_descriptors")                \
     X(NO_MEMORY, "no_memory")                          \
     X(NO_PORTS, "no_ephemeral_ports")                  \
-    X(POD_LIMIT, "pod_limit")                          \
+    X(POD_QUESTIONS, "pod_question_limit")             \
     X(POD_REMOVED, "pod_removed")                      \
     X(SHUTDOWN, "shutdown")                            \
     X(INTERNAL, "internal_error")                      \
@@ -74,7 +74,13 @@
     /* an application's connection broke by itself */  \
     X(CLIENT_LOST, "client_lost")                      \
     X(SERVER_LOST, "server_lost")                      \
-    X(DRAIN_TIMEOUT, "drain_timeout")
+    X(DRAIN_TIMEOUT, "drain_timeout")                  \
+    /* limits of a pod */                              \
+    X(POD_CONNECTIONS, "pod_connection_limit")         \
+    X(POD_DESCRIPTORS, "pod_descriptor_limit")         \
+    X(POD_DIALS, "pod_dial_limit")                     \
+    X(POD_HANDSHAKES, "pod_handshake_limit")           \
+    X(POD_HELD, "pod_held_bytes_limit")
 
 enum zt_reason {
 #define X(name, token) ZT_R_##name,

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "conn.h"
+#include "limit.h"
 
 /* The kernel's default limit for unprivileged users, so that it is granted everywhere. */
 #define PIPE_BYTES (256 * 1024)
@@ -21,21 +22,25 @@
  * (pipe(7): 16 pages), for that is where the rest goes when the receiver is full. */
 #define COPY_BYTES (16 * 1024)
 
-static int pipe_take(struct zt_worker *w, struct zt_pipe *p) {
+/* The pod's share counts the pipes that it holds, the process' count those in the pool too. */
+static int pipe_take(struct zt_worker *w, struct zt_pod *pod, struct zt_pipe *p) {
     int fds[2];
 
     if (w->npipes) {
         *p = w->pipes[--w->npipes];
+        atomic_fetch_add_explicit(&pod->descriptors, 2, memory_order_relaxed);
         return 0;
     }
     if (pipe2(fds, O_NONBLOCK | O_CLOEXEC) < 0) return -errno;
+    zt_hold(w, pod, 2);
     fcntl(fds[1], F_SETPIPE_SZ, PIPE_BYTES); /* the default size serves as well */
     *p = (struct zt_pipe){fds[0], fds[1]};
     return 0;
 }
 
-static void pipe_close(struct zt_pipe *p) {
+static void pipe_close(struct zt_worker *w, struct zt_pipe *p) {
     if (p->r >= 0) {
+        zt_hold(w, NULL, -2);
         close(p->r);
         close(p->w);
     }
@@ -43,24 +48,25 @@ static void pipe_close(struct zt_pipe *p) {
 }
 
 /* Back to the pool, which must never hold a pipe with somebody's bytes. */
-static void pipe_give(struct zt_worker *w, struct zt_half *half) {
+static void pipe_give(struct zt_worker *w, struct zt_pod *pod, struct zt_half *half) {
     if (half->pipe.r < 0) return;
+    atomic_fetch_sub_explicit(&pod->descriptors, 2, memory_order_relaxed);
     if (half->in_pipe == 0 && w->npipes < ZT_PIPE_POOL) {
         w->pipes[w->npipes++] = half->pipe;
         half->pipe = (struct zt_pipe){-1, -1};
     } else {
-        pipe_close(&half->pipe);
+        pipe_close(w, &half->pipe);
     }
     half->in_pipe = 0;
 }
 
 void zt_relay_release(struct zt_conn *c) {
-    pipe_give(c->worker, &c->up);
-    pipe_give(c->worker, &c->down);
+    pipe_give(c->worker, c->pod, &c->up);
+    pipe_give(c->worker, c->pod, &c->down);
 }
 
 void zt_relay_drop_pool(struct zt_worker *w) {
-    while (w->npipes) pipe_close(&w->pipes[--w->npipes]);
+    while (w->npipes) pipe_close(w, &w->pipes[--w->npipes]);
 }
 
 enum outcome { DONE, AGAIN, MORE, FROM_FAILED, TO_FAILED, NO_PIPE };
@@ -71,19 +77,18 @@ static enum outcome failed(struct zt_leg *leg, enum outcome how) {
 }
 
 /* What the receiver did not take. */
-static enum outcome keep(struct zt_worker *w, struct zt_half *half, const uint8_t *rest, size_t n) {
-    if (half->pipe.r < 0 && pipe_take(w, &half->pipe) < 0) return NO_PIPE;
-    if (write(half->pipe.w, rest, n) != (ssize_t)n) {
-        pipe_close(&half->pipe);
-        return NO_PIPE;
-    }
+static enum outcome keep(struct zt_conn *c, struct zt_half *half, const uint8_t *rest, size_t n) {
+    if (half->pipe.r < 0 && pipe_take(c->worker, c->pod, &half->pipe) < 0) return NO_PIPE;
     half->in_pipe = n;
-    return MORE;
+    if (write(half->pipe.w, rest, n) == (ssize_t)n) return MORE;
+    pipe_give(c->worker, c->pod, half); /* closed, for there is something in it */
+    return NO_PIPE;
 }
 
 /* From socket to socket through the worker's buffer. */
-static enum outcome copy(struct zt_worker *w, struct zt_leg *from, struct zt_leg *to,
+static enum outcome copy(struct zt_conn *c, struct zt_leg *from, struct zt_leg *to,
                          struct zt_half *half, uint64_t *moved) {
+    struct zt_worker *w = c->worker;
     ssize_t n, sent;
 
     if (!to->writable) return AGAIN;
@@ -108,16 +113,16 @@ static enum outcome copy(struct zt_worker *w, struct zt_leg *from, struct zt_leg
         sent = 0;
     }
     *moved += (uint64_t)sent;
-    return sent < n ? keep(w, half, w->plain + sent, (size_t)(n - sent)) : MORE;
+    return sent < n ? keep(c, half, w->plain + sent, (size_t)(n - sent)) : MORE;
 }
 
 /* From a socket into the pipe. Nothing more by this way may be the end, or urgent data, before which
  * splice stops for ever: recv finds out, and like every reader that has not asked for it drops the
  * urgent byte and goes on (RFC 6093). */
-static enum outcome fill(struct zt_worker *w, struct zt_leg *from, struct zt_half *half) {
+static enum outcome fill(struct zt_conn *c, struct zt_leg *from, struct zt_half *half) {
     ssize_t n;
 
-    if (half->pipe.r < 0 && pipe_take(w, &half->pipe) < 0) return NO_PIPE;
+    if (half->pipe.r < 0 && pipe_take(c->worker, c->pod, &half->pipe) < 0) return NO_PIPE;
     n = splice(from->io.fd, NULL, half->pipe.w, NULL, SPLICE_BYTES,
                SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
     if (n < 0 && errno != EAGAIN) return failed(from, FROM_FAILED);
@@ -155,7 +160,7 @@ static enum outcome finish(struct zt_leg *from, struct zt_leg *to) {
 }
 
 /* Moves bytes one way; MORE: the budget is used up. */
-static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg *to,
+static enum outcome move(struct zt_conn *c, struct zt_leg *from, struct zt_leg *to,
                          struct zt_half *half, uint64_t *moved) {
     enum outcome rv = MORE;
 
@@ -163,19 +168,19 @@ static enum outcome move(struct zt_worker *w, struct zt_leg *from, struct zt_leg
         if (half->in_pipe)
             rv = drain(to, half, moved);
         else if (from->readable && !from->eof)
-            rv = half->bulk ? fill(w, from, half) : copy(w, from, to, half, moved);
+            rv = half->bulk ? fill(c, from, half) : copy(c, from, to, half, moved);
         else
             rv = finish(from, to);
     }
-    if (!half->in_pipe) pipe_give(w, half);
+    if (!half->in_pipe) pipe_give(c->worker, c->pod, half);
     return rv;
 }
 
 void zt_relay_run(struct zt_conn *c) {
     struct zt_worker *w = c->worker;
     uint64_t received = 0, sent = 0;
-    enum outcome up = move(w, &c->client, &c->server, &c->up, &received);
-    enum outcome down = up < FROM_FAILED ? move(w, &c->server, &c->client, &c->down, &sent) : AGAIN;
+    enum outcome up = move(c, &c->client, &c->server, &c->up, &received);
+    enum outcome down = up < FROM_FAILED ? move(c, &c->server, &c->client, &c->down, &sent) : AGAIN;
 
     if (received || sent) zt_conn_count(c, received, sent);
     if (c->client.eof || c->server.eof) zt_conn_half_closed(c);

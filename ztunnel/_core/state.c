@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "h2.h"
@@ -214,21 +215,39 @@ SSL *zt_credential_ssl(struct zt_credential *c, bool server, uint64_t *generatio
 
 /* --- pods ------------------------------------------------------------------------------------------ */
 
-/* 0, or the errno of one that failed. */
-static int pod_watch(struct zt_core *core, struct zt_pod *pod, int op) {
+/* In one worker's epoll; the first error. */
+static int watch(const struct zt_worker *w, struct zt_pod *pod, int op) {
+    int rv = 0;
+
+    for (int k = 0; k < 3; k++) {
+        /* Level-triggered, one worker woken for each connection. */
+        struct epoll_event ev = {.events = EPOLLIN | EPOLLEXCLUSIVE,
+                                 .data.ptr = &pod->listeners[k].io};
+
+        if (epoll_ctl(w->epfd, op, pod->listeners[k].io.fd, &ev) < 0 && !rv) rv = -errno;
+    }
+    return rv;
+}
+
+static int watch_all(struct zt_core *core, struct zt_pod *pod, int op) {
     int rv = 0;
 
     for (int i = 0; i < core->nworkers; i++) {
-        for (int k = 0; k < 3; k++) {
-            /* Level-triggered, one worker woken for each connection. */
-            struct epoll_event ev = {.events = EPOLLIN | EPOLLEXCLUSIVE,
-                                     .data.ptr = &pod->listeners[k].io};
+        int one = watch(core->workers[i], pod, op);
 
-            if (epoll_ctl(core->workers[i]->epfd, op, pod->listeners[k].io.fd, &ev) < 0)
-                rv = -errno;
-        }
+        if (!rv) rv = one;
     }
     return rv;
+}
+
+/* Under the lock: a pod that is taken out of the map is then taken out of every epoll, for good. */
+void zt_pods_listen(struct zt_core *core, const struct zt_worker *w, bool look) {
+    pthread_mutex_lock(&core->lock);
+    for (size_t b = 0; b < core->pods.nbuckets && !(look && core->draining); b++) {
+        for (struct zt_map_node *n = core->pods.buckets[b]; n; n = n->next)
+            watch(w, AS(struct zt_pod, n), look ? EPOLL_CTL_ADD : EPOLL_CTL_DEL);
+    }
+    pthread_mutex_unlock(&core->lock);
 }
 
 int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int listeners[3],
@@ -274,8 +293,9 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
         zt_pod_put(pod);
         return rv;
     }
-    if (core->running && !core->draining) rv = pod_watch(core, pod, EPOLL_CTL_ADD);
-    if (rv) zt_pod_remove(core, number);
+    atomic_fetch_add(&core->npods, 1);
+    if (core->running && !core->draining) rv = watch_all(core, pod, EPOLL_CTL_ADD);
+    if (rv) zt_pod_remove(core, number); /* a pod that is heard by half is worse than none */
     return rv;
 }
 
@@ -287,8 +307,9 @@ int zt_pod_remove(struct zt_core *core, uint64_t number) {
     pthread_mutex_unlock(&core->lock);
     if (!pod) return -ENOENT;
     atomic_store(&pod->removed, true);
+    atomic_fetch_sub(&core->npods, 1);
     if (core->running) {
-        if (!core->draining) pod_watch(core, pod, EPOLL_CTL_DEL);
+        if (!core->draining) watch_all(core, pod, EPOLL_CTL_DEL);
         for (int i = 0; i < core->nworkers; i++) {
             struct zt_msg *m = pod->gone;
 
@@ -297,6 +318,23 @@ int zt_pod_remove(struct zt_core *core, uint64_t number) {
             zt_worker_put(core->workers[i], m);
         }
     }
+    zt_pod_put(pod);
+    return 0;
+}
+
+int zt_pod_read(struct zt_core *core, uint64_t number, struct zt_pod_counters *out) {
+    struct zt_pod *pod = find_pod(core, number);
+    int64_t held;
+
+    if (!pod) return -ENOENT;
+    held = atomic_load(&pod->held);
+    *out = (struct zt_pod_counters){.connections = (uint64_t)atomic_load(&pod->connections),
+                                    .descriptors = (uint64_t)atomic_load(&pod->descriptors),
+                                    .dials = (uint64_t)atomic_load(&pod->dials),
+                                    .questions = (uint64_t)atomic_load(&pod->asking),
+                                    .handshakes = (uint64_t)atomic_load(&pod->handshakes),
+                                    .held = (uint64_t)held};
+    for (int r = 0; r < ZT_REASON_COUNT; r++) zt_add(&out->refused[r], zt_get(&pod->refused[r]));
     zt_pod_put(pod);
     return 0;
 }
@@ -497,7 +535,7 @@ int zt_core_start(struct zt_core *core) {
     pthread_mutex_lock(&core->lock);
     for (size_t b = 0; b < core->pods.nbuckets && !rv; b++) {
         for (struct zt_map_node *n = core->pods.buckets[b]; n && !rv; n = n->next)
-            rv = pod_watch(core, AS(struct zt_pod, n), EPOLL_CTL_ADD);
+            rv = watch_all(core, AS(struct zt_pod, n), EPOLL_CTL_ADD);
     }
     pthread_mutex_unlock(&core->lock);
     return rv;
@@ -524,13 +562,13 @@ static void post_parting(struct zt_core *core, enum zt_msg_type type, struct zt_
 int zt_core_drain(struct zt_core *core) {
     if (!core->running) return -EINVAL;
     if (core->draining) return 0;
-    core->draining = true;
     pthread_mutex_lock(&core->lock);
+    core->draining = true;
     for (size_t b = 0; b < core->pods.nbuckets; b++) {
         for (struct zt_map_node *n = core->pods.buckets[b]; n; n = n->next) {
             struct zt_pod *pod = AS(struct zt_pod, n);
 
-            pod_watch(core, pod, EPOLL_CTL_DEL);
+            watch_all(core, pod, EPOLL_CTL_DEL);
             atomic_store(&pod->hearing, core->nworkers);
             post_parting(core, ZT_MSG_DEAF, pod);
         }
@@ -555,6 +593,7 @@ bool zt_core_drained(const struct zt_core *core) {
 
 int zt_core_new(struct zt_core **out, int nworkers) {
     struct zt_core *core = calloc(1, sizeof(*core));
+    struct rlimit files = {0};
     int rv;
 
     if (!core) return -ENOMEM;
@@ -562,10 +601,14 @@ int zt_core_new(struct zt_core **out, int nworkers) {
      * As a mapping of its own that is one page; glibc would stop making mappings of that size as
      * soon as the first is freed, and use the heap. */
     mallopt(M_MMAP_THRESHOLD, ZT_CHUNK / 2);
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) core->descriptors_most = files.rlim_cur;
     core->event_fd = -1;
     core->epoch = 1;
 #define X(name, setting, seconds) core->deadline_us[ZT_D_##name] = ZT_SECONDS(seconds);
     ZT_DEADLINE_TABLE(X)
+#undef X
+#define X(name, setting, most) core->limit[ZT_L_##name] = most;
+    ZT_LIMIT_TABLE(X)
 #undef X
     core->next_upcall = 1;
     core->upcalls_tail = &core->upcalls_head;

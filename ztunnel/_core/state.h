@@ -67,7 +67,11 @@ struct zt_pod {
     _Atomic bool removed;
     struct zt_msg *gone; /* for each worker, so that it learns of the removal even without memory */
     _Atomic int hearing; /* while draining: workers that may still use the listeners */
-    _Atomic int asking;  /* questions of this pod that wait for an answer, of all workers */
+    _Atomic int connections;                   /* of all workers, as all that follows */
+    _Atomic int descriptors;                   /* of its connections */
+    _Atomic int dials;                         /* TCP connects under way */
+    _Atomic uint64_t refused[ZT_REASON_COUNT]; /* by zt_is_limit() */
+    _Atomic int asking;     /* questions of this pod that wait for an answer, of all workers */
     _Atomic int handshakes; /* as a server, not open yet, of all workers */
     _Atomic int64_t held;   /* bytes that wait for its readers, of all workers */
 };
@@ -200,6 +204,9 @@ struct zt_core {
     _Atomic int parting; /* messages about draining that no worker has served yet */
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
+    _Atomic uint64_t limit[ZT_LIMITS];
+    uint64_t descriptors_most; /* RLIMIT_NOFILE when the core was made */
+    _Atomic int npods;
     _Atomic bool spinning; /* a worker looks for events instead of sleeping */
     int event_fd;
 
@@ -274,6 +281,15 @@ int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reaso
 
 /* Cuts the inbound HBONE connections that proved this identity. */
 int zt_identity_kill(struct zt_core *core, uint64_t identity, enum zt_reason reason);
+
+/* What a pod has now, and how often it was refused what it asked for, by reason. */
+struct zt_pod_counters {
+    uint64_t connections, descriptors, dials, questions, handshakes, held;
+    zt_count refused[ZT_REASON_COUNT];
+};
+int zt_pod_read(struct zt_core *core, uint64_t number, struct zt_pod_counters *out);
+/* Looks at the listeners of all pods, or leaves them alone. */
+void zt_pods_listen(struct zt_core *core, const struct zt_worker *w, bool look);
 
 /* Queues an upcall, which passes to the core; returns its id, or 0 without memory. */
 uint64_t zt_upcall_send(struct zt_core *core, struct zt_upcall *u);

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "limit.h"
 #include "pool.h"
 
 /* Less room than this in the worker's buffer is not worth a frame: encrypt what is there first. */
@@ -81,8 +82,9 @@ static int keep_pending(struct zt_conn *c, const uint8_t *data, size_t len) {
     data += fits;
     len -= fits;
     if (!len) return 0;
-    if (atomic_load_explicit(&c->pod->held, memory_order_relaxed) > ZT_POD_HELD)
-        return ZT_R_POD_LIMIT;
+    if (zt_beyond(c->worker->core, ZT_L_HELD,
+                  atomic_load_explicit(&c->pod->held, memory_order_relaxed)))
+        return ZT_R_POD_HELD;
     k = malloc(sizeof(*k) + (len < CHUNK_ROOM ? CHUNK_ROOM : len));
     if (!k) return ZT_R_NO_MEMORY;
     *k = (struct zt_chunk){.room = len < CHUNK_ROOM ? CHUNK_ROOM : len, .len = len};

@@ -4,6 +4,7 @@
 #include <sys/random.h>
 
 #include "conn.h"
+#include "limit.h"
 #include "worker.h"
 
 #define BUCKETS 4096 /* about 16 entries a chain when the table is full */
@@ -166,7 +167,8 @@ int zt_table_decide(struct zt_worker *w, struct zt_conn *conn, const struct zt_k
     }
     if (!e) {
         if (t->count >= ZT_TABLE_MAX) sweep(w);
-        if (t->count >= ZT_TABLE_MAX || atomic_load(&conn->pod->asking) >= ZT_POD_UPCALLS)
+        if (t->count >= ZT_TABLE_MAX ||
+            zt_beyond(w->core, ZT_L_QUESTIONS, atomic_load(&conn->pod->asking) + 1))
             return -EBUSY;
         e = calloc(1, sizeof(*e));
         if (!e) return -ENOMEM;

@@ -15,6 +15,7 @@
 
 #include "conn.h"
 #include "h2.h"
+#include "limit.h"
 #include "pool.h"
 
 #define EVENTS_PER_TURN 256
@@ -106,6 +107,7 @@ static int next_timeout_ms(const struct zt_worker *w) {
 
     if (!zt_list_empty(&w->tasks)) return 0;
     if (w->report_at && w->report_at < soonest) soonest = w->report_at;
+    if (w->listen_at && w->listen_at < soonest) soonest = w->listen_at;
     for (int d = 0; d < ZT_DEADLINES; d++) {
         if (!zt_list_empty(&w->deadlines[d])) {
             const struct zt_timer *t = ZT_CONTAINER(w->deadlines[d].next, struct zt_timer, link);
@@ -342,51 +344,88 @@ static struct zt_worker *least_loaded(struct zt_worker *w, bool tls) {
     return best;
 }
 
-/* Out of descriptors, the listener would stay readable for ever. The spare one lets us take the
- * caller in and send it away. */
-static void shed(struct zt_worker *w, struct zt_listener *l) {
-    struct zt_ended e = {.kind = l->kind,
-                         .pod = l->pod->node.number,
-                         .started_us = w->now,
-                         .reason = ZT_R_NO_DESCRIPTORS};
+/* A caller whom we cannot serve is told at once, by a reset, and so is the log. */
+static void turn_away(struct zt_worker *w, struct zt_listener *l, const struct zt_msg *m,
+                      enum zt_reason reason) {
+    zt_sock_abort(m->fd);
+    zt_count_refusal(l->pod, reason);
+    if (l->kind == ZT_INBOUND_HBONE) {
+        struct zt_failed f = {.kind = ZT_PEER_CERTIFICATE,
+                              .pod = l->pod->node.number,
+                              .addr = m->source,
+                              .reason = reason};
+
+        zt_add(&w->stats.handshake_failures[reason], 1);
+        zt_failed_push(w->core, &f);
+    } else {
+        struct zt_ended e = {.kind = l->kind,
+                             .pod = l->pod->node.number,
+                             .source = m->source,
+                             .destination = m->destination,
+                             .started_us = w->now,
+                             .reason = reason};
+
+        zt_worker_report(w, &e);
+    }
+}
+
+/* Takes the next caller in; -EAGAIN when there is none. */
+static int take(const struct zt_listener *l, struct zt_msg *m) {
     struct sockaddr_storage ss;
     socklen_t len = sizeof(ss);
-    int fd;
+
+    m->fd = accept4(l->io.fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (m->fd < 0) return -errno;
+    zt_addr_from_sockaddr(&m->source, &ss);
+    len = sizeof(ss);
+    if (getsockname(m->fd, (void *)&ss, &len) == 0) zt_addr_from_sockaddr(&m->destination, &ss);
+    return 0;
+}
+
+/*
+ * The kernel gives no socket, and the listener would stay readable for ever. The spare descriptor
+ * lets us take the caller in and send it away. Where that fails too (another thread was quicker, the
+ * whole machine has none, or no memory) callers wait in the kernel, for a moment.
+ */
+static void shed(struct zt_worker *w, struct zt_listener *l, int error) {
+    struct zt_msg m = {.fd = -1};
+    bool memory = error == -ENOMEM || error == -ENOBUFS;
 
     if (w->spare_fd >= 0) close(w->spare_fd);
-    fd = accept4(l->io.fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (fd >= 0) {
-        zt_addr_from_sockaddr(&e.source, &ss);
-        len = sizeof(ss);
-        if (getsockname(fd, (void *)&ss, &len) == 0) zt_addr_from_sockaddr(&e.destination, &ss);
-        zt_sock_abort(fd);
-        zt_worker_report(w, &e);
+    if (take(l, &m) == 0) {
+        turn_away(w, l, &m, memory ? ZT_R_NO_MEMORY : ZT_R_NO_DESCRIPTORS);
+    } else if (!w->listen_at) {
+        w->listen_at = w->now + ZT_ACCEPT_PAUSE_US;
+        zt_pods_listen(w->core, w, false);
     }
     w->spare_fd = fcntl(w->wake_fd, F_DUPFD_CLOEXEC, 3);
 }
 
+static void listen_again(struct zt_worker *w) {
+    if (!w->listen_at || w->listen_at > w->now) return;
+    w->listen_at = 0;
+    zt_pods_listen(w->core, w, true);
+}
+
 static void accept_some(struct zt_worker *w, struct zt_listener *l, int most) {
     for (int i = 0; i < most; i++) {
-        struct sockaddr_storage ss;
-        socklen_t len = sizeof(ss);
         struct zt_msg m = {.type = ZT_MSG_ACCEPTED, .kind = l->kind, .pod = l->pod};
+        enum zt_reason why;
         _Atomic int *load;
         struct zt_worker *to;
+        int rv;
 
         if (atomic_load(&l->pod->removed)) return;
-        m.fd = accept4(l->io.fd, (void *)&ss, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (m.fd < 0) {
-            if (errno == EMFILE || errno == ENFILE) shed(w, l);
-            return;
-        }
-        zt_addr_from_sockaddr(&m.source, &ss);
-        len = sizeof(ss);
-        if (getsockname(m.fd, (void *)&ss, &len) < 0) {
-            close(m.fd);
+        rv = take(l, &m);
+        if (rv == -EMFILE || rv == -ENFILE || rv == -ENOMEM || rv == -ENOBUFS) shed(w, l, rv);
+        if (rv) return;
+        zt_add(&w->stats.accepted, 1);
+        why = zt_admit(w, l->pod, l->kind == ZT_INBOUND_HBONE ? ZT_USE_HBONE : ZT_USE_CONNECTION);
+        if (why) {
+            turn_away(w, l, &m, why);
             continue;
         }
-        zt_addr_from_sockaddr(&m.destination, &ss);
-        zt_add(&w->stats.accepted, 1);
+        zt_hold(w, m.pod, 1);
         zt_pod_get(m.pod);
         to = least_loaded(w, l->kind == ZT_INBOUND_HBONE);
         load = l->kind == ZT_INBOUND_HBONE ? &to->load_tls : &to->load_connections;
@@ -434,6 +473,7 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
 
         add_counts(&out->connections, &w->connections, 1);
         add_counts(&out->tls_connections, &w->tls_connections, 1);
+        add_counts(&out->descriptors, &w->descriptors, 1);
         add_counts(&out->held, &w->held, 1);
         add_counts(&out->upcalls, &w->upcalls, 1);
         add_counts(&out->table_hits, &w->table_hits, 1);
@@ -517,6 +557,7 @@ static void *loop(void *arg) {
         zt_table_expire(w);
         zt_h2_flush_dirty(w);
         bury_all(w);
+        listen_again(w);
         send_reports(w);
         give_back(w);
     }

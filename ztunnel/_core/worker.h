@@ -96,7 +96,8 @@ struct zt_msg {
 /* --- what a worker counts ------------------------------------------------------------------------------ */
 
 struct zt_worker_stats {
-    zt_count connections, tls_connections, held, accepted, upcalls, table_hits, last_loop_us;
+    zt_count connections, tls_connections, descriptors, held, accepted, upcalls, table_hits,
+        last_loop_us;
     zt_count handshake_failures[ZT_REASON_COUNT];
     zt_count expired[ZT_DEADLINES]; /* deadlines that ended something */
     struct zt_histogram handshakes_client, handshakes_server, upcall_latency;
@@ -123,6 +124,7 @@ struct zt_worker {
     int epfd, wake_fd, spare_fd;
     struct zt_io wake;
     bool woken, stopping;
+    uint64_t listen_at; /* when to look at the listeners again; 0: they are looked at */
     uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
     uint64_t now;       /* microseconds, read once a turn */
     uint64_t spin_us;   /* how long to look for events before sleeping */

@@ -37,6 +37,11 @@
 /* The same in TLS 1.3 records of 16 KiB, each with 22 bytes of header, type and tag (RFC 8446, 5.2):
  * what a peer like us sends at once is received at once, without a rest of 352 bytes. */
 #define ZT_WIRE (ZT_CHUNK + ZT_CHUNK / 16384 * 22)
+/* Bytes of an HBONE connection that may wait in the kernel without being on their way. Whatever has
+ * been written there goes before everything that comes later: without this a bulk stream fills some
+ * megabytes, and a small request of a neighbour on the same connection waits behind all of them
+ * (docs/performance.md). One call's worth keeps the path full. */
+#define ZT_UNSENT ZT_CHUNK
 /* Bytes that one event may move before the others get their turn. */
 #define ZT_BUDGET (1024 * 1024)
 /* What a peer may have sent to a stream whose reader does not read: at first, and at most. A window

@@ -115,6 +115,8 @@ int zt_sock_forward(struct zt_worker *w, const struct zt_pod *pod, const struct 
                     const struct zt_addr *to);
 int zt_sock_deliver(struct zt_worker *w, const struct zt_pod *pod, const struct zt_addr *from,
                     const struct zt_addr *to);
+/* For a connection that many streams share: none of them may fill the kernel's buffer. */
+int zt_sock_share(int fd);
 int zt_sock_error(int fd);
 /* Close an application's socket, with a reset or in good order. */
 void zt_sock_abort(int fd);

@@ -220,6 +220,7 @@ void zt_h2_accepted(struct zt_worker *w, struct zt_pod *pod, int fd, const struc
         make_room(h);
     if (h->state == ZT_H_ENDED) return;
     for (int i = 0; i < pod->naddrs; i++) ours |= zt_addr_ip_equal(&pod->addrs[i], destination);
+    zt_sock_share(fd); /* accepted: the kernel has the option, and nothing depends on it */
     if (atomic_load(&pod->removed))
         zt_h2_end(h, ZT_R_POD_REMOVED, NULL);
     else if (!ours)

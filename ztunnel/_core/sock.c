@@ -59,6 +59,10 @@ static int keep_alive(int fd) {
     return rv;
 }
 
+int zt_sock_share(int fd) {
+    return set(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, ZT_UNSENT);
+}
+
 static int bind_to(int fd, const struct zt_addr *from) {
     struct zt_addr any_port = *from;
     struct sockaddr_storage ss;
@@ -92,6 +96,7 @@ int zt_sock_to_peer(struct zt_worker *w, const struct zt_pod *pod, const struct 
 
     if (fd < 0) return fd;
     rv = keep_alive(fd);
+    if (!rv) rv = zt_sock_share(fd);
     if (!rv) rv = connect_to(fd, to);
     return finish(fd, rv);
 }

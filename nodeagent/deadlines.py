@@ -55,6 +55,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     ping_answer: _Wait | None = None
     ping_suspect: _Short | None = None
     idle: Annotated[int, Check(_between(5, _WEEK))] | None = None
+    idle_surplus: Annotated[int, Check(_between(1, _WEEK))] | None = None
     goodbye: _Short | None = None
     drain: Annotated[int, Check(_between(1, _WEEK))] | None = None
 

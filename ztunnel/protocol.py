@@ -266,6 +266,7 @@ class Deadlines(_Base, frozen=True, kw_only=True, tag="deadlines"):
     ping_answer: int = 20
     ping_suspect: int = 3
     idle: int = 300
+    idle_surplus: int = 3
     goodbye: int = 10
     drain: int = 3600
 

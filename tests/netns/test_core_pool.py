@@ -108,6 +108,25 @@ def test_connections_are_dialled_by_the_limit_that_the_peer_has_shown(
     assert not waiting(listener)
 
 
+def test_of_two_connections_without_streams_one_is_closed_soon(
+    lab: Pair, listener: socket.socket
+) -> None:
+    lab.client.core.set_deadline("idle_surplus", 500_000)
+    first, second = lab.connect(), lab.connect()
+    one = lab.hand_server(listener, (CONCURRENT_STREAMS, 1))
+    stream = serve(one)
+    two = lab.hand_server(listener, (CONCURRENT_STREAMS, 1))
+    finish(second, two, serve(two))
+    assert lab.client.core.stats().tls_connections == 2
+    finish(first, one, stream)
+    with pytest.raises(Gone, match="GOAWAY 0"):
+        forever(one.step)
+    wait_until(lambda: lab.client.core.stats().tls_connections == 1, "one is left")
+    third = lab.connect()
+    carries(third, two, serve(two))
+    assert lab.client.expired() == {"idle_surplus": 1}
+
+
 def test_a_limit_raised_midway_lets_in_who_waits(lab: Pair, listener: socket.socket) -> None:
     sock = lab.connect()
     server = lab.hand_server(listener, (CONCURRENT_STREAMS, 0))

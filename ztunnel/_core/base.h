@@ -119,6 +119,8 @@
  *             and its callers should not wait for the keepalive to find out.
  * IDLE        An HBONE connection without streams; a new one costs a handshake, an old one memory.
  *             Looked at with each PING.
+ * SURPLUS     The same while another connection of its pool has room: a burst is over after seconds,
+ *             and each connection that it left behind holds 150 KB on either side.
  * GOODBYE     The other side's end of an HBONE connection that we have ended in good order.
  * DRAIN       What a tunnel still carries that has handed over to its successor: an hour, the life
  *             of a certificate, so that sessions that people use end by themselves, and old code
@@ -139,6 +141,7 @@
     X(PONG, "ping_answer", 20)          \
     X(SUSPECT, "ping_suspect", 3)       \
     X(IDLE, "idle", 300)                \
+    X(SURPLUS, "idle_surplus", 3)       \
     X(GOODBYE, "goodbye", 10)           \
     X(DRAIN, "drain", 3600)
 

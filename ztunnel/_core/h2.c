@@ -330,7 +330,10 @@ void zt_h2_suspect(struct zt_h2 *h) {
 void zt_h2_idle_check(struct zt_h2 *h) {
     if (h->nstreams) return;
     h->idle_since = h->worker->now;
-    if (leaving(h)) zt_h2_mark_dirty(h);
+    if (leaving(h))
+        zt_h2_mark_dirty(h);
+    else if (h->timer.deadline == ZT_D_PING && zt_pool_surplus(h))
+        zt_timer_set(h->worker, &h->timer, ZT_D_SURPLUS);
 }
 
 /* --- handshake and judgement ------------------------------------------------------------------------------------- */
@@ -677,6 +680,7 @@ static const struct {
     [ZT_D_PONG] = {ZT_R_KEEPALIVE_TIMEOUT, "a PING was not answered"},
     [ZT_D_SUSPECT] = {ZT_R_KEEPALIVE_TIMEOUT, "its workload has left the mesh, and it is silent"},
     [ZT_D_IDLE] = {ZT_R_IDLE, NULL},
+    [ZT_D_SURPLUS] = {ZT_R_IDLE, NULL},
 };
 
 static void expire(struct zt_h2 *h, enum zt_deadline d) {
@@ -687,11 +691,15 @@ static void expire(struct zt_h2 *h, enum zt_deadline d) {
 static void on_timer(struct zt_worker *w, struct zt_timer *t) {
     struct zt_h2 *h = ZT_CONTAINER(t, struct zt_h2, timer);
 
-    if (t->deadline != ZT_D_PING) {
+    if (t->deadline != ZT_D_PING && t->deadline != ZT_D_SURPLUS) {
         expire(h, t->deadline);
         return;
     }
     zt_tls_shrink(h);
+    if (!h->nstreams && zt_timer_over(w, ZT_D_SURPLUS, h->idle_since) && zt_pool_surplus(h)) {
+        expire(h, ZT_D_SURPLUS);
+        return;
+    }
     /* It answers no PING of ours: it has had the time. */
     if (h->noticed && zt_timer_over(w, ZT_D_PING, h->noticed)) zt_h2_part(h);
     /* Who waits for room may be worth a dial again. */

@@ -176,6 +176,16 @@ void zt_pool_lost(struct zt_h2 *h, enum zt_reason reason) {
     if (!promising(pool)) fail_waiting(pool, reason);
 }
 
+bool zt_pool_surplus(const struct zt_h2 *h) {
+    if (h->server || h->nstreams) return false;
+    for (struct zt_list *l = h->pool_link.next; l != &h->pool_link; l = l->next) {
+        if (l != &pool_of(h->worker, h->peer)->connections && at(l)->settled &&
+            room(pool_of(h->worker, h->peer), at(l)) > 0)
+            return true;
+    }
+    return false;
+}
+
 static bool outdated(const struct zt_h2 *h) {
     return !h->server && (atomic_load(&h->peer->draining) ||
                           h->generation != atomic_load(&h->credential->generation));

@@ -10,6 +10,7 @@
  *   - A dial counts until the peer's SETTINGS have come. One that fails is told to all that wait,
  *     unless an open connection may still serve them; then nobody dials for a while, and who comes
  *     meanwhile is told the same at once.
+ *   - A connection without streams is closed after a while; soon, while another one has room.
  *   - A CONNECT that a peer cannot have answered is sent anew, ZT_STREAM_RETRIES times: it was
  *     refused unseen (RFC 9113, 8.7), or its connection broke before the answer. No byte of the
  *     application goes out before the answer, so nothing can arrive twice.
@@ -31,6 +32,8 @@ void zt_pool_settled(struct zt_h2 *h, bool first);
 bool zt_pool_worth_another(const struct zt_h2 *h, const struct zt_conn *c, enum zt_reason reason);
 /* A client's connection has ended; it is out of the pool already. */
 void zt_pool_lost(struct zt_h2 *h, enum zt_reason reason);
+/* Whether the connection has no streams, and another one of its pool has room for more. */
+bool zt_pool_surplus(const struct zt_h2 *h);
 /* Credentials have come or were rotated, peers are draining: move what can move. */
 void zt_pool_retire(struct zt_worker *w);
 /* Ask the peer's connections at once whether it is there: its workload has left the mesh. */

@@ -91,6 +91,7 @@ class Agent:
         self.started = datetime.now(UTC)
         self.loaded = asyncio.Event()
         """Set once a configuration is in force."""
+        self.instruments = Metrics(parts.version, self.picture)
         self.control = ControlServer(
             protocol.Settings(
                 settings.node,
@@ -105,6 +106,7 @@ class Agent:
             on_held=self._held,
             before_snapshot=self._before_snapshot,
             on_change=self.progressed,
+            on_drained=self.instruments.drained,
             observe_seconds=self._observe,
             clock=time.monotonic,
             # Grows over restarts even if the clock does not: a reset takes any version.
@@ -117,7 +119,6 @@ class Agent:
             on_removed=lambda uid: self._withdraw("credential", uid),
             on_bundle_removed=lambda uid: self._withdraw("trust_bundle", uid),
         )
-        self.instruments = Metrics(parts.version, self.picture)
         self.progress = 0
         """Grows with every change of what readiness depends on."""
         self._moved = asyncio.Event()
@@ -232,8 +233,7 @@ class Agent:
         if keeper is None or keeper.finished:
             keeper = PodKeeper(workload, self.parts.capture, self.control, self, time.monotonic)
             keeper.left(tuple(self._left.pop(workload, ())))
-            stray = self._strays.pop(workload, None)
-            if stray is not None:
+            if (stray := self._strays.pop(workload, None)) is not None:
                 keeper.appeared(stray)
             self._keepers[workload] = keeper
             task = self._spawn(self._keep(keeper))
@@ -265,8 +265,7 @@ class Agent:
             else:
                 keeper.appeared(change.netns)
             return
-        stray = self._strays.pop(change.workload, None)
-        if stray is not None:
+        if (stray := self._strays.pop(change.workload, None)) is not None:
             stray.close()
         if keeper is None:
             return
@@ -412,6 +411,7 @@ class Agent:
                 self._own = OwnStatus(body if isinstance(body, dict) else None)
             except (QueryError, ValueError, RecursionError) as error:
                 self._own = OwnStatus(error=str(error))
+            await self.control.ask_draining()
             self._own_at = time.monotonic()
 
 

@@ -18,6 +18,7 @@ from nodeagent.admin.model import (
     SCHEMA,
     CertificateReport,
     ConfigReport,
+    DrainReport,
     PodReport,
     PodState,
     PortMode,
@@ -168,6 +169,16 @@ def _ztunnel(status: ZtunnelStatus, own: OwnStatus, now: Now) -> ZtunnelReport:
         oversized=status.oversized,
         own=own.body if status.connected else None,
         error=own.error if status.connected else "",
+        draining=tuple(
+            DrainReport(
+                pid=each.pid,
+                since=now.at(each.since),
+                connections=each.connections,
+                hbone_connections=each.hbone,
+                cut=each.cut,
+            )
+            for each in status.draining
+        ),
     )
 
 

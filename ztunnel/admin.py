@@ -101,11 +101,15 @@ class Server:
         name = self._server.sockets[0].getsockname()
         return str(name[0]), int(name[1])
 
-    async def stop(self) -> None:
+    def release(self) -> None:
+        """Give the port up at once, and end the connections that are open."""
         if self._server is not None:
             self._server.close()
         for task in self._open:
             task.cancel()
+
+    async def stop(self) -> None:
+        self.release()
         await asyncio.gather(*self._open, return_exceptions=True)
         if self._server is not None:
             await self._server.wait_closed()

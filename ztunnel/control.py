@@ -6,8 +6,7 @@ is acknowledged after it is in force and not before, and that descriptors leak o
 connection is lost the state stays in force, and it connects again. It may not judge, nor know what
 resources mean, beyond pairing a pod with its descriptors.
 
-A `Refusal` after `Welcome` means that a newer ztunnel has taken over: this one serves what it has
-and does not connect again, or the two would replace each other in turn.
+A `Refusal` after `Welcome` means that this ztunnel is to end, and what it carries with it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ztunnel.channel import Channel, ChannelError, connect
 from ztunnel.pods import PodSockets
 from ztunnel.state import MAX_PODS, Change
 
-__all__ = ["Control", "ControlStatus", "Handler", "Replaced"]
+__all__ = ["Control", "ControlStatus", "Dismissed", "Handler"]
 
 _log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.control")
 
@@ -53,8 +52,8 @@ POD_DESCRIPTORS: Final = 4
 _jitter: Final = random.SystemRandom()
 
 
-class Replaced(Exception):  # noqa: N818 - an order, not an error
-    """nodeagent talks to a newer ztunnel now."""
+class Dismissed(Exception):  # noqa: N818 - an order, not an error
+    """nodeagent has no place for this ztunnel any more."""
 
 
 class Handler(Protocol):
@@ -63,8 +62,11 @@ class Handler(Protocol):
     async def apply(self, change: Change, sockets: Mapping[str, PodSockets]) -> str:
         """Return "" or why not. `sockets` belong to the handler from the call on."""
 
-    def held(self) -> Sequence[tuple[protocol.HeldPod, tuple[int, int, int]]]:
-        """Return the pods in service with their three listeners, which stay the handler's."""
+    def held(self) -> Sequence[tuple[protocol.HeldPod, tuple[int, ...]]]:
+        """Return the pods in service with their three listeners, which stay the handler's.
+
+        Without listeners when it drains.
+        """
 
 
 class ControlStatus(msgspec.Struct, frozen=True):
@@ -79,12 +81,21 @@ Answerer = Callable[[str, Mapping[str, str]], Awaitable[bytes]]
 
 
 class Control:
-    """The client. `answer` answers nodeagent's questions: JSON, or KeyError for an unknown name."""
+    """The client. `answer` answers nodeagent's questions: JSON, or KeyError for an unknown name.
 
-    def __init__(self, path: str, handler: Handler, answer: Answerer) -> None:
+    `started` is when this process began, nanoseconds of CLOCK_BOOTTIME.
+    """
+
+    def __init__(self, path: str, handler: Handler, answer: Answerer, started: int = 0) -> None:
         self._path = path
         self._handler = handler
         self._answer = answer
+        self._started = started
+        self.draining = False
+        """Whether the next conversation begins as one that drains."""
+        self._channel: Channel | None = None
+        self._sending = asyncio.Lock()
+        self._said = 0
         self._connected = False
         self._version = 0
         self._problem = "never connected"
@@ -94,7 +105,7 @@ class Control:
         return ControlStatus(self._connected, self._version, self._problem)
 
     async def run(self) -> None:
-        """Converse until cancelled. Returns only when a newer ztunnel has taken over."""
+        """Converse until cancelled. Returns only when nodeagent has sent us away."""
         backoff = FIRST_BACKOFF
         while True:
             try:
@@ -104,8 +115,8 @@ class Control:
             else:
                 try:
                     await self._converse(channel)
-                except Replaced:
-                    self._lost("replaced by a newer ztunnel")
+                except Dismissed:
+                    self._lost("sent away by nodeagent")
                     return
                 except (OSError, ChannelError, protocol.ProtocolError) as error:
                     if self._connected:
@@ -115,6 +126,7 @@ class Control:
                     self._lost("nodeagent stopped in the middle of a message or does not read")
                 finally:
                     self._connected = False
+                    self._channel = None
                     channel.close()
             # Jitter: many nodes' tunnels, and many restarts, must not fall into step.
             await asyncio.sleep(backoff * _jitter.uniform(0.5, 1.0))
@@ -128,6 +140,7 @@ class Control:
     async def _converse(self, channel: Channel) -> None:
         settings = await self._greet(channel)
         self._connected = True
+        self._channel = channel
         self._problem = ""
         _log.info("connected to nodeagent", path=self._path, node=settings.node)
         pending: _Pending | None = None
@@ -153,7 +166,10 @@ class Control:
                     case protocol.Refusal():
                         _none_expected(descriptors)
                         _log.warning("nodeagent ended the conversation", reason=message.reason)
-                        raise Replaced
+                        raise Dismissed
+                    case protocol.Answer():
+                        # To `tell`, which waits for none.
+                        _none_expected(descriptors)
                     case _:
                         _close(descriptors)
                         raise protocol.ProtocolError(f"unexpected {type(message).__name__}")
@@ -178,7 +194,11 @@ class Control:
     async def _greet(self, channel: Channel) -> protocol.Settings:
         held = self._handler.held()
         async with asyncio.timeout(WELCOME_SECONDS):
-            await channel.send(protocol.Hello(protocol.PROTOCOL_VERSION, os.getpid(), len(held)))
+            await channel.send(
+                protocol.Hello(
+                    protocol.PROTOCOL_VERSION, os.getpid(), len(held), self._started, self.draining
+                )
+            )
             for pod, listeners in held:
                 await channel.send(pod, listeners)
             message, descriptors = await channel.receive()
@@ -211,16 +231,30 @@ class Control:
             )
         else:
             self._version = change.version
-        async with asyncio.timeout(SEND_SECONDS):
-            await channel.send(protocol.Ack(change.version, error))
+        await self._send(channel, protocol.Ack(change.version, error))
 
     async def _reply(self, channel: Channel, query: protocol.Query) -> None:
         try:
             reply = protocol.Answer(query.id, await self._answer(query.what, query.args))
         except KeyError:
             reply = protocol.Answer(query.id, error="no such question")
-        async with asyncio.timeout(SEND_SECONDS):
-            await channel.send(reply)
+        await self._send(channel, reply)
+
+    async def tell(self, what: str, args: Mapping[str, str]) -> bool:
+        """Tell nodeagent something, if it is there; what it answers is not waited for."""
+        channel = self._channel
+        if channel is None:
+            return False
+        self._said += 1
+        try:
+            await self._send(channel, protocol.Query(self._said, what, dict(args)))
+        except (OSError, TimeoutError):
+            return False
+        return True
+
+    async def _send(self, channel: Channel, message: protocol.Message) -> None:
+        async with asyncio.timeout(SEND_SECONDS), self._sending:
+            await channel.send(message)
 
 
 class _Pending:

@@ -3,11 +3,12 @@
 This module owns the process: options, limits, signals, and the only place where the C core and
 the sockets to the outside are made. It promises that the service manager hears READY only once
 traffic would pass, and WATCHDOG only while the core's workers turn; that no secret can be dumped
-from the process; and that SIGTERM ends it in bounded time, every connection's end in the access
-log. It may not decide anything about connections.
+from the process; that it holds its ports only while it serves, so that a successor gets them; and
+that its end is bounded, every connection's end in the access log. It may not decide anything about
+connections.
 
-SIGTERM, SIGINT   stop: connections end, their lines are written.
-SIGHUP            reopen the access log (logrotate).
+SIGHUP, SIGTERM, SIGINT   a successor, stop, end now: `ztunnel.upgrade`.
+SIGUSR1                   reopen the access log (logrotate).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -38,7 +40,9 @@ from ztunnel.health import Health
 from ztunnel.reasons import ReasonsMismatchError
 from ztunnel.reasons import check as check_reasons
 from ztunnel.sdnotify import Notifier
+from ztunnel.successor import launch
 from ztunnel.tunnel import TICK, Tunnel
+from ztunnel.upgrade import Upgrade
 
 __all__ = ["Daemon", "command"]
 
@@ -50,6 +54,12 @@ MAX_WORKERS: Final = 64
 WATCH_SECONDS: Final = 1.0
 START_WATCH_SECONDS: Final = 0.1
 """Between looks at one's own health; shorter until the first success, which others wait for."""
+
+PORT_SECONDS: Final = 5.0
+"""After which a port in use is no predecessor's that is about to give it up."""
+
+PORT_POLL_SECONDS: Final = 0.05
+"""Between attempts: for so long a probe may find nobody."""
 
 LOG_DRAIN_SECONDS: Final = 5.0
 """For the access log's last lines at the end."""
@@ -89,9 +99,28 @@ class Daemon:
         self._log = log
         self._core = _core.Core(workers, tls.function_table(_core.FUNCTIONS))
         self._tunnel = Tunnel(self._core, log, time.monotonic, time.time)
-        self._control = Control(control, self._tunnel, self._answer)
-        self._health = Health(self._core, self._tunnel, self._control, time.monotonic, time.time)
-        self._stopping = asyncio.Event()
+        started = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        self._control = Control(control, self._tunnel, self._answer, started)
+        self._upgrade = Upgrade(
+            self._core,
+            self._drain,
+            lambda: launch(notifier.environment),
+            self._control.tell,
+            self._cut,
+            notifier,
+            time.monotonic,
+        )
+        self._health = Health(
+            self._core,
+            self._tunnel,
+            self._control,
+            time.monotonic,
+            time.time,
+            self._upgrade.status,
+        )
+        self._servers: list[Server] = []
+        self._bound = False
+        self._failure: OSError | None = None
         self._scraping = asyncio.Lock()
         self._told_ready = False
 
@@ -101,25 +130,37 @@ class Daemon:
         return {"descriptors": most, "connections": most // 2}
 
     async def _answer(self, what: str, args: Mapping[str, str]) -> bytes:
+        if what == "drain":
+            pid = args.get("successor", "")
+            self._upgrade.hand_over(int(pid) if pid.isdecimal() else 0)
+            return b"{}"
         return await self._health.answer(what, args)
 
+    def _drain(self) -> None:
+        self._control.draining = True
+        self._tunnel.drain()
+        self._release()
+
+    def _cut(self) -> int:
+        return dict(zip(_core.DEADLINES, self._core.stats().expired, strict=True))["drain"]
+
     async def run(self, stats_at: tuple[str, int], ready_at: tuple[str, int]) -> None:
-        """Serve until a signal asks to stop. Raises OSError when a port cannot be had."""
+        """Serve until the end. Raises OSError when a port cannot be had."""
         loop = asyncio.get_running_loop()
-        for order in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(order, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._log.reopen)
+        for number, order in (
+            (signal.SIGTERM, self._upgrade.stop),
+            (signal.SIGINT, self._upgrade.end),
+            (signal.SIGHUP, self._upgrade.reload),
+            (signal.SIGUSR1, self._log.reopen),
+        ):
+            loop.add_signal_handler(number, order)
         # One thread: large changes and scrapes, which may wait for each other.
         loop.set_default_executor(ThreadPoolExecutor(1, "ztunnel-slow"))
         health = {"/healthz/ready": self._ready, "/healthz/live": self._live}
-        servers = (Server({"/metrics": self._metrics}), Server(health))
+        self._servers = [Server({"/metrics": self._metrics}), Server(health)]
         async with contextlib.AsyncExitStack() as stack:
-            bound: list[str] = []
-            for server, (host, port) in zip(servers, (stats_at, ready_at), strict=True):
+            for server in self._servers:
                 stack.push_async_callback(server.stop)
-                chosen, number = await server.start(host, port)
-                bound.append(f"[{chosen}]:{number}" if ":" in chosen else f"{chosen}:{number}")
-            _log.info("listening", stats=bound[0], ready=bound[1])
             self._log.start()
             stack.callback(self._log.stop, LOG_DRAIN_SECONDS)
             self._tunnel.start(loop)
@@ -129,14 +170,64 @@ class Daemon:
             gc.freeze()
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._control.run()),
+                    group.create_task(self._converse()),
+                    group.create_task(self._listen((stats_at, ready_at))),
                     group.create_task(self._tick()),
                     group.create_task(self._watch()),
+                    group.create_task(self._upgrade.run()),
+                    group.create_task(self._upgrade.reloads()),
                 ]
-                await self._stopping.wait()
-                _log.info("stopping")
+                await self._upgrade.over.wait()
                 for task in tasks:
                     task.cancel()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _converse(self) -> None:
+        await self._control.run()
+        _log.warning("sent away by nodeagent: what is still carried is cut")
+        self._upgrade.end()
+
+    async def _listen(self, addresses: Sequence[tuple[str, int]]) -> None:
+        """Have the ports as soon as nobody else has them; end if they cannot be had."""
+        try:
+            pairs = zip(self._servers, addresses, strict=True)
+            bound = [await self._have(server, *address) for server, address in pairs]
+        except OSError as error:
+            self._failure = error
+            self._upgrade.end()
+            return
+        if self._upgrade.draining:
+            self._release()
+            return
+        self._bound = True
+        _log.info("listening", stats=bound[0], ready=bound[1])
+
+    async def _have(self, server: Server, host: str, port: int) -> str:
+        """Bind; wait for a predecessor, which gives its ports up when it drains.
+
+        Raises OSError, but not because a port is in use while connections are carried.
+        """
+        since = time.monotonic()
+        said = False
+        while not self._upgrade.draining:
+            try:
+                chosen, number = await server.start(host, port)
+            except OSError as error:
+                late = time.monotonic() - since > PORT_SECONDS
+                if error.errno != errno.EADDRINUSE or (late and not self._tunnel.committed):
+                    raise
+                if late and not said:
+                    said = True
+                    _log.error("not ready: a port is in use", port=port, error=str(error))
+                await asyncio.sleep(PORT_POLL_SECONDS)
+            else:
+                return f"[{chosen}]:{number}" if ":" in chosen else f"{chosen}:{number}"
+        return ""
+
+    def _release(self) -> None:
+        for server in self._servers:
+            server.release()
 
     async def _tick(self) -> None:
         while True:
@@ -146,14 +237,18 @@ class Daemon:
     async def _watch(self) -> None:
         """Tell the service manager of readiness, and that the workers turn."""
         pause = min(WATCH_SECONDS, self._notifier.watchdog_seconds / 3 or WATCH_SECONDS)
-        while True:
+        while not self._upgrade.draining:
             if not any(problem for _, problem in self._health.live()):
                 self._notifier.alive()
             problems = [f"{name}: {problem}" for name, problem in self._health.ready() if problem]
-            if not problems and not self._told_ready:
+            if not problems and self._bound and not self._told_ready:
                 self._told_ready = True
                 self._notifier.ready()
                 _log.info("ready", pods=len(self._tunnel.pods))
+            if not self._bound:
+                problems.append("ports: still another process's")
+            if self._upgrade.problem:
+                problems.append(f"the last reload failed: {self._upgrade.problem}")
             self._notifier.status("; ".join(problems) or f"serving {len(self._tunnel.pods)} pods")
             await asyncio.sleep(pause if self._told_ready else START_WATCH_SECONDS)
 
@@ -216,7 +311,7 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
     "access_log_path",
     default=access_log.STDOUT,
     show_default=True,
-    help="File of the access log, '-' for standard output. SIGHUP reopens it.",
+    help="File of the access log, '-' for standard output. SIGUSR1 reopens it.",
 )
 @click.option(
     "--log-format",

@@ -5,7 +5,10 @@ that every check names what is wrong in words for the operator. It may not repai
 
 Questions that ztunnel answers (`Query.what`):
 
-`status`     one object: versions, checks, counters, pods with their identity and certificate's end.
+`status`     one object: versions, checks, counters, pods with their identity and certificate's
+             end, and how far a drain is (`upgrade.Upgrade.status`).
+`drain`      hand over: the process whose id is the argument `successor` serves from now on.
+             Answered once nothing is accepted any more (by the daemon, not here).
 `decisions`  what the core was told: an array of at most MAX_LISTED decisions; the argument `pod`
              (a pod's uid) selects.
 """
@@ -52,12 +55,14 @@ class Health:
         control: Control,
         clock: Callable[[], float],
         wall: Callable[[], float],
+        draining: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self._core = core
         self._tunnel = tunnel
         self._control = control
         self._clock = clock
         self._wall = wall
+        self._draining = draining
 
     def live(self) -> list[Check]:
         return [("workers", self._workers())]
@@ -134,6 +139,7 @@ class Health:
             "epoch": tunnel.epoch,
             "connected": control.connected,
             "ready": dict(self.ready()),
+            "draining": self._draining(),
             "workers": len(stats.workers),
             "connections": stats.connections,
             "hbone_connections": stats.tls_connections,

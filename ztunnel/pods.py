@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import protocol, tls
 from ztunnel.state import LocalPod, State
@@ -29,6 +29,10 @@ __all__ = ["Held", "Pair", "PodError", "PodSockets", "Pods", "Stage", "build_pai
 
 class PodError(Exception):
     """A change of pods or credentials cannot be made; nothing has changed."""
+
+
+CLOSED: Final = -1
+"""In the place of a listener that has been closed."""
 
 
 class PodSockets(NamedTuple):
@@ -45,7 +49,14 @@ class PodSockets(NamedTuple):
 
     def close(self) -> None:
         for descriptor in self:
+            if descriptor != CLOSED:
+                os.close(descriptor)
+
+    def deafened(self) -> PodSockets:
+        """Close the listeners; return what is left."""
+        for descriptor in self.listeners:
             os.close(descriptor)
+        return PodSockets(self.netns, CLOSED, CLOSED, CLOSED)
 
     def same_as(self, other: PodSockets) -> bool:
         """True when both hold the same open sockets (not merely equal ones)."""
@@ -129,6 +140,7 @@ class Pods:
         self._by_address: dict[bytes, Held] | None = None
         self._credentials: dict[str, protocol.Credential] = {}
         self._pairs: dict[str, Pair] = {}
+        self._deaf = False
 
     def __len__(self) -> int:
         return len(self._held)
@@ -210,6 +222,17 @@ class Pods:
         self._credentials = stage.credentials
         return stage.gone
 
+    @property
+    def deaf(self) -> bool:
+        return self._deaf
+
+    def deafen(self) -> None:
+        """Close every listener: the core drains. From here on pods only leave."""
+        if not self._deaf:
+            self._deaf = True
+            for held in self._held.values():
+                held.sockets = held.sockets.deafened()
+
     def close(self) -> None:
         """Close every descriptor; the core has stopped."""
         for held in self._held.values():
@@ -246,11 +269,19 @@ class Pods:
         pair = stage.pairs.get(identity)
         wanted = identity if pair is not None else ""
         held = self._held.get(pod.uid)
+        if self._deaf:
+            if held is None:
+                return
+            # It has no listeners to compare.
+            sockets = None
         if held is not None and self._keeps(held, pod, wanted, sockets):
             if sockets is not None:
                 stage.surplus.append(sockets)
             if pair is not None and pair is not held.pair:
                 stage.rotated.append((held, wanted, pair))
+            return
+        if held is not None and self._deaf:
+            stage.gone.append(held)
             return
         if sockets is None:
             if held is None:

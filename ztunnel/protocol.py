@@ -19,6 +19,14 @@ connects, again and again with backoff, for as long as it lives.
    did not name, and answers `Ack`. Later changes are `Update`s without `reset`.
 4. Either side may send `Query` at any time after `Welcome`; the other answers with `Answer`.
 
+Two ztunnels
+------------
+An upgrade is two of them for a while. The one that was started last serves new connections, once it
+has put the whole state in force; then nodeagent asks the other to `drain`. A ztunnel that drains
+has closed its listening sockets, is told every change as before, so that it cuts what is no longer
+allowed, and ends when it carries nothing any more. When it comes back to a restarted nodeagent it
+says so (`Hello.draining`). A `Refusal` after `Welcome` tells one to end at once.
+
 Framing: 4 bytes big-endian length of the body, 1 byte count of descriptors, then the body:
 one MessagePack object with its type in the field `t`. Descriptors travel as SCM_RIGHTS with the
 first byte of their frame's header.
@@ -237,10 +245,16 @@ class Hello(_Base, frozen=True, tag="hello"):
     pid: int
     pods: int
     """How many `HeldPod` frames follow."""
+    started: int = 0
+    """When the process began, nanoseconds of CLOCK_BOOTTIME: tells it from its successor."""
+    draining: bool = False
 
 
 class HeldPod(_Base, frozen=True, tag="held_pod"):
-    """A pod that ztunnel already serves; its frame carries the three listening sockets."""
+    """A pod that ztunnel already serves; its frame carries the three listening sockets.
+
+    None when it drains: it has closed them.
+    """
 
     uid: str
     netns_cookie: int

@@ -2,13 +2,15 @@
 
 This module owns one datagram socket. It promises that a missing, full or broken service manager
 never stops or delays the daemon (a message is sent at once or not at all), and that the variables
-are taken out of the environment. It may not decide when something is ready.
+are taken out of the environment, and given again to a successor only. It may not decide when
+something is ready.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import MutableMapping
 from typing import Final
 
@@ -31,6 +33,12 @@ class Notifier:
         """How often the manager wants a sign of life at least; 0: it does not ask."""
         if pid == str(os.getpid()) and microseconds.isascii() and microseconds.isdigit():
             self.watchdog_seconds = int(microseconds) / _MICROSECONDS
+        self.environment: dict[str, str] = {}
+        """For a successor of this process, which the manager is to follow in our place."""
+        if path:
+            self.environment["NOTIFY_SOCKET"] = path
+        if self.watchdog_seconds:
+            self.environment["WATCHDOG_USEC"] = microseconds
         self._status = ""
         self._socket: socket.socket | None = None
         # "@" stands for the zero byte of an abstract address.
@@ -49,6 +57,16 @@ class Notifier:
 
     def ready(self) -> None:
         self._send("READY=1")
+
+    def reloading(self) -> None:
+        """A reload begins; `ready` or `handed_over` ends it."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={now}")
+
+    def handed_over(self, pid: int) -> None:
+        """Process `pid` is the service from now on, and says everything further."""
+        self._send(f"MAINPID={pid}\nREADY=1")
+        self.close()
 
     def stopping(self) -> None:
         self._send("STOPPING=1")

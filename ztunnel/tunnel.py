@@ -149,12 +149,20 @@ class Tunnel:
                 unused.close()
         return ""
 
-    def held(self) -> list[tuple[protocol.HeldPod, tuple[int, int, int]]]:
+    def held(self) -> list[tuple[protocol.HeldPod, tuple[int, ...]]]:
         """Return the pods in service and their listeners, which stay ours."""
         return [
-            (protocol.HeldPod(held.pod.uid, held.pod.netns_cookie), held.sockets.listeners)
+            (
+                protocol.HeldPod(held.pod.uid, held.pod.netns_cookie),
+                () if self.pods.deaf else held.sockets.listeners,
+            )
             for held in self.pods
         ]
+
+    def drain(self) -> None:
+        """Accept nothing more, here and in the core; serve what is there. Again: no effect."""
+        self._core.drain()
+        self.pods.deafen()
 
     async def _commit(self, change: Change, owned: dict[str, PodSockets]) -> None:
         """Steps 1 to 3. What is left in `owned` was not needed."""

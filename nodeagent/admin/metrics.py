@@ -68,6 +68,16 @@ class Metrics:
             ("workload",),
             registry=self.registry,
         )
+        self._drains = Counter(
+            "nodeagent_ztunnel_drains",
+            "Replaced ztunnels that have ended by themselves.",
+            registry=self.registry,
+        )
+        self._drain_cuts = Counter(
+            "nodeagent_ztunnel_drain_cuts",
+            "Connections that a replaced ztunnel still carried at its deadline, and cut.",
+            registry=self.registry,
+        )
         self._status = status
         self.registry.register(self)
 
@@ -75,6 +85,11 @@ class Metrics:
         """Drop the series of a workload that is gone."""
         for counter in (self.repairs, self.enrol_failures):
             counter.remove_by_labels({"workload": workload})
+
+    def drained(self, cut: int) -> None:
+        """A replaced ztunnel has ended, and had to cut so many connections."""
+        self._drains.inc()
+        self._drain_cuts.inc(cut)
 
     def render(self) -> bytes:
         """Return the exposition text."""
@@ -113,6 +128,9 @@ def _seam(status: Status) -> Iterable[Metric]:
     )
     yield CounterMetricFamily(
         "nodeagent_ztunnel_rejections", "Changes that ztunnel refused.", value=ztunnel.rejections
+    )
+    yield _gauge(
+        "nodeagent_ztunnel_draining", "Replaced ztunnels that still end.", len(ztunnel.draining)
     )
 
 

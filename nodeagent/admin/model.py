@@ -95,6 +95,19 @@ class PodReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the capture has refused since enrolment, by reason."""
 
 
+class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A replaced ztunnel that serves what it still carries; None: it has not said how much.
+
+    `cut` counts the connections that the drain's deadline has ended.
+    """
+
+    pid: int
+    since: datetime
+    connections: int | None = None
+    hbone_connections: int | None = None
+    cut: int = 0
+
+
 class ZtunnelReport(msgspec.Struct, frozen=True, kw_only=True):
     """The seam, and what ztunnel says of itself: `own`, by ztunnel's schema, or `error`."""
 
@@ -108,6 +121,7 @@ class ZtunnelReport(msgspec.Struct, frozen=True, kw_only=True):
     oversized: tuple[str, ...] = ()
     own: dict[str, Any] | None = None
     error: str = ""
+    draining: tuple[DrainReport, ...] = ()
 
 
 class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):

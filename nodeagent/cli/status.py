@@ -12,6 +12,7 @@ import http.client
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -214,6 +215,10 @@ def _people(
     for note in status_view.notes(found):
         console.print()
         _indented(console, note, 0)
+    drains = status_view.drain_lines(found, now)
+    if drains:
+        console.print("\nReplaced and still serving:")
+        _lines(console, drains)
     if findings:
         console.print("\nFindings:")
         for finding in findings:
@@ -221,8 +226,12 @@ def _people(
             _indented(console, f"do: {finding.remedy}", 4)
     if found.config.warnings:
         console.print("\nWarnings:")
-        for warning in found.config.warnings:
-            _indented(console, warning, 2)
+        _lines(console, found.config.warnings)
+
+
+def _lines(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        _indented(console, line, 2)
 
 
 def _indented(console: Console, text: str, columns: int) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "Finding",
     "Row",
     "certificate_left",
+    "drain_lines",
     "duration",
     "findings",
     "notes",
@@ -210,6 +211,23 @@ def _pod(pod: PodReport) -> list[Finding]:
             "it is tried again; the daemon's log has every attempt",
         )
     ]
+
+
+def drain_lines(status: Status, now: datetime) -> tuple[str, ...]:
+    """Return a line for each ztunnel that an upgrade has replaced and that still carries something.
+
+    That is no finding: it ends by itself.
+    """
+    lines: list[str] = []
+    for drain in status.ztunnel.draining:
+        since = duration((now - drain.since).total_seconds())
+        what = "has not said what it carries"
+        if drain.connections is not None:
+            plural = "" if drain.connections == 1 else "s"
+            what = f"{drain.connections} connection{plural} left"
+        cut = f", {drain.cut} cut at the deadline" if drain.cut else ""
+        lines.append(f"ztunnel {drain.pid} drains for {since}: {what}{cut}")
+    return tuple(lines)
 
 
 def pod_rows(

@@ -6,129 +6,14 @@ import asyncio
 import contextlib
 import os
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from nodeagent import control
-from nodeagent.channel import Channel, Closed, Received
-from nodeagent.rundir import CONTROL_SOCKET, RunDirectory
+from nodeagent import control, session
+from nodeagent.channel import Closed
+from support.control_server import Harness, bundle, change, run, uids, version_of
 from ztunnel import protocol
-
-SETTINGS = protocol.Settings("node-1", "c", "cluster.local")
-DEADLINE = 20
-
-
-class Harness:
-    """A server on a socket of its own, and what it called back with."""
-
-    def __init__(self, server: control.ControlServer, path: Path, seconds: list[float]) -> None:
-        self.server = server
-        self.path = path
-        self.held: list[tuple[protocol.HeldPod, tuple[int, int, int]]] = []
-        self.seconds = seconds
-        self.changed = asyncio.Event()
-        self.gate = asyncio.Event()
-        self.asked: list[frozenset[str]] = []
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self.changed.clear()
-            await self.changed.wait()
-
-    async def connect(self) -> Channel:
-        raw = socket.socket(socket.AF_UNIX)
-        raw.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(raw, str(self.path))
-        return Channel(raw)
-
-    async def greeted(self, pid: int = 42) -> Channel:
-        channel = await self.connect()
-        await channel.send(protocol.Hello(protocol.PROTOCOL_VERSION, pid, 0))
-        welcome = await channel.receive()
-        assert welcome.message == protocol.Welcome(protocol.PROTOCOL_VERSION, SETTINGS)
-        return channel
-
-
-@contextlib.asynccontextmanager
-async def serving(tmp_path: Path) -> AsyncIterator[Harness]:
-    directory = RunDirectory(tmp_path / "run")
-    listener = directory.listen(CONTROL_SOCKET)
-    harness: Harness
-    seconds: list[float] = []
-
-    def on_held(pod: protocol.HeldPod, fds: tuple[int, int, int]) -> None:
-        harness.held.append((pod, fds))
-
-    def on_change() -> None:
-        harness.changed.set()
-
-    async def before_snapshot(held: frozenset[str]) -> None:
-        harness.asked.append(held)
-        await harness.gate.wait()
-
-    server = control.ControlServer(
-        SETTINGS,
-        on_held=on_held,
-        before_snapshot=before_snapshot,
-        on_change=on_change,
-        observe_seconds=seconds.append,
-        clock=time.monotonic,
-        first_version=100,
-    )
-    harness = Harness(server, listener.path, seconds)
-    task = asyncio.ensure_future(server.run(listener.socket))
-    try:
-        yield harness
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        listener.close()
-        directory.close()
-        for _, fds in harness.held:
-            for fd in fds:
-                os.close(fd)
-
-
-def run(test: Callable[[Harness], Awaitable[None]], tmp_path: Path) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(DEADLINE), serving(tmp_path) as harness:
-            await test(harness)
-
-    asyncio.run(main())
-
-
-async def change(channel: Channel) -> list[Received]:
-    """Receive one whole change, without acknowledging it."""
-    parts = []
-    while True:
-        received = await channel.receive()
-        assert isinstance(received.message, protocol.Update)
-        parts.append(received)
-        if received.message.commit:
-            return parts
-
-
-def version_of(parts: list[Received]) -> int:
-    message = parts[-1].message
-    assert isinstance(message, protocol.Update)
-    return message.version
-
-
-def uids(parts: list[Received]) -> list[str]:
-    return [
-        r.uid
-        for part in parts
-        if isinstance(part.message, protocol.Update)
-        for r in part.message.upserts
-    ]
-
-
-def bundle(uid: str) -> protocol.TrustBundle:
-    return protocol.TrustBundle(uid, (b"root",))
 
 
 def test_snapshot_waits_for_the_gate_and_deltas_follow(tmp_path: Path) -> None:
@@ -289,22 +174,6 @@ def test_other_version_is_refused_with_a_remedy(tmp_path: Path) -> None:
     run(test, tmp_path)
 
 
-def test_newer_ztunnel_replaces_the_older(tmp_path: Path) -> None:
-    async def test(h: Harness) -> None:
-        older = await h.greeted(1)
-        newer = await h.greeted(2)
-        refusal = (await older.receive()).message
-        assert isinstance(refusal, protocol.Refusal)
-        assert "pid 2" in refusal.reason
-        assert h.server.status.pid == 2
-        h.gate.set()
-        await change(newer)
-        older.close()
-        newer.close()
-
-    run(test, tmp_path)
-
-
 def test_query_and_answer(tmp_path: Path) -> None:
     async def test(h: Harness) -> None:
         channel = await h.greeted()
@@ -386,7 +255,7 @@ def test_broken_peers_are_cut_and_harm_nobody(tmp_path: Path, data: bytes) -> No
 def test_hung_ztunnel_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, size: int
 ) -> None:
-    monkeypatch.setattr(control, limit, 0.2)
+    monkeypatch.setattr(session, limit, 0.2)
 
     async def test(h: Harness) -> None:
         h.server.apply(protocol.TrustBundle(f"d{i}", (b"x" * size,)) for i in range(20))

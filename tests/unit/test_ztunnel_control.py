@@ -26,7 +26,7 @@ class Recorder:
         self.changes: list[Change] = []
         self.sockets: dict[str, PodSockets] = {}
         self.error = ""
-        self.pods: list[tuple[protocol.HeldPod, tuple[int, int, int]]] = []
+        self.pods: list[tuple[protocol.HeldPod, tuple[int, ...]]] = []
         self.may_finish = asyncio.Event()
         self.may_finish.set()
 
@@ -36,7 +36,7 @@ class Recorder:
         self.sockets.update(sockets)
         return self.error
 
-    def held(self) -> Sequence[tuple[protocol.HeldPod, tuple[int, int, int]]]:
+    def held(self) -> Sequence[tuple[protocol.HeldPod, tuple[int, ...]]]:
         return self.pods
 
 
@@ -81,7 +81,7 @@ class Stage:
     def __init__(self, directory: Path) -> None:
         self.agent = Agent(directory)
         self.recorder = Recorder()
-        self.control = control.Control(self.agent.path, self.recorder, answer)
+        self.control = control.Control(self.agent.path, self.recorder, answer, 7)
 
 
 @contextlib.asynccontextmanager
@@ -231,12 +231,44 @@ def test_it_connects_again_and_is_told_everything_anew(private: Path) -> None:
     play(private, scene)
 
 
-def test_who_was_replaced_does_not_come_back(private: Path) -> None:
+def test_who_is_sent_away_does_not_come_back(private: Path) -> None:
     async def scene(stage: Stage, task: asyncio.Task[None]) -> None:
         channel = await stage.agent.greet()
-        await channel.send(protocol.Refusal("replaced by ztunnel with pid 7"))
+        await channel.send(protocol.Refusal("too many drain"))
         await task
-        assert "replaced" in stage.control.status.problem
+        assert "sent away" in stage.control.status.problem
+
+    play(private, scene)
+
+
+def test_who_drains_says_so_and_names_its_pods_without_listeners(private: Path) -> None:
+    async def scene(stage: Stage, _: asyncio.Task[None]) -> None:
+        channel = await stage.agent.greet()
+        stage.recorder.pods = [(protocol.HeldPod("p", 5), ())]
+        stage.control.draining = True
+        channel.close()
+        channel = await stage.agent.accept()
+        hello = (await channel.receive())[0]
+        assert hello == protocol.Hello(protocol.PROTOCOL_VERSION, os.getpid(), 1, 7, draining=True)
+        assert await channel.receive() == (protocol.HeldPod("p", 5), ())
+
+    play(private, scene)
+
+
+def test_what_is_told_is_sent_and_its_answer_is_not_waited_for(private: Path) -> None:
+    async def scene(stage: Stage, _: asyncio.Task[None]) -> None:
+        assert not await stage.control.tell("drained", {"cut": "1"})
+        channel = await stage.agent.greet()
+        await channel.send(protocol.Query(1, "status"))
+        await channel.receive()
+        assert await stage.control.tell("drained", {"cut": "1"})
+        query = (await channel.receive())[0]
+        assert isinstance(query, protocol.Query)
+        assert (query.what, query.args) == ("drained", {"cut": "1"})
+        await channel.send(protocol.Answer(query.id, b"{}"))
+        # And the conversation goes on.
+        await channel.send(protocol.Query(2, "status"))
+        assert isinstance((await channel.receive())[0], protocol.Answer)
 
     play(private, scene)
 

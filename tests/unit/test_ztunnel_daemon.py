@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -104,16 +105,40 @@ def get(address: str, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
-async def give_state(listening: socket.socket) -> Channel:
-    """Be nodeagent until the first state is in force."""
+@contextlib.contextmanager
+def agent_socket(directory: Path) -> Iterator[socket.socket]:
+    """Listen as nodeagent would."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
+        agent.bind(str(directory / "ztunnel.sock"))
+        agent.listen(4)
+        agent.setblocking(False)
+        yield agent
+
+
+async def greeted(listening: socket.socket) -> tuple[Channel, protocol.Hello]:
     connected, _ = await asyncio.get_running_loop().sock_accept(listening)
     channel = Channel(connected)
     hello = (await channel.receive())[0]
     assert isinstance(hello, protocol.Hello)
     await channel.send(protocol.Welcome(protocol.PROTOCOL_VERSION, SETTINGS))
+    return channel, hello
+
+
+async def in_force(channel: Channel) -> None:
     await channel.send(protocol.Update(1, reset=True))
     assert (await channel.receive())[0] == protocol.Ack(1)
+
+
+async def give_state(listening: socket.socket) -> Channel:
+    """Be nodeagent until the first state is in force."""
+    channel, _ = await greeted(listening)
+    await in_force(channel)
     return channel
+
+
+def parent_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    return int(status.rpartition(")")[2].split()[1])
 
 
 def until(manager: socket.socket, message: str) -> list[str]:
@@ -135,10 +160,7 @@ def test_a_life_from_start_to_end(
     assert "no state from nodeagent" in body
     assert get(listening["ready"], "/healthz/live")[0] == 200
 
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-        agent.bind(str(directory / "ztunnel.sock"))
-        agent.listen(1)
-        agent.setblocking(False)
+    with agent_socket(directory) as agent:
         channel = asyncio.run(give_state(agent))
         until(manager, "READY=1")
         assert get(listening["ready"], "/healthz/ready")[0] == 200
@@ -152,11 +174,77 @@ def test_a_life_from_start_to_end(
 
     log = directory / "access.log"
     log.rename(directory / "moved")
-    process.popen.send_signal(signal.SIGHUP)
+    process.popen.send_signal(signal.SIGUSR1)
     process.popen.send_signal(signal.SIGTERM)
     assert process.popen.wait(DEADLINE) == 0
     assert log.exists()
     assert "STOPPING=1" in until(manager, "STOPPING=1")
+
+
+def test_a_reload_starts_a_successor_and_hands_the_service_over(
+    process: Process, directory: Path, manager: socket.socket
+) -> None:
+    async def hand_over(agent: socket.socket) -> None:
+        old = await give_state(agent)
+        await asyncio.to_thread(until, manager, "READY=1")
+        process.popen.send_signal(signal.SIGHUP)
+        new, hello = await greeted(agent)
+        watch = os.pidfd_open(hello.pid)
+        try:
+            assert hello.pid != process.popen.pid
+            await in_force(new)
+            await old.send(protocol.Query(1, "drain", {"successor": str(hello.pid)}))
+            heard = await asyncio.to_thread(until, manager, f"MAINPID={hello.pid}\nREADY=1")
+            assert any(each.startswith("RELOADING=1\nMONOTONIC_USEC=") for each in heard)
+            assert (await old.receive())[0] == protocol.Answer(1, b"{}")
+            last = (await old.receive())[0]
+            assert isinstance(last, protocol.Query)
+            assert (last.what, last.args["cut"]) == ("drained", "0")
+            assert await asyncio.to_thread(process.popen.wait, DEADLINE) == 0
+            # It is nobody's child of ours: the service manager reaps it.
+            assert parent_of(hello.pid) != process.popen.pid
+            old.close()
+            new.close()
+        finally:
+            signal.pidfd_send_signal(watch, signal.SIGKILL)
+            select.select([watch], [], [], DEADLINE)
+            os.close(watch)
+
+    with agent_socket(directory) as agent:
+        asyncio.run(hand_over(agent))
+
+
+def test_a_successor_that_fails_leaves_everything_as_it_was(
+    directory: Path, manager: socket.socket
+) -> None:
+    logs = directory / "logs"
+    logs.mkdir()
+    process = Process(directory, "--access-log", str(logs / "a"), notify=str(directory / "notify"))
+    with contextlib.closing(process), agent_socket(directory) as agent:
+        channel = asyncio.run(give_state(agent))
+        listening = process.next_event("listening")
+        until(manager, "READY=1")
+        # The successor cannot open its access log.
+        (logs / "a").unlink()
+        logs.rmdir()
+        process.popen.send_signal(signal.SIGHUP)
+        assert "ended" in process.next_event("reload failed; this tunnel goes on")["problem"]
+        assert any(each.startswith("RELOADING=1") for each in until(manager, "READY=1"))
+        assert get(listening["ready"], "/healthz/ready")[0] == 200
+        channel.close()
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(DEADLINE) == 0
+
+
+def test_one_that_is_sent_away_ends(process: Process, directory: Path) -> None:
+    async def send_away(agent: socket.socket) -> None:
+        channel = await give_state(agent)
+        await channel.send(protocol.Refusal("too many drain"))
+        assert await asyncio.to_thread(process.popen.wait, DEADLINE) == 0
+        channel.close()
+
+    with agent_socket(directory) as agent:
+        asyncio.run(send_away(agent))
 
 
 def test_secrets_cannot_be_dumped_and_descriptors_are_many(process: Process) -> None:

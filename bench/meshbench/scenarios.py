@@ -22,7 +22,7 @@ __all__ = ["SCENARIOS", "Scenario", "Timing"]
 CONNECTIONS: Final = 64
 PARALLEL: Final = 32
 
-BESIDE_SECONDS: Final = 1
+BESIDE_SECONDS: Final = 3
 """How much longer the stream runs than the requests beside it."""
 READY_SECONDS: Final = 20.0
 READY_STEP_SECONDS: Final = 0.05

@@ -175,6 +175,11 @@ int zt_sock_deliver(struct zt_worker *w, const struct zt_pod *pod, const struct 
     return dial();
 }
 
+int zt_sock_share(int fd) {
+    (void)fd;
+    return 0;
+}
+
 int zt_sock_error(int fd) {
     (void)fd;
     return -fail_once();

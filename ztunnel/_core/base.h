@@ -54,6 +54,9 @@
 /* What the windows of one HBONE connection may grow by together: four streams at their most. So one
  * connection holds at most ZT_SERVER_STREAMS * ZT_STREAM_WINDOW + ZT_CONN_GROWTH = 66 MiB. */
 #define ZT_CONN_GROWTH (16 * 1024 * 1024)
+/* Bytes that the kernel keeps for an application that does not read, besides what the application's
+ * own socket takes: without a bound up to tcp_wmem's 4 MiB for each connection. */
+#define ZT_UNSENT_BYTES (256 * 1024)
 /* The whole connection's window is given back as it comes (the streams' windows bound it): a slow
  * reader must not stop its neighbours. What the field's node proxy announces. */
 #define ZT_CONN_WINDOW (16 * 1024 * 1024)

@@ -49,6 +49,10 @@ static int linger(int fd, bool now) {
     return setsockopt(fd, SOL_SOCKET, SO_LINGER, &l, sizeof(l)) < 0 ? -errno : 0;
 }
 
+static int bound_unsent(int fd) {
+    return set(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, ZT_UNSENT_BYTES);
+}
+
 /* For sockets that leave the pod. On lo the kernel knows when the application has gone. */
 static int keep_alive(int fd) {
     int rv = set(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
@@ -107,6 +111,7 @@ int zt_sock_forward(struct zt_worker *w, const struct zt_pod *pod, const struct 
 
     if (fd < 0) return fd;
     rv = linger(fd, true);
+    if (!rv) rv = bound_unsent(fd);
     if (!rv) rv = keep_alive(fd);
     if (!rv && zt_addr_is_v4(from) == zt_addr_is_v4(to)) rv = bind_to(fd, from);
     if (!rv) rv = connect_to(fd, to);
@@ -124,6 +129,7 @@ int zt_sock_deliver(struct zt_worker *w, const struct zt_pod *pod, const struct 
     /* Bound to lo, so that the capture program takes it for ours and not for one from outside. */
     rv = v4 ? set(fd, IPPROTO_IP, IP_TRANSPARENT, 1) : set(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, 1);
     if (!rv) rv = linger(fd, true);
+    if (!rv) rv = bound_unsent(fd);
     if (!rv && setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, "lo", 3) < 0) rv = -errno;
     if (!rv) rv = bind_to(fd, from);
     if (!rv) rv = connect_to(fd, to);

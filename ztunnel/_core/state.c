@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <malloc.h>
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/resource.h>
@@ -254,6 +256,7 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
                const struct zt_addr *addrs, int naddrs, uint64_t credential) {
     static const enum zt_kind kinds[3] = {ZT_OUTBOUND, ZT_INBOUND_PLAINTEXT, ZT_INBOUND_HBONE};
     struct zt_pod *pod = calloc(1, sizeof(*pod));
+    const int unsent = ZT_UNSENT_BYTES;
     int rv;
 
     if (!pod) return -ENOMEM;
@@ -269,6 +272,9 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
         l->io.on_event = zt_worker_accept;
         l->io.fd = fcntl(listeners[k], F_DUPFD_CLOEXEC, 3);
         if (l->io.fd < 0 && !rv) rv = -errno;
+        /* Inherited by what is accepted; without it the kernel's own, higher bound holds. */
+        if (kinds[k] != ZT_INBOUND_HBONE)
+            setsockopt(l->io.fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
     }
     for (int i = 0; i < core->nworkers; i++) {
         struct zt_msg *m = malloc(sizeof(*m));

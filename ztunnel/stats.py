@@ -53,6 +53,7 @@ class Picture(msgspec.Struct, frozen=True):
     series: list[tuple[Labels, SeriesCounters]]
     early: dict[tuple[Labels, str], int]
     pods: list[tuple[str, PodCounters]]
+    """By workload: each is in one pod of this node."""
     core: Stats
     bounds_us: tuple[int, ...]
     deadlines: tuple[str, ...]
@@ -98,7 +99,7 @@ def take(
     return Picture(
         series=[(series.labels, core.read_series(series.number)) for series in tunnel.series],
         early=dict(tunnel.events.early),
-        pods=[(held.pod.uid, core.read_pod(held.number)) for held in tunnel.pods],
+        pods=[(held.pod.workload, core.read_pod(held.number)) for held in tunnel.pods],
         core=core.stats(),
         bounds_us=bounds_us,
         deadlines=deadlines,

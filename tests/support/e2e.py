@@ -355,14 +355,14 @@ class Mesh:
         assert len(found) == 1, found
         return found[0]
 
-    def count(self, pod: str, metric: str, **labels: str) -> float:
+    def count(self, pod: str, metric: str, /, **labels: str) -> float:
         """Return the sum of the series of the pod's node that carry these labels."""
         text = self.lab.node(self.node_of(pod)).metrics()
         return sum(
             value for found, value in _samples(text, metric) if labels.items() <= found.items()
         )
 
-    def counted(self, pod: str, metric: str, least: float = 1, **labels: str) -> None:
+    def counted(self, pod: str, metric: str, least: float = 1, /, **labels: str) -> None:
         """Wait until the sum of the series has reached `least`."""
         wait_until(
             lambda: self.count(pod, metric, **labels) >= least, f"{metric}{labels} of {least}"

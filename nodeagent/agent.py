@@ -36,6 +36,7 @@ from nodeagent.descriptors import KeptDescriptors
 from nodeagent.identity import EmbeddedCa, IdentityManager, Provider
 from nodeagent.podkeeper import PodKeeper, PodView
 from nodeagent.pods import Appeared, Change, NamespaceThreads, NetnsHandle, PodWatcher, Unusable
+from nodeagent.progress import Progress
 from nodeagent.report import Facts, Now, OwnStatus
 from nodeagent.sdnotify import ServiceManager, StoredDescriptor
 from nodeagent.settings import Settings
@@ -107,7 +108,7 @@ class Agent:
             before_snapshot=self._before_snapshot,
             on_change=self.progressed,
             on_drained=self.instruments.drained,
-            observe_seconds=self._observe,
+            observe_seconds=self.instruments.change_seconds.observe,
             clock=time.monotonic,
             # Grows over restarts even if the clock does not: a reset takes any version.
             first_version=time.time_ns() // 1_000_000,
@@ -119,9 +120,7 @@ class Agent:
             on_removed=lambda uid: self._withdraw("credential", uid),
             on_bundle_removed=lambda uid: self._withdraw("trust_bundle", uid),
         )
-        self.progress = 0
-        """Grows with every change of what readiness depends on."""
-        self._moved = asyncio.Event()
+        self._progress = Progress()
         self._keepers: dict[str, PodKeeper] = {}
         self._strays: dict[str, NetnsHandle] = {}
         self._left: dict[str, list[str]] = {}
@@ -291,14 +290,16 @@ class Agent:
 
     def progressed(self) -> None:
         """Wake whoever waits for something to become ready."""
-        self.progress += 1
-        self._moved.set()
-        self._moved = asyncio.Event()
+        self._progress.made()
+
+    @property
+    def progress(self) -> int:
+        """Grows with every change of what readiness depends on."""
+        return self._progress.count
 
     async def progress_after(self, seen: int) -> None:
         """Return once `progress` is no longer `seen`."""
-        while self.progress == seen:
-            await self._moved.wait()
+        await self._progress.after(seen)
 
     def _is_bound(self, identity: SpiffeId) -> bool:
         return identity in self._identities
@@ -310,9 +311,6 @@ class Agent:
     def _withdraw(self, kind: str, uid: str) -> None:
         self.control.apply((), (protocol.Removal(kind, uid),))
         self.progressed()
-
-    def _observe(self, seconds: float) -> None:
-        self.instruments.change_seconds.observe(seconds)
 
     def _held(self, pod: protocol.HeldPod, fds: tuple[int, int, int]) -> None:
         keeper = self._keepers.get(reconcile.workload_of(pod.uid))
@@ -361,6 +359,9 @@ class Agent:
     def removed(self, uid: str) -> None:
         self.parts.kept.forget(uid)
         self.progressed()
+
+    def pods(self) -> int:
+        return len(self._keepers)
 
     def repaired(self, workload: str, kind: str) -> None:
         self.instruments.repairs.labels(workload, kind).inc()

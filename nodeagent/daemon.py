@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -33,6 +34,10 @@ DEFAULT_BEAT_SECONDS: Final = 10.0
 
 STUCK_SECONDS: Final = 20.0
 """Without an answer of the worker threads: they work for at most a few seconds on a pod."""
+
+SWITCH_SECONDS: Final = 0.0005
+"""For which a worker thread keeps the event loop waiting for Python's lock (5 ms by default): while
+pods are enrolled the loop would answer nobody in time, with a wait at each of its system calls."""
 
 SUMMARY_SECONDS: Final = 1.0
 
@@ -56,6 +61,7 @@ async def serve(
     Raises DaemonError when the start fails; ends with an exception, to be
     restarted, when one of the agent's loops does.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -65,6 +65,9 @@ class Owner(Protocol):
     def removed(self, uid: str) -> None:
         """The pod's descriptors are closed."""
 
+    def pods(self) -> int:
+        """How many pods are kept, this one with them."""
+
     def repaired(self, workload: str, kind: str) -> None: ...
 
     def failed(self, workload: str) -> None: ...
@@ -226,7 +229,7 @@ class PodKeeper:
             return 0
         if step is Step.AUDIT and self._enrolled is not None:
             await self._audit(self._enrolled.uid)
-            return reconcile.AUDIT_SECONDS
+            return reconcile.audit_seconds(self._owner.pods())
         if step is Step.REMOVE and self._enrolled is not None:
             await self._remove(self._enrolled.uid)
             return 0

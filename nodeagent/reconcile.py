@@ -18,10 +18,12 @@ from ztunnel import protocol
 
 __all__ = [
     "AUDIT_SECONDS",
+    "AUDIT_SHARE_SECONDS",
     "Closed",
     "Enrolled",
     "Step",
     "Wanted",
+    "audit_seconds",
     "closed_by",
     "decide",
     "retry_seconds",
@@ -34,6 +36,10 @@ __all__ = [
 AUDIT_SECONDS: Final = 5.0
 """Between two audits of a pod: how long a pod that undoes its own capture goes unnoticed. It stays
 closed meanwhile (the guard is at the device), so this bounds an outage, not a leak."""
+
+AUDIT_SHARE_SECONDS: Final = 0.05
+"""For each pod of the node, where that is longer: an audit takes one to two milliseconds of CPU, so
+that all of them together take a thirtieth of a processor however many pods there are."""
 
 FIRST_RETRY_SECONDS: Final = 0.25
 MAX_RETRY_SECONDS: Final = 30.0
@@ -151,6 +157,11 @@ def workload_of(pod_uid: str) -> str:
 def unwanted(left: Iterable[str], wanted: Mapping[str, Wanted]) -> tuple[str, ...]:
     """Return the pods (uids) of an earlier run whose workload is not bound here any more."""
     return tuple(uid for uid in left if workload_of(uid) not in wanted)
+
+
+def audit_seconds(pods: int) -> float:
+    """Return the time between two audits of one pod, of a node that has `pods`."""
+    return max(AUDIT_SECONDS, AUDIT_SHARE_SECONDS * pods)
 
 
 def retry_seconds(failures: int, *, soon: bool) -> float:

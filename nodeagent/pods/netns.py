@@ -15,6 +15,8 @@ import os
 import re
 import socket
 import struct
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +45,10 @@ NS_GET_NSTYPE: Final = 0xB703
 _NAME: Final = re.compile(r"[A-Za-z0-9_.:-]{1,255}", re.ASCII)
 
 
+Visit = Callable[[int, Callable[[], int]], int]
+"""`run_inside`, or what does the same at less cost."""
+
+
 class NetnsReason(enum.StrEnum):
     """Why a namespace cannot be used."""
 
@@ -62,13 +68,36 @@ class NetnsError(Exception):
         self.reason = reason
 
 
+class _Descriptor:
+    """An open descriptor and how many handles have it: threads may close theirs at any time."""
+
+    __slots__ = ("fd", "handles", "lock")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.handles = 1
+        self.lock = threading.Lock()
+
+    def take(self) -> None:
+        with self.lock:
+            if not self.handles:
+                raise ValueError("the namespace's descriptor is closed")
+            self.handles += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.handles -= 1
+            if not self.handles:
+                os.close(self.fd)
+
+
 class NetnsHandle:
     """An open network namespace. It keeps the namespace alive until `close`."""
 
-    __slots__ = ("_fd", "cookie", "inode", "path")
+    __slots__ = ("_descriptor", "cookie", "inode", "path")
 
     def __init__(self, fd: int, cookie: int, path: Path) -> None:
-        self._fd = fd
+        self._descriptor: _Descriptor | None = _Descriptor(fd)
         self.cookie = cookie
         self.inode = os.fstat(fd).st_ino
         self.path = path
@@ -76,16 +105,26 @@ class NetnsHandle:
     def __repr__(self) -> str:
         return f"NetnsHandle({str(self.path)!r}, cookie={self.cookie:#x})"
 
+    def _open(self) -> _Descriptor:
+        if self._descriptor is None:
+            raise ValueError(f"namespace {self.path} is closed")
+        return self._descriptor
+
     @property
     def fd(self) -> int:
         """The descriptor. Raises ValueError once closed."""
-        if self._fd < 0:
-            raise ValueError(f"namespace {self.path} is closed")
-        return self._fd
+        return self._open().fd
 
     def duplicate(self) -> NetnsHandle:
-        """Return another handle of the same namespace, to be closed on its own."""
-        return NetnsHandle(fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 3), self.cookie, self.path)
+        """Return another handle of the same namespace, to be closed on its own.
+
+        It shares the descriptor: a pod's watcher, its keeper and its capture have a handle each.
+        """
+        self._open().take()
+        copy = object.__new__(NetnsHandle)
+        copy._descriptor = self._descriptor
+        copy.cookie, copy.inode, copy.path = self.cookie, self.inode, self.path
+        return copy
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` leads to this very namespace now: its inode is taken while we hold it."""
@@ -96,9 +135,9 @@ class NetnsHandle:
         return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
     def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            descriptor.leave()
 
 
 def pod_uid(workload: str, cookie: int) -> str:
@@ -130,8 +169,11 @@ def current_cookie() -> int:
         return socket_cookie(sock)
 
 
-def open_netns(where: str) -> NetnsHandle:
-    """Open the namespace given by name or absolute path. Raises NetnsError. Blocks shortly."""
+def open_netns(where: str, visit: Visit = run_inside) -> NetnsHandle:
+    """Open the namespace given by name or absolute path. Raises NetnsError. Blocks shortly.
+
+    `visit` calls a function inside a namespace; the default makes a thread for it.
+    """
     path = netns_path(where)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -143,13 +185,13 @@ def open_netns(where: str) -> NetnsHandle:
         reason = NetnsReason.DENIED if error.errno == errno.EACCES else NetnsReason.MISSING
         raise NetnsError(where, reason, f"cannot be opened: {error.strerror}") from None
     try:
-        return _checked(fd, where, path)
+        return _checked(fd, where, path, visit)
     except BaseException:
         os.close(fd)
         raise
 
 
-def _checked(fd: int, where: str, path: Path) -> NetnsHandle:
+def _checked(fd: int, where: str, path: Path, visit: Visit) -> NetnsHandle:
     try:
         kind = fcntl.ioctl(fd, NS_GET_NSTYPE)
     except OSError:
@@ -158,7 +200,7 @@ def _checked(fd: int, where: str, path: Path) -> NetnsHandle:
         # `ip netns add` makes the file first and mounts the namespace on it a moment later.
         raise NetnsError(where, NetnsReason.NOT_A_NAMESPACE, "the file is no network namespace")
     try:
-        cookie = run_inside(fd, current_cookie)
+        cookie = visit(fd, current_cookie)
     except OSError as error:
         raise NetnsError(where, NetnsReason.DENIED, str(error)) from None
     if cookie == current_cookie():

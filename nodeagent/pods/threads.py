@@ -53,6 +53,12 @@ class NamespaceThreads:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, _inside, self._home, fd, function, args)
 
+    def visit(self, fd: int, function: Callable[..., T], *args: object) -> T:
+        """Call `function(*args)` inside the namespace `fd`, on one of these threads. Only from what
+        `run_home` runs.
+        """
+        return _inside(self._home, fd, function, args)
+
     async def run_home(self, function: Callable[..., T], *args: object) -> T:
         """Call a blocking function on one of the threads, at home."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

@@ -64,6 +64,8 @@ class PodWatcher:
         self._poll = poll
         self._bindings: dict[str, str] = {}
         self._held: dict[str, _Held] = {}
+        self._holders: dict[int, str] = {}
+        """Namespace cookie to workload."""
         self._errors: dict[str, str] = {}
         self._wake = asyncio.Event()
 
@@ -92,6 +94,7 @@ class PodWatcher:
             for held in self._held.values():
                 held.netns.close()
             self._held.clear()
+            self._holders.clear()
 
     async def _compare(self) -> list[Change]:
         changes: list[Change] = []
@@ -101,6 +104,7 @@ class PodWatcher:
             if where != held.where or not held.netns.is_at(netns_path(where)):
                 held.netns.close()
                 del self._held[workload]
+                del self._holders[held.netns.cookie]
                 changes.append(Gone(held.uid, workload))
         for workload in set(self._errors) - set(bindings):
             del self._errors[workload]
@@ -113,7 +117,7 @@ class PodWatcher:
 
     async def _try(self, workload: str, where: str) -> Change | None:
         try:
-            netns = await self._threads.run_home(open_netns, where)
+            netns = await self._threads.run_home(open_netns, where, self._threads.visit)
         except NetnsError as error:
             text = str(error)
             if self._errors.get(workload) == text:
@@ -121,12 +125,13 @@ class PodWatcher:
             self._errors[workload] = text
             return Unusable(workload, text)
         self._errors.pop(workload, None)
-        holder = next((w for w, h in self._held.items() if h.netns.cookie == netns.cookie), None)
+        holder = self._holders.get(netns.cookie)
         if holder is not None:
             netns.close()
             return self._refuse(workload, where, holder)
         uid = pod_uid(workload, netns.cookie)
         self._held[workload] = _Held(where, uid, netns)
+        self._holders[netns.cookie] = workload
         return Appeared(uid, workload, netns.duplicate())
 
     def _refuse(self, workload: str, where: str, holder: str) -> Change | None:

@@ -152,6 +152,9 @@ class World:
         self.repairs.append(kind)
         self.moved.set()
 
+    def pods(self) -> int:
+        return 1
+
     def failed(self, workload: str) -> None:
         self.failures += 1
         self.moved.set()

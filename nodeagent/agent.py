@@ -124,7 +124,6 @@ class Agent:
         self._keepers: dict[str, PodKeeper] = {}
         self._strays: dict[str, NetnsHandle] = {}
         self._left: dict[str, list[str]] = {}
-        self._running: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._mesh = mesh.MeshState()
         self._in_force: int | None = None
@@ -235,9 +234,7 @@ class Agent:
             if (stray := self._strays.pop(workload, None)) is not None:
                 keeper.appeared(stray)
             self._keepers[workload] = keeper
-            task = self._spawn(self._keep(keeper))
-            task.add_done_callback(self._running.discard)
-            self._running.add(task)
+            self._spawn(self._keep(keeper))
         return keeper
 
     async def _keep(self, keeper: PodKeeper) -> None:

@@ -234,7 +234,7 @@ class Agent:
             if (stray := self._strays.pop(workload, None)) is not None:
                 keeper.appeared(stray)
             self._keepers[workload] = keeper
-            self._spawn(self._keep(keeper))
+            _ = self._spawn(self._keep(keeper))
         return keeper
 
     async def _keep(self, keeper: PodKeeper) -> None:

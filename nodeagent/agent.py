@@ -39,7 +39,7 @@ from nodeagent.pods import Appeared, Change, NamespaceThreads, NetnsHandle, PodW
 from nodeagent.progress import Progress
 from nodeagent.report import Facts, Now, OwnStatus
 from nodeagent.sdnotify import ServiceManager, StoredDescriptor
-from nodeagent.settings import Settings
+from nodeagent.settings import Settings, for_tunnel
 from nodeagent.sources import FilesSource, LastGood, Source, SourceState
 from ztunnel import protocol
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
@@ -94,16 +94,7 @@ class Agent:
         """Set once a configuration is in force."""
         self.instruments = Metrics(parts.version, self.picture)
         self.control = ControlServer(
-            protocol.Settings(
-                settings.node,
-                settings.cluster,
-                settings.trust_domain,
-                settings.locality,
-                settings.node_addresses,
-                settings.deadlines,
-                settings.same_node,
-                settings.limits,
-            ),
+            for_tunnel(settings),
             on_held=self._held,
             before_snapshot=self._before_snapshot,
             on_change=self.progressed,

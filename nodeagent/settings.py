@@ -20,9 +20,10 @@ import msgspec
 
 from nodeagent import deadlines, limits
 from nodeagent.api import Check, ConfigError, read_struct, values
+from ztunnel import protocol
 from ztunnel.protocol import Deadlines, Limits, SameNode
 
-__all__ = ["LogFormat", "LogLevel", "Settings", "load_settings"]
+__all__ = ["LogFormat", "LogLevel", "Settings", "for_tunnel", "load_settings"]
 
 MIN_SVID_TTL: Final = 60
 """Seconds. Below this, renewal at two thirds leaves no time for a retry."""
@@ -119,6 +120,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat | None = None
     log_level: LogLevel | None = None
     same_node: SameNode | None = None
+    node_plaintext: bool | None = None
     deadlines: deadlines.Section | None = None
     limits: limits.Section | None = None
 
@@ -131,6 +133,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `state_dir` what must survive a restart, `ca_dir` the embedded CA (by default in `state_dir`;
     the nodes of one lab share one). `admin_address` is ADDRESS:PORT on loopback.
     `same_node` is how connections between two pods of this node go; DIRECT is not encrypted.
+    `node_plaintext` lets plaintext from `node_addresses` pass STRICT, for the kubelet's probes.
     """
 
     node: str = msgspec.field(default_factory=_hostname)
@@ -149,6 +152,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_format: LogFormat = LogFormat.TEXT
     log_level: LogLevel = LogLevel.INFO
     same_node: SameNode = SameNode.HBONE
+    node_plaintext: bool = False
     deadlines: Deadlines = Deadlines()
     limits: Limits = Limits()
 
@@ -172,7 +176,25 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     except ValueError as error:
         reason = f"the host's name cannot be used ({error}): add the field"
         raise ConfigError(file, 0, 0, "node", reason) from None
+    if settings.node_plaintext and not settings.node_addresses:
+        reason = "has no effect without node_addresses: add this node's own addresses"
+        raise ConfigError(file, 0, 0, "node_plaintext", reason)
     return settings
+
+
+def for_tunnel(settings: Settings) -> protocol.Settings:
+    """Return what ztunnel is told of the settings."""
+    return protocol.Settings(
+        settings.node,
+        settings.cluster,
+        settings.trust_domain,
+        settings.locality,
+        settings.node_addresses,
+        settings.deadlines,
+        settings.same_node,
+        settings.limits,
+        settings.node_plaintext,
+    )
 
 
 def _read(file: str) -> bytes:

@@ -8,19 +8,22 @@ read a clock, or believe anything that a peer says of itself beyond its verified
 `CHECKS` run in order and the first that refuses decides. AuthorizationPolicy belongs at its end:
 peer authentication says *how* a caller must prove itself, authorization *who* may call.
 
-PeerAuthentication, as understood here: STRICT refuses who has no identity. PERMISSIVE takes both.
-DISABLE takes plaintext, and HBONE as well: callers on other nodes are not told the mode, they call
-by HBONE whoever has an agent, and a call that proves an identity is never worse than one that does
-not.
+PeerAuthentication, as understood here: STRICT refuses who has no identity, unless the settings let
+the node's own addresses pass (`node_plaintext`, off by default), which the verdict then names.
+PERMISSIVE takes both. DISABLE takes plaintext, and HBONE as well: callers on other nodes are not
+told the mode, they call by HBONE whoever has an agent, and a call that proves an identity is never
+worse than one that does not.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final
 
 import msgspec
 
+from ztunnel import address
 from ztunnel.protocol import Mode
 from ztunnel.reasons import Reason
 from ztunnel.spiffe import SpiffeId
@@ -57,6 +60,10 @@ class Verdict(msgspec.Struct, frozen=True):
 Check = Callable[[State, Request], Verdict]
 
 
+NODE_PLAINTEXT: Final = "settings (node_plaintext)"
+"""The origin of a verdict that rests on the settings and on no policy."""
+
+
 def _refuse(reason: Reason, origin: str = "", mode: Mode | None = None) -> Verdict:
     return Verdict(allow=False, reason=reason, origin=origin, mode=mode)
 
@@ -81,6 +88,21 @@ def _trust_domain(state: State, request: Request) -> Verdict:
     return _allow()
 
 
+@functools.lru_cache(maxsize=8)
+def _packed(spellings: tuple[str, ...]) -> frozenset[bytes]:
+    return frozenset(map(address.pack, spellings))
+
+
+def _is_probe(state: State, request: Request) -> bool:
+    """The settings let the node's own calls pass. An address is all that the kubelet can show."""
+    settings = state.settings
+    return (
+        settings is not None
+        and settings.node_plaintext
+        and request.source in _packed(settings.node_addresses)
+    )
+
+
 def _peer_authentication(state: State, request: Request) -> Verdict:
     policy = state.policies.get(request.pod.workload)
     if policy is None:
@@ -89,6 +111,8 @@ def _peer_authentication(state: State, request: Request) -> Verdict:
     origin = policy.port_origins.get(request.port, policy.origin)
     match mode:
         case Mode.STRICT:
+            if request.identity is None and _is_probe(state, request):
+                return _allow(NODE_PLAINTEXT, mode)
             if request.identity is None:
                 return _refuse(Reason.STRICT_PLAINTEXT, origin, mode)
             return _allow(origin, mode)

@@ -301,7 +301,10 @@ class Limits(_Base, frozen=True, kw_only=True, tag="limits"):
 
 
 class Settings(_Base, frozen=True, tag="settings"):
-    """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own."""
+    """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own.
+
+    `node_plaintext`: plaintext from `node_addresses` passes STRICT (the kubelet's probes).
+    """
 
     node: str
     cluster: str
@@ -311,6 +314,7 @@ class Settings(_Base, frozen=True, tag="settings"):
     deadlines: Deadlines = Deadlines()
     same_node: SameNode = SameNode.HBONE
     limits: Limits = Limits()
+    node_plaintext: bool = False
 
 
 class Welcome(_Base, frozen=True, tag="welcome"):

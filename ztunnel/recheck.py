@@ -69,6 +69,7 @@ class Recheck:
             before.policies is state.policies
             and before.workloads is state.workloads
             and before.bundles is state.bundles
+            and before.settings == state.settings
             and is_direct(before) is is_direct(state)
         ):
             await self._allowed(state)

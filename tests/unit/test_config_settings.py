@@ -53,6 +53,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
             log_format: json
             log_level: debug
             same_node: direct
+            node_plaintext: true
             deadlines: {connect: 3, half_closed: 60}
             limits: {connections: 9, dials: 0}
             """,
@@ -66,6 +67,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         log_format=LogFormat.JSON, log_level=LogLevel.DEBUG,
         same_node=SameNode.DIRECT, deadlines=Deadlines(connect=3, half_closed=60),
         limits=Limits(connections=9, dials=0),
+        node_plaintext=True,
     )  # fmt: skip
 
 
@@ -105,6 +107,7 @@ def test_config_settings_file_is_read(tmp_path: Path) -> None:
         ("limits: {dials: -1}", "limits.dials"),
         ("limits: {questions: 0}", "limits.questions"),
         ("limits: {held_bytes: 1000}", "limits.held_bytes"),
+        ("node_plaintext: 1", "node_plaintext"),
         ("deadlines: 3", "deadlines"),
         ("deadlines: {lunch: 3}", "deadlines.lunch"),
         ("deadlines: {connect: 0}", "deadlines.connect"),
@@ -153,3 +156,8 @@ def test_config_settings_file_must_be_a_private_regular_file(tmp_path: Path) -> 
     big.chmod(0o600)
     with pytest.raises(ConfigError, match="larger"):
         load_settings(big)
+
+
+def test_config_settings_probes_need_addresses_to_come_from(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="node_addresses"):
+        load_settings(write(tmp_path, "node_plaintext: true\n"))

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from support.mesh_state import bundle, identity, ip, local, pod, policy, state, workload
+from support.mesh_state import SETTINGS, bundle, identity, ip, local, pod, policy, state, workload
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.protocol import Mode, Resource, WorkloadPolicy
 from ztunnel.reasons import Reason
@@ -90,3 +91,25 @@ def test_each_of_them_is(destination: str) -> None:
 def test_a_trust_domain_that_is_trusted_no_more_is_refused_even_when_permissive() -> None:
     verdict = ask(STRANGER, policy(HTTPBIN.uid, Mode.PERMISSIVE))
     assert verdict.reason is Reason.TRUST_DOMAIN
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("source", ["10.1.0.1", "192.0.2.1"])
+def test_the_nodes_own_plaintext_passes_strict_only_by_the_setting(
+    allowed: bool, source: str
+) -> None:
+    found = state(
+        HTTPBIN,
+        pod("pod-httpbin", HTTPBIN.uid, *HTTPBIN.addresses),
+        policy(HTTPBIN.uid, Mode.STRICT),
+    )
+    settings = msgspec.structs.replace(
+        SETTINGS, node_addresses=("192.0.2.1",), node_plaintext=allowed
+    )
+    found = msgspec.structs.replace(found, settings=settings)
+    verdict = authorize(
+        found, Request(local(found, "pod-httpbin"), None, ip(source), ip("10.2.0.1"), 8080)
+    )
+    assert verdict.allow is (allowed and source == "192.0.2.1")
+    if verdict.allow:
+        assert verdict.origin == "settings (node_plaintext)"

@@ -5,29 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from typing import Final
 
 import pytest
 from cryptography.hazmat.bindings._rust import _openssl
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-from OpenSSL import SSL
 
 from nodeagent.lab import Lab
 from support.certificates import workload
 from support.e2e import HBONE_PORT, Line, Mesh, authority, running, spec, spiffe
 from support.hbone import Client, Gone, Shown, Tls
 from support.netns import wait_until
+from support.records import Secrets
 
 MOST_POST_HANDSHAKE: Final = 1000
 """ZT_MAX_POST_HANDSHAKE."""
 FLOOD: Final = 20 * MOST_POST_HANDSHAKE
-
-HANDSHAKE, APPLICATION_DATA = 22, 23
 
 
 @pytest.fixture(scope="module")
@@ -155,47 +149,17 @@ def test_a_recorded_conversation_cannot_be_replayed(mesh: Mesh) -> None:
 # --- floods ---------------------------------------------------------------------------------------
 
 
-class _KeyUpdates:
-    """Records of KeyUpdate, made by hand: no library in reach sends one at will (RFC 8446, 7.2)."""
-
-    def __init__(self, secret: bytes, cipher: str | None) -> None:
-        assert cipher == "TLS_AES_128_GCM_SHA256"
-        self._secret = secret
-
-    def _expand(self, label: bytes, length: int) -> bytes:
-        label = b"tls13 " + label
-        info = struct.pack("!HB", length, len(label)) + label + b"\0"
-        return HKDFExpand(hashes.SHA256(), length, info).derive(self._secret)
-
-    def record(self) -> bytes:
-        """Return the next one; it asks for one in return (section 4.6.3)."""
-        key, nonce = self._expand(b"key", 16), self._expand(b"iv", 12)
-        plain = bytes([24, 0, 0, 1, 1]) + bytes([HANDSHAKE])
-        header = struct.pack("!BHH", APPLICATION_DATA, 0x303, len(plain) + 16)
-        # The first record under its keys: the number that goes into the nonce is 0.
-        sealed = AESGCM(key).encrypt(nonce, plain, header)
-        self._secret = self._expand(b"traffic upd", 32)
-        return header + sealed
-
-
 def test_a_flood_of_key_updates_is_ended(mesh: Mesh) -> None:
-    secrets: dict[bytes, bytes] = {}
-
-    def keep(_: SSL.Connection, line: bytes) -> None:
-        label, _random, secret = line.split()
-        secrets[label] = bytes.fromhex(secret.decode())
-
     context = mesh.shown().context()
-    context.set_keylog_callback(keep)
+    secrets = Secrets(context)
     sock = mesh.connect("twin", mesh.address("far"), HBONE_PORT)
     tls = Tls(sock, context)
     tls.handshake()
     # Once its first frame is here, the certificate has been judged and HTTP/2 has begun.
     tls.receive()
 
-    name = tls._tls.get_cipher_name()
-    flood = _KeyUpdates(secrets[b"CLIENT_TRAFFIC_SECRET_0"], name)
-    records = b"".join(flood.record() for _ in range(FLOOD))
+    flood = secrets.client(tls)
+    records = b"".join(flood.key_update() for _ in range(FLOOD))
     answered = 0
     with contextlib.suppress(ConnectionResetError, BrokenPipeError):
         sock.sendall(records)

@@ -9,6 +9,8 @@ it), and that a connection of the same pod to somebody else carries bytes before
 from __future__ import annotations
 
 import contextlib
+import select
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -16,7 +18,7 @@ from support.e2e import HBONE_PORT, Line, Mesh, authority
 from support.hbone import Client, Gone, Server
 from support.netns import DEADLINE, wait_until
 
-__all__ = ["PLACES", "Attack", "attack", "broken", "say"]
+__all__ = ["PLACES", "Attack", "attack", "broken", "dialled", "say"]
 
 PLACES: Final = ("downstream", "upstream")
 """Where the attacker stands, seen from our tunnel: its client, or the server that it dials."""
@@ -79,6 +81,24 @@ def say(side: Client | Server, frames: Sequence[bytes]) -> str:
     raise TimeoutError(f"{len(frames)} frames of abuse, and the connection lives")
 
 
+def dialled(mesh: Mesh, listener: socket.socket) -> socket.socket:
+    """Return the connection for which our client has dialled the listener.
+
+    After a dial that failed the next one waits a while, and callers meanwhile are sent away.
+    """
+
+    def called() -> socket.socket | None:
+        try:
+            sock = mesh.connect("client", mesh.address("twin"), 8080)
+        except ConnectionResetError:
+            return None
+        return sock if select.select([listener], [], [], 0.2)[0] else None
+
+    sock = wait_until(called, "our client dials")
+    assert sock is not None
+    return sock
+
+
 @contextlib.contextmanager
 def attack(mesh: Mesh, place: str, *, answer: bool = True) -> Iterator[Attack]:
     """Give an attacker its connection; assert at the end that nobody else was touched.
@@ -98,7 +118,7 @@ def attack(mesh: Mesh, place: str, *, answer: bool = True) -> Iterator[Attack]:
         client.close()
     else:
         listener = mesh.listen("twin", HBONE_PORT)
-        sock = mesh.connect("client", mesh.address("twin"), 8080)
+        sock = dialled(mesh, listener)
         server = mesh.hbone_server(listener)
         stream, fields = server.request()
         if answer:

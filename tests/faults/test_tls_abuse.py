@@ -1,0 +1,316 @@
+"""TLS abuse on port 15008: each ends that connection only, with a reason, and costs little.
+
+Downstream, the attacker calls our server; upstream, our client calls it. What else of TLS is
+attacked stands in tests/netns/test_threat_tls.py and test_e2e_garbage.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import pytest
+from cryptography import x509
+from OpenSSL import SSL
+
+from nodeagent.lab import Lab
+from support.abuse import attack, broken, dialled
+from support.certificates import authority as certificate_authority
+from support.certificates import workload
+from support.e2e import HBONE_PORT, Mesh, authority, running, spec, spiffe
+from support.hbone import Client, Gone, Shown, Tls
+from support.netns import wait_until
+from support.records import ALERT, HANDSHAKE, Records, Secrets
+
+DEADLINE: Final = 2
+"""Seconds of a handshake in this lab."""
+MOST_HANDSHAKES: Final = 64
+"""Handshakes that a pod of this lab may have open; the default is 512."""
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    settings = {
+        "deadlines": {"tls_handshake": DEADLINE},
+        "limits": {"handshakes": MOST_HANDSHAKES},
+    }
+    with running(spec(apps=False, settings=settings)) as made:
+        yield made
+
+
+def client_hello() -> bytes:
+    tls = SSL.Connection(Shown(leaf=None).context(), None)
+    tls.set_connect_state()
+    with pytest.raises(SSL.WantReadError):
+        tls.do_handshake()
+    return tls.bio_read(65536)
+
+
+def end_of(sock: socket.socket) -> None:
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while sock.recv(65536):
+            pass
+
+
+def serves(mesh: Mesh) -> None:
+    listener = mesh.listen("far")
+    client = mesh.hbone("twin", "far")
+    stream = client.connect(authority(mesh.address("far"), listener.getsockname()[1]))
+    assert client.status(stream) == 200
+
+
+def reasons(mesh: Mesh, known: int, number: int = 1, pod: str = "far") -> set[str]:
+    lines = wait_until(
+        lambda: found if len(found := broken(mesh, pod, known)) >= number else [],
+        "the end is logged",
+    )
+    assert len(lines) == number
+    return {line["reason"] for line in lines}
+
+
+# --- slow, fragmented, many -----------------------------------------------------------------------
+
+
+def test_a_handshake_in_drops_ends_at_its_deadline(mesh: Mesh) -> None:
+    """The deadline is the handshake's, not that of each byte."""
+    bystander, app, _ = mesh.call("client", "far")
+    known = len(broken(mesh, "far"))
+    tls = Tls(mesh.connect("twin", mesh.address("far"), HBONE_PORT), mesh.shown().context())
+    said = 0
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        for byte in client_hello():
+            tls.sock.sendall(bytes([byte]))
+            said += 1
+            if tls.has_come(0.05):
+                break
+    end_of(tls.sock)
+    assert 10 < said < len(client_hello())
+    assert reasons(mesh, known) == {"tls_timeout"}
+    mesh.carries(bystander, app)
+
+
+class _Cut:
+    """A socket that sends in pieces; the first record in records of its own, if told to."""
+
+    def __init__(self, sock: socket.socket, piece: int, *, records: bool) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock, self._piece, self._records = sock, piece, records
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._sock, name)
+
+    def sendall(self, data: bytes) -> None:
+        head, body = data[:3], data[5:]
+        if self._records:
+            assert len(body) == int.from_bytes(data[3:5])
+            for at in range(0, len(body), self._piece):
+                part = body[at : at + self._piece]
+                self._sock.sendall(head + len(part).to_bytes(2) + part)
+            self._records, self._piece = False, 1 << 20
+            return
+        for at in range(0, len(data), self._piece):
+            self._sock.sendall(data[at : at + self._piece])
+
+
+@pytest.mark.parametrize(
+    "piece,records", [(1, False), (100, True)], ids=["a byte in each segment", "many records"]
+)
+def test_a_fragmented_client_hello_is_served(mesh: Mesh, piece: int, records: bool) -> None:
+    listener = mesh.listen("far")
+    sock = mesh.connect("twin", mesh.address("far"), HBONE_PORT)
+    cut: Any = _Cut(sock, piece, records=records)
+    client = Client(cut, mesh.shown().context())
+    stream = client.connect(authority(mesh.address("far"), listener.getsockname()[1]))
+    assert client.status(stream) == 200
+
+
+def test_a_storm_of_client_hellos_is_bounded_and_honest_peers_are_served(mesh: Mesh) -> None:
+    """Replayed, each of them to wait for its deadline: the oldest give way."""
+    hello = client_hello()
+    before = mesh.count("far", "ztunnel_hbone_connections")
+    name = "ztunnel_tls_handshake_failures_total"
+    storm = []
+    for number in range(4 * MOST_HANDSHAKES):
+        sock = mesh.connect("twin", mesh.address("far"), HBONE_PORT)
+        sock.sendall(hello)
+        storm.append(sock)
+        if number % MOST_HANDSHAKES == 0:
+            serves(mesh)
+            open_now = mesh.count("far", "ztunnel_hbone_connections") - before
+            assert open_now <= MOST_HANDSHAKES + 8
+    mesh.counted("far", name, 2 * MOST_HANDSHAKES, reason="pod_handshake_limit")
+    serves(mesh)
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+
+def _chain(length: int) -> Shown:
+    """A real chain of this many issuers, each signed by the one before."""
+    now = 1_000_000_000
+    times = {"not_before": now, "not_after": now * 4}
+    issuer = certificate_authority(**times)  # type: ignore[arg-type]
+    chain = [issuer.certificate]
+    for _ in range(length):
+        issuer = certificate_authority(issuer=issuer, **times)  # type: ignore[arg-type]
+        chain.append(issuer.certificate)
+    leaf = workload(issuer, spiffe("twin"), **times)  # type: ignore[arg-type]
+    return Shown(leaf=leaf, chain=chain[::-1])
+
+
+def _large(mesh: Mesh, size: int) -> Shown:
+    oid = x509.ObjectIdentifier("1.3.6.1.4.1.55555.1")
+    return mesh.shown(extra=[(x509.UnrecognizedExtension(oid, bytes(size)), False)])
+
+
+def _padded(mesh: Mesh, number: int) -> Shown:
+    """A good chain, and behind it certificates that have nothing to do with it."""
+    good = mesh.shown()
+    return Shown(leaf=good.leaf, chain=[*good.chain, *[*_chain(1).chain] * number])
+
+
+CERTIFICATES: Final[dict[str, Callable[[Mesh], Shown]]] = {
+    "a chain of 1,000": lambda _: _chain(1000),
+    "a chain of 40": lambda _: _chain(40),
+    "a good chain and 40 more": lambda mesh: _padded(mesh, 20),
+    "a good chain and 2,000 more": lambda mesh: _padded(mesh, 1000),
+    "a certificate of 200 KB": lambda mesh: _large(mesh, 200_000),
+}
+REFUSED: Final = {"certificate_invalid", "certificate_untrusted", "tls_failed"}
+
+
+@pytest.mark.parametrize("why", CERTIFICATES)
+def test_an_oversized_client_certificate(mesh: Mesh, why: str) -> None:
+    bystander, app, _ = mesh.call("client", "far")
+    known = len(broken(mesh, "far"))
+    shown = CERTIFICATES[why](mesh)
+    with pytest.raises(Gone):  # noqa: PT012 - TLS 1.3 tells a client late
+        client = mesh.hbone("twin", "far", shown)
+        client.step()
+        client.status(client.connect(authority(mesh.address("far"), 1)))
+    assert reasons(mesh, known) <= REFUSED
+    mesh.carries(bystander, app)
+
+
+@pytest.mark.parametrize("why", CERTIFICATES)
+def test_an_oversized_server_certificate(mesh: Mesh, why: str) -> None:
+    bystander, app, _ = mesh.call("client", "far")
+    known = len(broken(mesh, "client"))
+    shown = CERTIFICATES[why](mesh)
+    listener = mesh.listen("twin", HBONE_PORT)
+    sock = dialled(mesh, listener)
+    with pytest.raises(Gone):  # noqa: PT012 - at any of these
+        mesh.hbone_server(listener, shown).request()
+        raise AssertionError("the request reached a stranger")
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert reasons(mesh, known, pod="client") <= REFUSED
+    mesh.carries(bystander, app)
+
+
+@pytest.mark.parametrize(
+    "why,shown",
+    [
+        ("TLS 1.2 only", {"version": SSL.TLS1_2_VERSION}),
+        ("HTTP/1.1", {"alpn": b"http/1.1"}),
+        ("no ALPN", {"alpn": b""}),
+    ],
+)
+def test_a_server_of_another_protocol(mesh: Mesh, why: str, shown: dict[str, Any]) -> None:
+    known = len(broken(mesh, "client"))
+    good = mesh.shown()
+    listener = mesh.listen("twin", HBONE_PORT)
+    sock = dialled(mesh, listener)
+    with pytest.raises(Gone):  # noqa: PT012 - at any of these
+        mesh.hbone_server(listener, Shown(leaf=good.leaf, chain=good.chain, **shown)).request()
+        raise AssertionError(f"spoken to over {why}")
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert reasons(mesh, known, pod="client") <= {"tls_failed", "tls_wrong_alpn", "tls_alert"}
+
+
+# --- in the middle --------------------------------------------------------------------------------
+
+UNEXPECTED: Final = b"\x15\x03\x03\x00\x02\x02\x0a"
+"""A fatal alert in the clear: unexpected_message."""
+
+
+@pytest.mark.parametrize("before", [b"", client_hello()], ids=["first", "after the ClientHello"])
+def test_an_alert_in_the_handshake(mesh: Mesh, before: bytes) -> None:
+    known = len(broken(mesh, "far"))
+    sock = mesh.connect("twin", mesh.address("far"), HBONE_PORT)
+    sock.sendall(before)
+    if before:
+        assert sock.recv(1)
+    sock.sendall(UNEXPECTED)
+    end_of(sock)
+    assert reasons(mesh, known) <= {"tls_alert", "tls_failed"}
+    serves(mesh)
+
+
+SEALED: Final[dict[str, tuple[Callable[[Records], bytes], set[str]]]] = {
+    "a fatal alert": (lambda to: to.seal(ALERT, b"\2\x50"), {"tls_alert"}),
+    "user_canceled without end": (
+        lambda to: b"".join(to.seal(ALERT, b"\1\x5a") for _ in range(2000)),
+        {"tls_failed", "tls_alert"},
+    ),
+    "an alert of one byte": (lambda to: to.seal(ALERT, b"\2"), {"tls_failed", "tls_alert"}),
+    # Renegotiation, as TLS 1.2 had it and as TLS 1.3 forbids it (RFC 8446, 4.1.2).
+    "a ClientHello again": (lambda to: to.seal(HANDSHAKE, client_hello()[5:]), {"tls_failed"}),
+    "a HelloRequest": (lambda to: to.seal(HANDSHAKE, bytes(4)), {"tls_failed"}),
+    "a Finished again": (
+        lambda to: to.seal(HANDSHAKE, b"\x14\0\0\x20" + bytes(32)),
+        {"tls_failed"},
+    ),
+    "empty records without end": (
+        lambda to: b"".join(to.seal(23, b"") for _ in range(2000)),
+        {"tls_failed"},
+    ),
+    "a record of an unknown type": (lambda to: to.seal(99, b"what"), {"tls_failed"}),
+    "a record of no type": (lambda to: to.seal(0, bytes(100)), {"tls_failed"}),
+    "garbage": (lambda _: bytes(range(256)), {"tls_failed"}),
+    "a record that does not open": (
+        lambda to: bytes(a ^ (at == 30) for at, a in enumerate(to.seal(23, bytes(50)))),
+        {"tls_failed"},
+    ),
+}
+
+
+@pytest.mark.parametrize("why", SEALED)
+def test_records_after_the_handshake(mesh: Mesh, why: str) -> None:
+    make, expected = SEALED[why]
+    bystander, app, _ = mesh.call("client", "far")
+    known = len(broken(mesh, "far"))
+    context = mesh.shown().context()
+    secrets = Secrets(context)
+    tls = Tls(mesh.connect("twin", mesh.address("far"), HBONE_PORT), context)
+    tls.handshake()
+    # Once its first frame is here, the certificate has been judged and HTTP/2 has begun.
+    tls.receive()
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        tls.sock.sendall(make(secrets.client(tls)))
+    end_of(tls.sock)
+    assert reasons(mesh, known) <= expected
+    mesh.carries(bystander, app)
+
+
+@pytest.mark.parametrize("place", ["downstream", "upstream"])
+@pytest.mark.parametrize("how", ["without close_notify", "in a record", "with close_notify"])
+def test_truncation_is_told_from_an_end(mesh: Mesh, place: str, how: str) -> None:
+    """RFC 8446, 6.1: only close_notify says that everything has come."""
+    with attack(mesh, place) as at:
+        tls = at.side.tls
+        if how == "with close_notify":
+            tls._tls.shutdown()
+            tls._flush()
+        elif how == "in a record":
+            tls.sock.sendall(b"\x17\x03\x03\x10\x00 half of it")
+        port = int(at.to.rpartition(":")[2])
+        direction = "inbound" if place == "downstream" else "outbound"
+        before = len(mesh.lines(at.pod, direction, port))
+        tls.sock.shutdown(socket.SHUT_WR)
+        (line,) = wait_until(lambda: mesh.lines(at.pod, direction, port)[before:], "its line")
+        truncated = how != "with close_notify"
+        assert line["reason"] == ("tls_truncated" if truncated else "peer_connection_lost")

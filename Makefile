@@ -96,6 +96,8 @@ lock: | system-packages ## Choose dependency versions anew and write the lock fi
 	[[ -x $(BIN)/pip-compile ]] || { $(PYTHON) -m venv $(VENV); $(BIN)/pip install --quiet pip-tools; }
 	$(call pip_compile,requirements.lock,)
 	$(call pip_compile,requirements-dev.lock,--extra dev --constraint requirements.lock)
+	# pip-compile forgets the condition of a requirement of an extra.
+	sed -i 's/^atheris==[^ ]*/& ; platform_machine == "x86_64"/' requirements-dev.lock
 
 define pip_compile
 CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --upgrade --generate-hashes \
@@ -175,11 +177,12 @@ comma := ,
 # in Python drive the parsers of what other programs send. What they find is kept in build/fuzz.
 FUZZ_SECONDS ?= 60
 C_FUZZERS := $(patsubst tests/fuzz/%.c,%,$(wildcard tests/fuzz/*.c))
-FUZZERS ?= $(C_FUZZERS)
+PYTHON_FUZZERS := $(patsubst tests/fuzz/%.py,%,$(wildcard tests/fuzz/*.py))
+FUZZERS ?= $(C_FUZZERS) $(PYTHON_FUZZERS)
 RIG_SOURCES := $(wildcard tests/fuzz/rig/*.c) \
 	$(filter-out %/tls.c %/sock.c $(wildcard ztunnel/_core/module*.c),$(wildcard ztunnel/_core/*.c))
 RIG_OBJECTS := $(RIG_SOURCES:%.c=build/fuzz/objects/%.o)
-RIG_WRAPPED := malloc calloc realloc free pthread_create pthread_join pthread_setname_np \
+RIG_WRAPPED := malloc calloc realloc free strndup pthread_create pthread_join pthread_setname_np \
 	clock_gettime getrandom epoll_wait accept4 getsockname
 FUZZ_CC := clang -g -O1 -std=gnu17 -Wall -Wextra -Werror -Iztunnel/_core \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
@@ -195,18 +198,20 @@ build/fuzz/%: tests/fuzz/%.c $(RIG_OBJECTS)
 		-Wl,-Bstatic -lnghttp2 -Wl,-Bdynamic -lpthread
 
 .PHONY: fuzz
-fuzz: $(C_FUZZERS:%=build/fuzz/%) ## Fuzz everything, FUZZ_SECONDS (60) each; FUZZERS names some
+fuzz: setup $(C_FUZZERS:%=build/fuzz/%) ## Fuzz everything, FUZZ_SECONDS (60) each; FUZZERS names some
 	for fuzzer in $(FUZZERS); do \
 		mkdir -p build/fuzz/found/$$fuzzer; \
-		build/fuzz/$$fuzzer -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=4096 \
+		program="build/fuzz/$$fuzzer"; \
+		[[ -e tests/fuzz/$$fuzzer.c ]] || program="$(BIN)/python tests/fuzz/$$fuzzer.py"; \
+		PYTHONPATH=tests $$program -max_total_time=$(FUZZ_SECONDS) -timeout=10 -max_len=8192 \
 			-print_final_stats=1 -artifact_prefix=build/fuzz/ build/fuzz/found/$$fuzzer \
 			tests/fuzz/corpus/$$fuzzer; \
 	done
 
 # What takes too long for every change, one after the other: CI calls it once a day.
-NIGHTLY := sanitize sanitize-threads fuzz
+NIGHTLY := sanitize sanitize-threads fuzz soak
 .PHONY: nightly
-nightly: ## Run what takes hours: sanitizers, fuzzers for ten minutes each (root)
+nightly: ## Run what takes hours: sanitizers, ten minutes of each fuzzer, soak (root)
 	for target in $(NIGHTLY); do $(MAKE) "$$target" FUZZ_SECONDS=600; done
 
 # --- showing -----------------------------------------------------------------------------------

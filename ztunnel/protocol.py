@@ -417,7 +417,7 @@ class FrameDecoder:
             del self._buffer[:end]
             try:
                 message = _decoder.decode(body)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 # A validation error may quote a value, and values may be keys: name the type only.
                 raise ProtocolError(f"malformed message ({type(error).__name__})") from None
             frames.append(Frame(message, fds))

@@ -154,7 +154,7 @@ class PodObjects:
         data = _libbpf.read_map(fd, _ZERO, RECORD_SIZE).rstrip(b"\0")
         try:
             record = msgspec.json.decode(data, type=Record)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return None
         self._record = record if record.version == RECORD_VERSION else None
         return self._record

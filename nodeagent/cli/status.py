@@ -114,7 +114,7 @@ def fetch(path: Path) -> Status:
                 "use the nodeagent command of the daemon's own release",
             )
         return msgspec.json.decode(body, type=Status)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UnreachableError(
             f"nodeagent's answer is not understood: {error}",
             "use the nodeagent command of the daemon's own release",

@@ -111,7 +111,7 @@ class Store:
             ) from None
         try:
             state = msgspec.json.decode(data, type=State)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise LabError(
                 f"{self.layout.state} was written by another version ({error}); "
                 f"remove the lab: nodeagent lab down {self.name}"

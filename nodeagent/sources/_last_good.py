@@ -56,7 +56,7 @@ class LastGood:
             return {}
         try:
             stored = msgspec.msgpack.decode(data, type=_Stored)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise OSError("is damaged: remove it") from error
         if stored.format != _FORMAT or stored.directory != self._directory:
             return {}

@@ -115,9 +115,13 @@ static enum verdict allowed(unsigned *port) {
                 return NEVER; /* 8.5: no :path and no :scheme; once each; RFC 8441 is not spoken */
         } else {
             regular = true;
+            if (!plain(f)) { /* nghttp2 drops the field, whatever it is */
+                may = true;
+                continue;
+            }
             if (is(f, "connection")) return NEVER; /* 8.2.2 */
             if (is(f, "te") && (f->len != 8 || memcmp(f->value, "trailers", 8) != 0)) return NEVER;
-            may |= is(f, "host") || !plain(f);
+            may |= is(f, "host");
         }
     }
     if (!method || method->len != 7 || memcmp(method->value, "CONNECT", 7) != 0) return NEVER;

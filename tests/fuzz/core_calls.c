@@ -19,7 +19,7 @@ static void begin(void) {
 
 static bool step(void) {
     if (left < 4) return false;
-    world_do(input[0] % WORLD_OP_COUNT, input + 1, 3);
+    world_do(input[0] % 64, input + 1, 3);
     input += 4;
     left -= 4;
     return true;

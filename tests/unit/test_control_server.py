@@ -217,6 +217,7 @@ def test_our_side_answers_unknown_questions(tmp_path: Path) -> None:
 BAD_STARTS = [
     pytest.param(b"\xff" * 64, id="garbage"),
     pytest.param(b"\x00\x00\x00\x01\x00\xc1", id="not messagepack"),
+    pytest.param(b"\x00\x00\x00\x04\x00\x81\xa1\xff\x00", id="not UTF-8"),
     pytest.param(protocol.encode(protocol.Ack(1)), id="no hello"),
     pytest.param(protocol.encode(protocol.Hello(1, 1, 10**6)), id="too many pods"),
     pytest.param(protocol.encode(protocol.Hello(1, 1, 1), 3), id="descriptors that did not come"),

@@ -80,7 +80,9 @@ def test_sources_stored_state_is_private(folder: Path) -> None:
     assert list(stored(folder).parent.iterdir()) == [stored(folder)]
 
 
-@pytest.mark.parametrize("damage", ["garbage", "writable", "symlink", "fifo", "directory", "deep"])
+@pytest.mark.parametrize(
+    "damage", ["garbage", "writable", "symlink", "fifo", "directory", "deep", "latin"]
+)
 def test_sources_stored_state_that_others_made_is_not_believed(folder: Path, damage: str) -> None:
     """symlinked_state: a link in its place is neither followed nor written through."""
     put(folder / "a.yaml", peer("n/a", "DISABLE"))
@@ -94,6 +96,8 @@ def test_sources_stored_state_that_others_made_is_not_believed(folder: Path, dam
     match damage:
         case "garbage":
             path.write_bytes(b"\x00garbage")
+        case "latin":
+            path.write_bytes(b"\x81\xa1\xff\x00")
         case "deep":
             path.write_bytes(b"\x91" * 100_000)
         case "writable":

@@ -38,6 +38,7 @@ void *__wrap_malloc(size_t size);
 void *__wrap_calloc(size_t n, size_t size);
 void *__wrap_realloc(void *old, size_t size);
 void __wrap_free(void *old);
+char *__wrap_strndup(const char *text, size_t most);
 
 /* The rings of a core are large, and one that lives for a millisecond touches none of it: pages that
  * the kernel clears when they are touched. */
@@ -127,6 +128,17 @@ void *__wrap_realloc(void *old, size_t size) {
     return made;
 }
 
+/* As libc's own: its memory would come from inside of libc, uncounted. */
+char *__wrap_strndup(const char *text, size_t most) {
+    size_t len = strnlen(text, most);
+    char *copy = __wrap_malloc(len + 1);
+
+    if (!copy) return NULL;
+    memcpy(copy, text, len);
+    copy[len] = '\0';
+    return copy;
+}
+
 void __wrap_free(void *old) {
     if (large_free(old)) return;
     uncounted(old);
@@ -195,6 +207,7 @@ void rig_settle(void) {
 int __wrap_epoll_wait(int epfd, struct epoll_event *events, int most, int timeout) {
     int n;
 
+    (void)timeout;
     rig.inside = false;
     rig.now_us += 10;
     RIG_REQUIRE(++turns < MAX_TURNS);
@@ -213,7 +226,7 @@ int __wrap_epoll_wait(int epfd, struct epoll_event *events, int most, int timeou
     }
     rig.inside = true;
     n = __real_epoll_wait(epfd, events, most, 0);
-    idle = n || !timeout ? 0 : idle + 1;
+    idle = n || !zt_list_empty(&rig.worker->tasks) ? 0 : idle + 1;
     return n;
 }
 

@@ -205,6 +205,7 @@ static char *text(const char *from) {
 
 static uint64_t decide(const struct zt_key *key, enum zt_action action) {
     struct zt_decision t = {.action = action, .reason = ZT_R_POLICY_DENIED};
+    struct zt_referred refers = {0};
     uint64_t number = ndecisions + 1;
     int rv;
 
@@ -225,8 +226,9 @@ static uint64_t decide(const struct zt_key *key, enum zt_action action) {
         t.nchoices = 1;
         t.total_weight = 1;
     }
-    rv = RIG_CALL(zt_decision_add(rig.core, &t, number, action == ZT_BALANCE ? 0 : THE_SERIES,
-                                  action == ZT_TUNNEL ? THE_PEER : 0));
+    refers.series = action == ZT_BALANCE ? 0 : THE_SERIES;
+    refers.peer = action == ZT_TUNNEL ? THE_PEER : 0;
+    rv = RIG_CALL(zt_decision_add(rig.core, &t, number, refers));
     if (rv < 0) {
         free(t.authority);
         free(t.baggage);
@@ -348,7 +350,7 @@ static void check_conn(const struct zt_conn *c) {
         pending += k->len - k->pos;
     }
     /* The window that we gave, and no byte more. */
-    RIG_REQUIRE(pending <= ZT_STREAM_WINDOW);
+    RIG_REQUIRE(pending <= ZT_STREAM_WINDOW_MOST);
     if (c->state != ZT_C_OPEN) return;
     RIG_REQUIRE(c->decision && !atomic_load(&c->decision->killed));
     RIG_REQUIRE(!atomic_load(&c->pod->removed));
@@ -540,6 +542,9 @@ static void control(enum world_op op, uint8_t a, uint8_t b) {
         break;
     case WORLD_HANDSHAKE:
         world.handshake_err = a % 3 == 0 ? 0 : a % 3 == 1 ? ZT_R_CERT_EXPIRED : -1;
+        break;
+    case WORLD_DRAIN:
+        RIG_CALL(zt_core_drain(rig.core));
         break;
     case WORLD_ALLOCATION_FAILS:
         rig.fail_after = a;

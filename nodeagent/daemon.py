@@ -55,8 +55,12 @@ async def serve(
     directory: RunDirectory,
     manager: ServiceManager,
     probe: Callable[[], Awaitable[None]],
+    objection: Callable[[], str],
 ) -> None:
     """Run until SIGTERM or SIGINT. `probe` returns once a worker thread has answered.
+
+    SIGHUP ends the daemon too, to be started again by the service manager with its settings read
+    anew, unless there is an `objection` to them: then it goes on with those in force, and says so.
 
     Raises DaemonError when the start fails; ends with an exception, to be
     restarted, when one of the agent's loops does.
@@ -66,6 +70,16 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+
+    def reload() -> None:
+        wrong = objection()
+        if wrong:
+            log.error("reload refused; the settings in force stay", error=wrong)
+        else:
+            log.info("reload: ending, to be started with the new settings")
+            ending.set()
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     async with contextlib.AsyncExitStack() as stack:
         control = directory.listen(CONTROL_SOCKET)
         stack.callback(control.close)

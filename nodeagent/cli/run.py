@@ -46,7 +46,7 @@ _settings = click.option(
 @click.command()
 @_settings
 def run(settings_file: Path) -> None:
-    """Run the node agent until SIGTERM.
+    """Run the node agent until SIGTERM, or until SIGHUP finds settings that can be used.
 
     Ending it changes nothing: pods stay captured, and ztunnel goes on with the state it has.
     """
@@ -58,7 +58,7 @@ def run(settings_file: Path) -> None:
     try:
         directory = RunDirectory(settings.run_dir)
         try:
-            asyncio.run(_run(settings, directory, manager, stored))
+            asyncio.run(_run(settings, directory, manager, stored, settings_file))
         finally:
             directory.close()
     except (RunDirectoryError, DaemonError) as error:
@@ -70,10 +70,18 @@ async def _run(
     directory: RunDirectory,
     manager: ServiceManager,
     stored: Iterable[StoredDescriptor],
+    settings_file: Path,
 ) -> None:
+    def objection() -> str:
+        try:
+            load_settings(settings_file)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
     built = agent.build(settings, _version(), manager, stored)
     try:
-        await serve(built.agent, directory, manager, built.probe)
+        await serve(built.agent, directory, manager, built.probe, objection)
     finally:
         await built.close()
 

@@ -49,10 +49,12 @@ def installed(tmp_path: Path) -> Path:
     ours.mkdir(parents=True)
     for unit in UNITS:
         shutil.copy(ROOT / "systemd" / unit, ours)
-        program = tmp_path / directives(unit)["ExecStart"][0].split()[0].lstrip("/")
-        program.parent.mkdir(parents=True, exist_ok=True)
-        program.write_text("#!/bin/sh\n", encoding="ascii")
-        program.chmod(0o755)
+        found = directives(unit)
+        for command in (*found["ExecStart"], *found["ExecReload"]):
+            program = tmp_path / command.split()[0].lstrip("/")
+            program.parent.mkdir(parents=True, exist_ok=True)
+            program.write_text("#!/bin/sh\n", encoding="ascii")
+            program.chmod(0o755)
     return tmp_path
 
 

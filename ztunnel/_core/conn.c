@@ -290,6 +290,7 @@ void zt_conn_open(struct zt_conn *c) {
     if (c->decision->mirror) zt_add(&c->decision->mirror->by_worker[c->worker->index].opened, 1);
     if (c->kind == ZT_INBOUND_HBONE) zt_stream_answer(c, 200);
     if (c->state != ZT_C_OPEN) return;
+    if (c->client.ended || c->server.ended) zt_conn_half_closed(c);
     if (c->stream.h2) {
         zt_stream_resume(c);
         zt_stream_deliver(c);
@@ -303,6 +304,7 @@ void zt_conn_open(struct zt_conn *c) {
 void zt_leg_events(struct zt_leg *leg, uint32_t events) {
     if (events & (EPOLLIN | EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->readable = true;
     if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) leg->writable = true;
+    if (events & (EPOLLRDHUP | EPOLLHUP)) leg->ended = true;
     /* A read ends short in front of urgent data, whatever is behind it (tcp(7)). */
     if (events & (EPOLLPRI | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) leg->drain = true;
 }
@@ -312,6 +314,8 @@ struct zt_leg *zt_conn_leg(struct zt_conn *c) {
 }
 
 static void flow(struct zt_conn *c, struct zt_leg *leg) {
+    /* An end behind data that nobody takes is not read, and counts all the same. */
+    if (leg->ended) zt_conn_half_closed(c);
     if (c->client.io.fd >= 0 && c->server.io.fd >= 0) {
         zt_relay_run(c);
         return;

@@ -26,6 +26,7 @@ struct zt_leg {
     struct zt_io io;
     bool readable, writable; /* as far as edge-triggered epoll has told */
     bool drain; /* FIN, worse or urgent data has been seen: a short read may not be the last */
+    bool ended; /* the other side has sent its end, whether we have read it or not */
     bool eof;   /* we have read the end */
     bool shut;  /* we have sent our end */
     int error;  /* errno of what failed on it */

@@ -30,13 +30,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, NamedTuple
 
 import pytest
 
-from support.e2e import Mesh, read_all, reset
+from nodeagent.lab import Lab
+from support.e2e import Mesh, read_all, reset, running, spec, watched
 from support.netns import wait_until
 
 BULK: Final = 64 << 20
@@ -54,13 +56,20 @@ class Way(NamedTuple):
     """The same towards the server."""
     lines: dict[str, str]
     """Direction of each line, and the pod on whose node it stands: client's tunnel first."""
+    joined: bool = True
+    """One relay joins both applications, and so every line says who has ended it."""
 
 
 WAYS: Final = {
-    "hbone": Way("client", "far", "client", "far", {"outbound": "client", "inbound": "far"}),
+    "hbone": Way(
+        "client", "far", "client", "far", {"outbound": "client", "inbound": "far"}, joined=False
+    ),
     "plaintext": Way("outsider", "far", "far", "far", {"inbound": "far"}),
     "passthrough": Way("client", "outsider", "client", "client", {"outbound": "client"}),
-    "same_node": Way("client", "near", "client", "near", {"outbound": "client", "inbound": "near"}),
+    "same_node": Way(
+        "client", "near", "client", "near", {"outbound": "client", "inbound": "near"}, joined=False
+    ),
+    "direct": Way("client", "near", "client", "near", {"outbound": "client", "inbound": "near"}),
 }
 REASONS: Final = {
     ("FIN", "client"): "closed",
@@ -70,6 +79,22 @@ REASONS: Final = {
     ("error", "client"): "client_lost",
     ("error", "server"): "server_lost",
 }
+
+
+@pytest.fixture(scope="module")
+def direct_lab() -> Iterator[Lab]:
+    """The same mesh, but for pods of one node."""
+    with running(spec(apps=False, settings={"same_node": "direct"})) as made:
+        yield made
+
+
+@pytest.fixture
+def mesh(request: pytest.FixtureRequest) -> Iterator[Mesh]:
+    parameters = getattr(request.node, "callspec", None)
+    direct = parameters is not None and parameters.params.get("way") == "direct"
+    lab: Lab = request.getfixturevalue("direct_lab" if direct else "lab")
+    with watched(lab, request) as made:
+        yield made
 
 
 class Call:
@@ -128,7 +153,7 @@ class Call:
         """
         for direction, pod in self.way.lines.items():
             line = self.mesh.line(pod, direction, self.port)
-            here = len(self.way.lines) == 1 or (direction == "outbound") == (side == "client")
+            here = self.way.joined or (direction == "outbound") == (side == "client")
             expected = REASONS[how, side] if here or how == "FIN" else "peer_reset"
             assert line["reason"] == expected, line
             if received is not None:
@@ -246,6 +271,7 @@ REFUSALS: Final = {
     "plaintext": {"inbound": "connect_refused"},
     "passthrough": {"outbound": "connect_refused"},
     "same_node": {"outbound": "unavailable_by_peer", "inbound": "connect_refused"},
+    "direct": {"outbound": "connect_refused", "inbound": "connect_refused"},
 }
 
 

@@ -18,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <bpf/bpf.h>
@@ -480,6 +481,16 @@ static PyObject *get_pinned(PyObject *module, PyObject *arguments) {
     return fd < 0 ? fail(-fd, path) : PyLong_FromLong(fd);
 }
 
+static PyObject *file_system(PyObject *module, PyObject *arguments) {
+    struct statfs found;
+    const char *path;
+
+    if (!PyArg_ParseTuple(arguments, "s", &path)) return NULL;
+    words_used = 0;
+    if (statfs(path, &found)) return fail(errno, path);
+    return PyLong_FromLong((long)found.f_type);
+}
+
 static PyObject *run_iterator(PyObject *module, PyObject *arguments) {
     int program, link, iterator, error;
     char sink[512];
@@ -529,6 +540,7 @@ static PyMethodDef functions[] = {
     {"update_link", update_link, METH_VARARGS, NULL},
     {"pin", pin, METH_VARARGS, NULL},
     {"get_pinned", get_pinned, METH_VARARGS, NULL},
+    {"file_system", file_system, METH_VARARGS, NULL},
     {"run_iterator", run_iterator, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -6,40 +6,27 @@ bpffs. It may not touch what is pinned.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
 from typing import Final
 
-__all__ = ["BpffsError", "ensure_bpffs", "mount_point"]
+from nodeagent.capture import _libbpf
+
+__all__ = ["BpffsError", "ensure_bpffs"]
 
 DEFAULT_MOUNT: Final = Path("/sys/fs/bpf")
 """Where every tool expects it; the kernel makes the empty directory."""
+
+BPF_FS_MAGIC: Final = 0xCAFE4A11
+"""linux/magic.h."""
 
 _MS_NOSUID_NODEV_NOEXEC: Final = 2 | 4 | 8
 
 
 class BpffsError(Exception):
     """The directory for pins is not on bpffs, and cannot be made so."""
-
-
-def mount_point(directory: Path, mountinfo: str) -> tuple[Path, str]:
-    """Return where the file system of `directory` is mounted, and its type.
-
-    `mountinfo` is the text of /proc/self/mountinfo (proc_pid_mountinfo(5)). Of several mounts on
-    one place the last covers the others. Raises ValueError if nothing fits.
-    """
-    best: tuple[Path, str] | None = None
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        point = Path(before.split()[4].encode().decode("unicode_escape"))
-        if directory.is_relative_to(point) and (
-            best is None or len(point.parts) >= len(best[0].parts)
-        ):
-            best = point, after.split()[0]
-    if best is None:
-        raise ValueError(f"no mount holds {directory}")
-    return best
 
 
 def ensure_bpffs(directory: Path) -> None:
@@ -63,5 +50,9 @@ def ensure_bpffs(directory: Path) -> None:
 
 
 def _is_bpffs(directory: Path) -> bool:
-    mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
-    return mount_point(directory, mountinfo)[1] == "bpf"
+    # Asked before each enrolment. The table of mounts has a line or two for each pod's namespace:
+    # read once a pod, it took most of the time of enrolling a thousand.
+    for path in (directory, *directory.parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return _libbpf.file_system(str(path)) == BPF_FS_MAGIC
+    return False

@@ -1,4 +1,4 @@
-"""Finding the mount that holds a directory."""
+"""Finding out whether a directory is on bpffs."""
 
 from __future__ import annotations
 
@@ -6,33 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.capture.bpffs import BpffsError, ensure_bpffs, mount_point
+from nodeagent.capture import _libbpf
+from nodeagent.capture.bpffs import BPF_FS_MAGIC, BpffsError, ensure_bpffs
 
-MOUNTINFO = """\
-22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-25 22 0:23 / /sys rw,nosuid shared:7 - sysfs sysfs rw
-31 25 0:28 / /sys/fs/bpf rw,nosuid - bpf bpf rw,mode=700
-40 22 0:40 / /mnt/with\\040space rw - tmpfs tmpfs rw
-"""
-
-
-@pytest.mark.parametrize(
-    "directory, point, kind",
-    [
-        ("/sys/fs/bpf/nodeagent", "/sys/fs/bpf", "bpf"),
-        ("/sys/fs/bpf", "/sys/fs/bpf", "bpf"),
-        ("/sys/fs/bpfother", "/sys", "sysfs"),
-        ("/var", "/", "ext4"),
-        ("/mnt/with space/x", "/mnt/with space", "tmpfs"),
-    ],
-)
-def test_the_closest_mount_counts(directory: str, point: str, kind: str) -> None:
-    assert mount_point(Path(directory), MOUNTINFO) == (Path(point), kind)
-
-
-def test_the_last_mount_on_one_place_counts() -> None:
-    covered = MOUNTINFO + "50 31 0:50 / /sys/fs/bpf rw - tmpfs tmpfs rw\n"
-    assert mount_point(Path("/sys/fs/bpf/x"), covered)[1] == "tmpfs"
+PROC_SUPER_MAGIC = 0x9FA0
 
 
 def test_names_that_bpffs_refuses_are_refused_in_words() -> None:
@@ -40,6 +17,34 @@ def test_names_that_bpffs_refuses_are_refused_in_words() -> None:
         ensure_bpffs(Path("/sys/fs/bpf/node.1"))
 
 
-def test_a_directory_elsewhere_is_refused() -> None:
+@pytest.mark.parametrize("directory", ["/var/lib/pins", "/proc/self/status/pins", "/"])
+def test_a_directory_elsewhere_is_refused(directory: str) -> None:
     with pytest.raises(BpffsError, match="not on a BPF file system"):
-        ensure_bpffs(Path("/var/lib/pins"))
+        ensure_bpffs(Path(directory))
+
+
+@pytest.mark.parametrize("kind, accepted", [(BPF_FS_MAGIC, True), (PROC_SUPER_MAGIC, False)])
+def test_what_is_not_there_yet_is_on_the_file_system_of_what_is(
+    monkeypatch: pytest.MonkeyPatch, kind: int, accepted: bool
+) -> None:
+    asked: list[str] = []
+
+    def file_system(path: str) -> int:
+        asked.append(path)
+        if path != "/pins":
+            raise FileNotFoundError(2, "no such file", path)
+        return kind
+
+    monkeypatch.setattr(_libbpf, "file_system", file_system)
+    if accepted:
+        ensure_bpffs(Path("/pins/here/agent"))
+    else:
+        with pytest.raises(BpffsError, match="not on a BPF file system"):
+            ensure_bpffs(Path("/pins/here/agent"))
+    assert asked == ["/pins/here/agent", "/pins/here", "/pins"]
+
+
+def test_the_kernel_names_the_file_system() -> None:
+    assert _libbpf.file_system("/proc/self/status") == PROC_SUPER_MAGIC
+    with pytest.raises(FileNotFoundError):
+        _libbpf.file_system("/proc/self/nothing")

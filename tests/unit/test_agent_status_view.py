@@ -19,6 +19,7 @@ from nodeagent.admin.model import (
     SCHEMA,
     CertificateReport,
     ConfigReport,
+    DrainReport,
     PodReport,
     PodState,
     PortMode,
@@ -212,6 +213,21 @@ def test_what_is_not_encrypted_by_choice_is_said_and_is_no_finding(tmp_path: Pat
     assert "same node, direct: not encrypted" in result.stdout
     (tmp_path / "admin.sock").unlink(missing_ok=True)
     assert "not encrypted" not in invoke(tmp_path, living()).stdout
+
+
+def test_what_an_upgrade_has_replaced_is_shown_and_is_no_finding(tmp_path: Path) -> None:
+    since = datetime.now(UTC) - timedelta(minutes=12)
+    drains = (
+        DrainReport(pid=1, since=since, connections=3, cut=2),
+        DrainReport(pid=2, since=since, connections=1),
+        DrainReport(pid=3, since=since),
+    )
+    found = living(ztunnel=ZtunnelReport(connected=True, draining=drains))
+    result = invoke(tmp_path, found)
+    assert result.exit_code == ExitCode.HEALTHY, result.output
+    assert "ztunnel 1 drains for 12m: 3 connections left, 2 cut at the deadline" in result.stdout
+    assert "ztunnel 2 drains for 12m: 1 connection left\n" in result.stdout
+    assert "ztunnel 3 drains for 12m: has not said what it carries" in result.stdout
 
 
 def test_table_fits_eighty_columns(tmp_path: Path) -> None:

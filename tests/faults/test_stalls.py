@@ -159,7 +159,8 @@ def test_stalled_readers_of_one_connection_hold_a_bounded_number_of_bytes(mesh: 
         sender.open(to)
         mesh.accept(listener)
     assert sender.push_all() >= STREAMS * FIRST_WINDOW
-    most = STREAMS * FIRST_WINDOW * CHUNKS
+    # What the reader's socket has taken at first may have earned some a wider window.
+    most = (STREAMS * FIRST_WINDOW + GROWTH) * CHUNKS
     assert STREAMS * FIRST_WINDOW / 4 < held(mesh, "far") <= most
     assert resident(mesh, "far") - before <= most + GROWTH
     assert max(unsent(mesh, "far", port)) <= UNSENT_MOST

@@ -164,6 +164,9 @@ enum zt_deadline {
 /* The longest wait that is worth spinning for instead of sleeping: about what it takes to answer a
  * small request through two tunnels. */
 #define ZT_SPIN_US 100u
+/* How long a worker does not spin after others have kept the processor for longer than that: their
+ * work is not over in a moment either. */
+#define ZT_NO_SPIN_US ZT_SECONDS(1)
 
 /*
  * Limits of one pod, so that none starves its neighbours: X(NAME, name in the settings, unless the

@@ -507,16 +507,24 @@ static void end_everything(struct zt_worker *w) {
  * costs more than all else that a small request costs. As KVM does for a halted guest
  * (Documentation/virt/kvm/halt-polling.rst), the moment grows while waits are shorter than
  * ZT_SPIN_US, and is nothing after a longer one. One worker of the process at a time, so that it
- * costs one processor at most, and that one is offered to others in every round.
+ * costs one processor at most, and that one is offered to others in every round. Where others take
+ * it for long, nobody spins for a while: a sleeper is woken before them, who yields is not.
  */
-static int spin(struct zt_worker *w, struct epoll_event *events, uint64_t until) {
-    int n = 0;
+static int spin(struct zt_worker *w, struct epoll_event *events, uint64_t now) {
+    uint64_t until = now + w->spin_us;
+    int n;
 
-    if (atomic_exchange_explicit(&w->core->spinning, true, memory_order_relaxed)) return 0;
+    if (now < w->no_spin_until ||
+        atomic_exchange_explicit(&w->core->spinning, true, memory_order_relaxed))
+        return 0;
     do {
+        uint64_t before = now;
+
         sched_yield();
         n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
-    } while (n == 0 && zt_now_us() < until);
+        now = zt_now_us();
+        if (now - before > ZT_SPIN_US) w->no_spin_until = now + ZT_NO_SPIN_US;
+    } while (n == 0 && now < until);
     atomic_store_explicit(&w->core->spinning, false, memory_order_relaxed);
     return n;
 }
@@ -527,7 +535,7 @@ static int next_events(struct zt_worker *w, struct epoll_event *events) {
 
     if (timeout == 0) return epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
     began = zt_now_us();
-    if (w->spin_us) n = spin(w, events, began + w->spin_us);
+    if (w->spin_us) n = spin(w, events, began);
     if (n == 0) n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, timeout);
     waited = zt_now_us() - began;
     if (waited > ZT_SPIN_US)

@@ -128,8 +128,9 @@ struct zt_worker {
     uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
     uint64_t now;       /* microseconds, read once a turn */
     uint64_t spin_us;   /* how long to look for events before sleeping */
-    uint64_t peak;      /* most connections open at once since memory was given back */
-    uint64_t trim_at;   /* when to give memory back; 0: no need */
+    uint64_t no_spin_until;
+    uint64_t peak;    /* most connections open at once since memory was given back */
+    uint64_t trim_at; /* when to give memory back; 0: no need */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;

@@ -177,7 +177,11 @@ class Peer:
 
 
 class Peers:
-    """Peers by key, the longest unused first."""
+    """Peers by key, the longest unused first.
+
+    A peer that is retired has no key any more, so nothing new names it; it keeps its number, and so
+    the core's ear, until the last decision that names it is freed: its streams can still be cut.
+    """
 
     def __init__(self, core: CoreLike, numbers: Iterator[int], limit: int = MAX_PEERS) -> None:
         self._core = core
@@ -192,6 +196,7 @@ class Peers:
         return len(self._by_number)
 
     def __iter__(self) -> Iterator[Peer]:
+        """Retired ones too."""
         return iter(list(self._by_number.values()))
 
     def get(self, number: int) -> Peer | None:
@@ -224,13 +229,24 @@ class Peers:
     def release(self, peer: Peer, now: float) -> None:
         peer.refs -= 1
         peer.used = now
-        if peer.key in self._by_key:
+        if self._by_key.get(peer.key) is peer:
             self._by_key.move_to_end(peer.key)
+        elif not peer.refs:
+            self.remove(peer)
+
+    def retire(self, peer: Peer) -> None:
+        """Let nothing new name `peer`; the next to ask for its key gets another, without pool."""
+        if self._by_key.get(peer.key) is peer:
+            del self._by_key[peer.key]
+        if not peer.refs:
+            self.remove(peer)
 
     def remove(self, peer: Peer) -> None:
+        """Take `peer` out of the core, which cannot be asked to cut its streams any more."""
         if self._by_number.pop(peer.number, None) is None:
             return
-        del self._by_key[peer.key]
+        if self._by_key.get(peer.key) is peer:
+            del self._by_key[peer.key]
         peer.forget()
         self._core.remove_peer(peer.number)
 
@@ -247,7 +263,7 @@ class Peers:
         if oldest is None:
             oldest = next(iter(self._by_key.values()))
             self.evicted_in_use += 1
-        self.remove(oldest)
+        self.retire(oldest)
 
 
 class Record:

@@ -27,7 +27,6 @@ from ztunnel.protocol import (
 )
 from ztunnel.reasons import Reason
 
-
 @pytest.fixture
 def rig() -> Iterator[Rig]:
     made = Rig()
@@ -178,6 +177,24 @@ def test_a_pool_in_use_is_not_forgotten(rig: Rig) -> None:
     assert len(rig.core.peers) == 1
 
 
+def test_a_pool_that_gave_way_can_be_cut_until_its_last_decision_is_freed() -> None:
+    core = FakeCore()
+    core.pods[1] = ()
+    peers = tables.Peers(core, tables.Numbers(), limit=1)
+    expected = frozenset({"spiffe://x"})
+    first = peers.acquire(1, 1, expected, ip("10.2.0.1"), 15008, 0.0)
+    second = peers.acquire(1, 1, expected, ip("10.2.0.2"), 15008, 0.0)
+    assert peers.evicted_in_use == 1
+    assert set(core.peers) == {first.number, second.number}
+    assert peers.get(first.number) is first
+    again = peers.acquire(1, 1, expected, ip("10.2.0.1"), 15008, 1.0)
+    assert again is not first
+    peers.release(first, 2.0)
+    peers.release(second, 2.0)
+    assert set(core.peers) == {again.number}
+    assert list(peers) == [again]
+
+
 def test_one_label_set_has_one_series(rig: Rig) -> None:
     rig.start()
     one = rig.core.answer_to(rig.outbound("10.2.0.1", 1))
@@ -213,12 +230,16 @@ def test_the_cache_is_bounded_and_gives_back_what_it_drops(rig: Rig) -> None:
 def test_a_pool_dropped_for_room_while_in_use_advances_the_epoch(rig: Rig) -> None:
     rig.start(workload("a", "10.4.0.1"), workload("b", "10.4.0.2"))
     rig.tunnel.peers._limit = 1
-    rig.outbound("10.4.0.1")
+    first = rig.core.answers[rig.outbound("10.4.0.1")]
     epoch = rig.core.epoch
     upcall = rig.outbound("10.4.0.2")
     # The core's table may still name the pool that went.
     assert rig.core.epoch > epoch
     assert rig.core.answer_to(upcall).action == "tunnel"
+    # It must still hear when its streams are to be cut.
+    assert len(rig.core.peers) == 2
+    rig.core.free(first)
+    rig.tunnel.pump()
     assert len(rig.core.peers) == 1
 
 

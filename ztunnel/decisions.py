@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import labels as label_sets
@@ -249,6 +249,12 @@ class Peers:
             del self._by_key[peer.key]
         peer.forget()
         self._core.remove_peer(peer.number)
+
+    def retire_proven(self, ended: Collection[int]) -> None:
+        """Retire the peers of which a server has proved one of the identities `ended`."""
+        for peer in self:
+            if not peer.proven.keys().isdisjoint(ended):
+                self.retire(peer)
 
     def remove_idle(self, before: float) -> None:
         """Remove the peers that no decision names and that were last used before `before`."""

@@ -261,8 +261,11 @@ class Tunnel:
             self._internal("deadlines could not be served")
 
     def _tick(self, now: float) -> None:
-        if any(proven.refs for proven in self.identities.ended(self._wall())):
-            # Their open streams live on; new ones are asked about, and refused.
+        ended = {proven.number for proven in self.identities.ended(self._wall()) if proven.refs}
+        if ended:
+            # Their open streams live on. Of new ones, a client's are asked about, and refused;
+            # those to a server get another pool, for which it must show what it has now.
+            self.peers.retire_proven(ended)
             self._new_epoch()
         for _ in range(len(self._waiting)):
             upcall, deadline = self._waiting.popleft()

@@ -162,6 +162,35 @@ def test_an_expired_identity_opens_nothing_new_but_keeps_what_it_has(rig: Rig) -
     assert refused.arguments == (Reason.CERT_EXPIRED,)
 
 
+def test_after_the_end_of_a_servers_certificate_it_must_show_another(rig: Rig) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.outbound("10.2.0.1")]
+    server_shows(rig, chain_of("httpbin", not_after=NOW + 100))
+    (old,) = rig.core.peers
+    rig.wall += 101
+    rig.tunnel.tick()
+    new = rig.core.answer_to(rig.outbound("10.2.0.1")).arguments[0]
+    assert new != old
+    # Open streams live on, and can still be cut.
+    assert not rig.core.closed_peers
+    assert not rig.core.killed
+    assert old in rig.core.peers
+    rig.apply(bundle(OTHER_ROOT.der))
+    assert rig.core.closed_peers == {old: Reason.TRUST_WITHDRAWN}
+    rig.core.free(decision)
+    rig.tunnel.pump()
+    assert set(rig.core.peers) == {new}
+
+
+def test_a_servers_newer_certificate_keeps_its_pool(rig: Rig) -> None:
+    rig.start()
+    first = rig.core.answer_to(rig.outbound("10.2.0.1")).arguments[0]
+    server_shows(rig, chain_of("httpbin", not_after=NOW + 1000))
+    rig.wall += 101
+    rig.tunnel.tick()
+    assert rig.core.answer_to(rig.outbound("10.2.0.1")).arguments[0] == first
+
+
 def test_an_identity_number_that_is_not_ours_is_refused(rig: Rig) -> None:
     rig.start()
     assert rig.core.answer_to(rig.inbound("10.9.0.1", 424242)).action == "refuse"

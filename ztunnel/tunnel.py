@@ -79,8 +79,9 @@ _COUNTER_BYTES: Final = 8
 TICK: Final = 1.0
 """Seconds between looks at deadlines and ends of certificates."""
 
-PEER_IDLE: Final = 330.0
-"""Seconds until an unused peer is forgotten: the core closes idle connections after 300."""
+PEER_MARGIN: Final = 20.0
+"""Seconds that an unused peer outlives the idle deadline of its connections, so that it is the core
+that closes them."""
 
 STALLED: Final = 2.0
 """Seconds that questions may lie uncollected before the decision path counts as stuck."""
@@ -119,6 +120,7 @@ class Tunnel:
         self.events = Events(self, self._judge, sink, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
         self._peers_evicted = 0
+        self._peer_idle = _peer_idle(protocol.Deadlines())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._collected_at = clock()
         self._failed_at = -FAILURE_MEMORY
@@ -190,6 +192,7 @@ class Tunnel:
     def _set(self, settings: protocol.Settings) -> None:
         for name, seconds in msgspec.structs.asdict(settings.deadlines).items():
             self._core.set_deadline(name, seconds * MICROSECONDS)
+        self._peer_idle = _peer_idle(settings.deadlines)
         for name, most in msgspec.structs.asdict(settings.limits).items():
             if name == FAILURE_LINES:
                 self.events.failure_lines.most = most
@@ -274,7 +277,7 @@ class Tunnel:
                 self._handle(upcall, may_wait=False)
             else:
                 self._waiting.append((upcall, deadline))
-        self.peers.remove_idle(now - PEER_IDLE)
+        self.peers.remove_idle(now - self._peer_idle)
         self.events.tick()
 
     async def _ask_again(self) -> None:
@@ -463,6 +466,11 @@ class Tunnel:
         if poll.poll(0) and now - self._collected_at > STALLED:
             return f"questions of the core lie uncollected for {now - self._collected_at:.0f} s"
         return ""
+
+
+def _peer_idle(deadlines: protocol.Deadlines) -> float:
+    """Seconds until an unused peer is forgotten: the core looks for idle connections by pings."""
+    return deadlines.idle + deadlines.ping_interval + PEER_MARGIN
 
 
 class _CertificateRefusedError(Exception):

@@ -3,10 +3,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from support.fake_core import FakeCore
-from support.mesh_state import ip, policy, service, workload
+from support.mesh_state import SETTINGS, ip, policy, service, workload
 from support.tunnel_rig import (
     HTTPBIN,
     LEGACY,
@@ -22,10 +23,14 @@ from ztunnel import decisions as tables
 from ztunnel import labels, tunnel
 from ztunnel.corelike import Kind
 from ztunnel.protocol import (
+    Deadlines,
     Endpoint,
     Removal,
 )
 from ztunnel.reasons import Reason
+
+PEER_IDLE = Deadlines().idle + Deadlines().ping_interval + tunnel.PEER_MARGIN
+
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
@@ -164,15 +169,32 @@ def test_a_freed_decision_is_forgotten_with_what_it_held(rig: Rig) -> None:
     rig.core.free(decision)
     rig.tunnel.pump()
     assert len(rig.tunnel.decisions) == 0
-    rig.now += tunnel.PEER_IDLE + 1
+    rig.now += PEER_IDLE + 1
     rig.tunnel.tick()
     assert not rig.core.peers
+
+
+def test_a_pool_is_kept_for_as_long_as_its_connections_may_be_idle() -> None:
+    long = msgspec.structs.replace(SETTINGS, deadlines=Deadlines(idle=4000))
+    rig = Rig(settings=long)
+    rig.start()
+    decision = rig.core.answers[rig.outbound("10.2.0.1")]
+    rig.apply(service("x", ("10.96.0.9",), ()))
+    rig.core.free(decision)
+    rig.tunnel.pump()
+    rig.now += 4000
+    rig.tunnel.tick()
+    assert rig.core.peers
+    rig.now += PEER_IDLE
+    rig.tunnel.tick()
+    assert not rig.core.peers
+    rig.close()
 
 
 def test_a_pool_in_use_is_not_forgotten(rig: Rig) -> None:
     rig.start()
     rig.outbound("10.2.0.1")
-    rig.now += 10 * tunnel.PEER_IDLE
+    rig.now += 10 * PEER_IDLE
     rig.tunnel.tick()
     assert len(rig.core.peers) == 1
 

@@ -200,6 +200,8 @@ class PodKeeper:
             while not self.finished:
                 self._wake.clear()
                 delay = await self._turn()
+                if delay == 0:
+                    continue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
                         await self._wake.wait()
@@ -226,7 +228,7 @@ class PodKeeper:
         step = reconcile.decide(wanted, self._enrolled, netns.cookie if netns else None)
         if step is Step.ENROL and wanted is not None and netns is not None:
             await self._enrol(wanted, netns)
-            return 0
+            return reconcile.first_audit_seconds(self.workload, self._owner.pods())
         if step is Step.AUDIT and self._enrolled is not None:
             await self._audit(self._enrolled.uid)
             return reconcile.audit_seconds(self._owner.pods())
@@ -267,6 +269,7 @@ class PodKeeper:
         log.info("pod enrolled", pod=uid, netns=wanted.netns, addresses=",".join(wanted.addresses))
         self._publish(enrolment)
         await self._clear_left(keep=uid)
+        self._audited(tuple(each.detail for each in enrolment.remaining))
 
     def _publish(self, enrolment: Enrolment) -> None:
         enrolled = self._enrolled
@@ -299,9 +302,12 @@ class PodKeeper:
             self._publish(repair.enrolment)
         counters = await self._capture.counters(uid)
         self._drops = {name: n for name, n in counters.items() if not name.startswith("captured_")}
-        wrong = tuple(each.detail for each in remaining)
+        self._audited(tuple(each.detail for each in remaining))
+
+    def _audited(self, wrong: tuple[str, ...]) -> None:
+        """The capture is there, but for what is `wrong`."""
         if wrong and wrong != self._deviations:
-            log.error("pod capture is wrong", pod=uid, reasons="; ".join(wrong))
+            log.error("pod capture is wrong", workload=self.workload, reasons="; ".join(wrong))
         self._deviations = wrong
         self._error = ""
         self._now(PodState.DEGRADED if wrong else PodState.ENROLLED)

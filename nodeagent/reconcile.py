@@ -9,6 +9,7 @@ unless it is open both before and after. Pure: no sockets, no clocks.
 from __future__ import annotations
 
 import enum
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -26,6 +27,7 @@ __all__ = [
     "audit_seconds",
     "closed_by",
     "decide",
+    "first_audit_seconds",
     "retry_seconds",
     "together",
     "unwanted",
@@ -162,6 +164,15 @@ def unwanted(left: Iterable[str], wanted: Mapping[str, Wanted]) -> tuple[str, ..
 def audit_seconds(pods: int) -> float:
     """Return the time between two audits of one pod, of a node that has `pods`."""
     return max(AUDIT_SECONDS, AUDIT_SHARE_SECONDS * pods)
+
+
+def first_audit_seconds(workload: str, pods: int) -> float:
+    """Return the time from a pod's enrolment, which is its first audit, to the next one.
+
+    It differs from pod to pod: those that were enrolled at once are not audited at once.
+    """
+    share = zlib.crc32(workload.encode()) / 2**32
+    return audit_seconds(pods) * (0.5 + share / 2)
 
 
 def retry_seconds(failures: int, *, soon: bool) -> float:

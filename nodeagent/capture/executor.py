@@ -57,6 +57,8 @@ class PodExecutor:
         self.listeners: list[socket.socket | None] = [None] * SLOTS
         self._marker = marker
         self._connected = False
+        self._older = True
+        """Whether there may be connections that carry the mark of older ones."""
         self._local: tuple[str, ...] = addresses
 
     # --- reading ---
@@ -109,9 +111,15 @@ class PodExecutor:
         """Put the enforcement in force, of the addresses that were read last."""
         self.objects.write_settings(self._body(self.settings()))
 
-    def note_connections(self) -> None:
-        """Look whether there are TCP sockets, before the first of ours is opened."""
+    def note_connections(self, *, fresh: bool) -> None:
+        """Look whether there are TCP sockets, before the first of ours is opened.
+
+        `fresh` says that nothing of the pod has been captured yet.
+        """
         self._connected = older.connected()
+        if fresh:
+            # Only `MarkOlder` gives that mark.
+            self._older = False
 
     def remember(self, found: planning.Found) -> None:
         """Pin a record of the namespace as it is before anything is changed, and the maps.
@@ -210,6 +218,7 @@ class PodExecutor:
             case actions.MarkOlder():
                 marker = self._marker()
                 if marker is not None:
+                    self._older = True
                     _libbpf.run_iterator(marker)
 
     def prune(self) -> None:
@@ -218,9 +227,11 @@ class PodExecutor:
 
     def cut(self) -> int:
         """End older connections on ports that take mutual TLS only. Returns how many."""
-        if self.enforcement is None or not self.enforcement.any_strict:
+        if not self._older or self.enforcement is None or not self.enforcement.any_strict:
             return 0
-        return older.cut(frozenset(self._local), self.enforcement.is_strict)
+        done = older.cut(frozenset(self._local), self.enforcement.is_strict)
+        self._older = done.left > 0
+        return done.ended
 
     def _open(self, slot: int) -> None:
         opened = open_listener(PORTS[slot])

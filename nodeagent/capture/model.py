@@ -100,6 +100,13 @@ class Listeners(NamedTuple):
     hbone: int
 
 
+class Deviation(msgspec.Struct, frozen=True):
+    """Something in the pod is not as enrolment left it. `kind` is a stable token."""
+
+    kind: str
+    detail: str
+
+
 class Enrolment(msgspec.Struct, frozen=True):
     """A captured pod: what the tunnel needs to serve it.
 
@@ -110,13 +117,8 @@ class Enrolment(msgspec.Struct, frozen=True):
     netns_cookie: int
     netns: int
     listeners: Listeners
-
-
-class Deviation(msgspec.Struct, frozen=True):
-    """Something in the pod is not as enrolment left it. `kind` is a stable token."""
-
-    kind: str
-    detail: str
+    remaining: tuple[Deviation, ...] = ()
+    """What an audit would report now: what others have put there and the capture leaves alone."""
 
 
 class Repair(msgspec.Struct, frozen=True):

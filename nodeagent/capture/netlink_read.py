@@ -29,7 +29,7 @@ from nodeagent.capture.actions import (
     Rule,
 )
 from nodeagent.capture.layout import TABLE, V4, V6
-from nodeagent.pods.netlink import DUMP, Rtnetlink, decode, encode, get
+from nodeagent.pods.netlink import DUMP, Rtnetlink, Selection, decode, encode, get
 
 __all__ = ["PARENTS", "read_clsact", "read_filters", "read_routes", "read_rules"]
 
@@ -53,6 +53,10 @@ class _AnyFamily(rtmsg):  # type: ignore[misc]
 
 _ROUTES: Final = encode(_AnyFamily, RTM_GETROUTE, DUMP, {}, [("RTA_TABLE", TABLE)])
 _QDISCS: Final = encode(tcmsg, RTM_GETQDISC, DUMP, {})
+
+_ROUTE: Final = Selection(rtmsg, ("RTA_TABLE", "RTA_DST", "RTA_OIF", "RTA_PREFSRC"))
+_KIND: Final = Selection(tcmsg, ("TCA_KIND",))
+_FILTER: Final = Selection(tcmsg, ("TCA_KIND", "TCA_OPTIONS"))
 
 _RULE_ATTRIBUTES: Final = {
     "FRA_TABLE",
@@ -125,7 +129,7 @@ def _route(data: bytes) -> Route | None:
 
 def read_routes(route: Rtnetlink) -> frozenset[Route]:
     """Return what is in our table."""
-    found = (_route(data) for data in route.dump(_ROUTES))
+    found = (_route(_ROUTE.of(data)) for data in route.dump(_ROUTES))
     return frozenset(item for item in found if item is not None)
 
 
@@ -141,7 +145,7 @@ def _qdisc(data: bytes) -> tuple[int, str]:
 
 def read_clsact(route: Rtnetlink) -> frozenset[int]:
     """Return the indices of devices that have a clsact qdisc."""
-    found = (_qdisc(data) for data in route.dump(_QDISCS))
+    found = (_qdisc(_KIND.of(data)) for data in route.dump(_QDISCS))
     return frozenset(device for device, kind in found if kind == "clsact")
 
 
@@ -163,7 +167,7 @@ def _filters_of(device: int, direction: str) -> bytes:
 
 def _filters(route: Rtnetlink, device: int, direction: str) -> Iterator[Filter]:
     for data in route.dump(_filters_of(device, direction)):
-        message = decode(tcmsg, data)
+        message = decode(tcmsg, _FILTER.of(data))
         if not message["handle"]:
             continue  # the head of a priority's list
         options = message.get_attr("TCA_OPTIONS")

@@ -12,6 +12,7 @@ import errno
 import functools
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -46,9 +47,17 @@ from nodeagent.capture.actions import (
     Route,
     Rule,
 )
-from nodeagent.capture.layout import TABLE
+from nodeagent.capture.layout import TABLE, V4, V6
 from nodeagent.capture.netlink_read import PARENTS
-from nodeagent.pods.netlink import ACK, CREATE, EXCLUSIVE, Attributes, Outcome, Rtnetlink
+from nodeagent.pods.netlink import (
+    ACK,
+    CREATE,
+    EXCLUSIVE,
+    Attributes,
+    Outcome,
+    Rtnetlink,
+    Template,
+)
 from nodeagent.pods.netlink import encode as encode_message
 
 __all__ = ["Guard", "encode", "write"]
@@ -69,6 +78,10 @@ RT_SCOPE_HOST: Final = 254
 RT_SCOPE_NOWHERE: Final = 255
 DIRECT_ACTION: Final = 1
 """TCA_BPF_FLAG_ACT_DIRECT (linux/pkt_cls.h)."""
+
+_NUMBER: Final = struct.Struct("=I")
+_SOURCES: Final = {V4: "203.0.113.90", V6: "2001:db8:5a5a:5a5a:5a5a:5a5a:5a5a:5a5a"}
+"""Where a template has a pod's address: addresses of documentation, which nobody has."""
 
 Guard = tuple[int, int]
 """What a filter runs: the program's descriptor, and the pod that it is told to be of."""
@@ -117,6 +130,19 @@ def _route(kind: int, flags: int, item: Route, protocol: int, scope: int) -> byt
     return encode_message(rtmsg, kind, flags, fields, attributes)
 
 
+def _add_route(item: Route) -> bytes:
+    # The scope as iproute2 sets it for local routes; IPv6 ignores it.
+    scope = RT_SCOPE_HOST if item.kind == RTN_LOCAL else 0
+    return _route(RTM_NEWROUTE, ADD, item, RTPROT_STATIC, scope)
+
+
+@functools.lru_cache(2)
+def _own_route_template(family: int) -> Template:
+    """Return what adds our route of a family; its hole is the source."""
+    source = _SOURCES[family]
+    return Template(_add_route(Route(family, source)), socket.inet_pton(family, source))
+
+
 @functools.lru_cache(MOST_RULES)
 def _qdisc(kind: int, flags: int, device: int) -> bytes:
     fields = {"index": device, "handle": CLSACT_HANDLE, "parent": CLSACT}
@@ -136,8 +162,10 @@ def _filter(kind: int, flags: int, item: Filter, options: Attributes = ()) -> by
     return encode_message(tcmsg, kind, flags, fields, attributes)
 
 
-def _guard(device: int, direction: str, guard: Guard) -> bytes:
-    program, pod = guard
+@functools.lru_cache(2)
+def _guard_template(direction: str) -> Template:
+    """Return what sets the guard; its holes are device, pod and program."""
+    device, pod, program = 0x5A000001, 0x5A000002, 0x5A000003
     ours = Filter(device, direction, FILTER_PRIORITY, FILTER_HANDLE, FILTER_NAME, 0)
     options = (
         ("TCA_BPF_CLASSID", pod),
@@ -146,7 +174,14 @@ def _guard(device: int, direction: str, guard: Guard) -> bytes:
         ("TCA_BPF_FLAGS", DIRECT_ACTION),
     )
     # Without EXCLUSIVE: replaces what is in our place, without a moment of none.
-    return _filter(RTM_NEWTFILTER, ACK | CREATE, ours, options)
+    request = _filter(RTM_NEWTFILTER, ACK | CREATE, ours, options)
+    return Template(request, *(_NUMBER.pack(hole) for hole in (device, pod, program)))
+
+
+def _guard(device: int, direction: str, guard: Guard) -> bytes:
+    program, pod = guard
+    values = (_NUMBER.pack(value) for value in (device, pod, program))
+    return _guard_template(direction).fill(*values)
 
 
 def encode(action: NetlinkAction, guard: Guard | None) -> bytes:
@@ -157,9 +192,10 @@ def encode(action: NetlinkAction, guard: Guard | None) -> bytes:
         case DeleteRule(rule):
             return _rule(RTM_DELRULE, ACK, rule)
         case AddRoute(item):
-            # The scope as iproute2 sets it for local routes; IPv6 ignores it.
-            scope = RT_SCOPE_HOST if item.kind == RTN_LOCAL else 0
-            return _route(RTM_NEWROUTE, ADD, item, RTPROT_STATIC, scope)
+            if item == Route(item.family, item.source) and item.source:
+                source = socket.inet_pton(item.family, item.source)
+                return _own_route_template(item.family).fill(source)
+            return _add_route(item)
         case DeleteRoute(item):
             return _route(RTM_DELROUTE, ACK, item, 0, RT_SCOPE_NOWHERE)
         case AddClsact(device):

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 
 from nodeagent.capture.layout import MARK_OLDER
 
-__all__ = ["Connection", "connected", "cut", "probe_destroy", "to_cut"]
+__all__ = ["Connection", "Cut", "connected", "cut", "probe_destroy", "to_cut"]
 
 NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
@@ -42,6 +42,13 @@ _HEADER: Final = struct.Struct("=IHHII")
 _REQUEST: Final = struct.Struct("=BBBBI48s")
 _ANSWER: Final = struct.Struct("=BBBB48s20s")
 _ATTRIBUTE: Final = struct.Struct("=HH")
+
+
+class Cut(NamedTuple):
+    """How many older connections were ended, and how many go on."""
+
+    ended: int
+    left: int
 
 
 class Connection(NamedTuple):
@@ -84,15 +91,19 @@ def _must_end(
     return not inside and is_strict(connection.local_port)
 
 
-def cut(own: frozenset[str], is_strict: Callable[[int], bool]) -> int:
-    """End the older connections that may not live on. Returns how many. Raises OSError."""
+def cut(own: frozenset[str], is_strict: Callable[[int], bool]) -> Cut:
+    """End the older connections that may not live on. Raises OSError.
+
+    The kernel goes through every connection of the machine for it: milliseconds.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
         sock.bind((0, 0))
         found = [c for family in (socket.AF_INET, socket.AF_INET6) for c in _dump(sock, family)]
         ended = 0
         for connection in to_cut(found, own, is_strict):
             ended += _destroy(sock, connection)
-        return ended
+        older = sum(connection.mark == MARK_OLDER for connection in found)
+        return Cut(ended, older - ended)
 
 
 def _send(sock: socket.socket, kind: int, flags: int, family: int, key: bytes) -> None:

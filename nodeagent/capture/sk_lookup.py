@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import structlog
 
 from nodeagent.capture import plan as planning
@@ -72,7 +73,7 @@ class SkLookupCapture:
                     pod = self._executor(spec.uid, spec.netns.duplicate(), spec.addresses)
             pod.addresses, pod.enforcement = spec.addresses, spec.enforcement
             try:
-                await self._inside(pod, self._enrol, pod, adopt)
+                remaining = await self._inside(pod, self._enrol, pod, adopt)
             except BaseException:
                 # Listening sockets of a pod that is not enrolled would only be in the way.
                 if spec.uid not in self._pods and not pod.objects.exists():
@@ -81,7 +82,7 @@ class SkLookupCapture:
                     self._pods[spec.uid] = pod
                 raise
             self._pods[spec.uid] = pod
-            return _enrolment(pod)
+            return msgspec.structs.replace(_enrolment(pod), remaining=remaining)
 
     async def remove(self, uid: str) -> None:
         async with self._locked(uid):
@@ -215,9 +216,9 @@ class SkLookupCapture:
 
     # --- inside the namespace, on a thread ---
 
-    def _enrol(self, pod: PodExecutor, adopt: Listeners | None) -> None:
+    def _enrol(self, pod: PodExecutor, adopt: Listeners | None) -> tuple[Deviation, ...]:
         fresh = not pod.objects.exists()
-        pod.note_connections()
+        pod.note_connections(fresh=fresh)
         with Rtnetlink() as route:
             found = pod.read(route)
             _check(pod, found, fresh=fresh)
@@ -243,6 +244,7 @@ class SkLookupCapture:
                 if fresh and not (closed and _any_strict(pod)):
                     pod.objects.remove()
                 raise
+        return tuple(_beyond_us(found))
 
     def _apply(self, pod: PodExecutor, found: planning.Found) -> list[Action]:
         """Plan and apply. A port that is taken leaves the pod closed where mutual TLS is due."""
@@ -336,11 +338,15 @@ def _enrolment(pod: PodExecutor) -> Enrolment:
 
 def _deviations(found: planning.Found, actions: list[Action]) -> list[Deviation]:
     deviations = [Deviation(KINDS.get(type(action), "other"), str(action)) for action in actions]
-    deviations += [
+    return deviations + _beyond_us(found)
+
+
+def _beyond_us(found: planning.Found) -> list[Deviation]:
+    """Return what is not as it should be, and not ours to put right."""
+    return [
         Deviation("rule_before_ours", f"{rule} comes before ours; what it turns away is dropped")
         for rule in planning.foreign_rules(found)
     ]
-    return deviations
 
 
 def _check(pod: PodExecutor, found: planning.Found, *, fresh: bool) -> None:

@@ -16,7 +16,7 @@ from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_GETLINK
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from nodeagent.pods.netlink import DUMP, Rtnetlink, decode, encode
+from nodeagent.pods.netlink import DUMP, Rtnetlink, Selection, decode, encode
 from nodeagent.pods.netns import NetnsHandle
 from nodeagent.pods.threads import NamespaceThreads
 from nodeagent.pods.values import LO_INDEX, Address, Device, Interfaces
@@ -47,6 +47,9 @@ MOST_KEPT: Final = 64
 
 _LINKS: Final = encode(ifinfmsg, RTM_GETLINK, DUMP, {}, [("IFLA_EXT_MASK", _SKIP_STATS)])
 _ADDRESSES: Final = encode(ifaddrmsg, RTM_GETADDR, DUMP, {})
+
+_NAME: Final = Selection(ifinfmsg, ("IFLA_IFNAME",))
+_ADDRESS: Final = Selection(ifaddrmsg, ("IFA_ADDRESS", "IFA_LOCAL", "IFA_FLAGS"))
 
 
 class AddressesMissingError(Exception):
@@ -87,10 +90,10 @@ def collect_interfaces(route: Rtnetlink) -> Interfaces:
     """Read through an open socket that was made inside the namespace. Raises OSError."""
     devices: dict[int, str] = {}
     for data in route.dump(_LINKS):
-        index, flags, name = _link(data)
+        index, flags, name = _link(_NAME.of(data))
         if index != LO_INDEX and flags & IFF_UP:
             devices[index] = name
-    found = (_address(data) for data in route.dump(_ADDRESSES))
+    found = (_address(_ADDRESS.of(data)) for data in route.dump(_ADDRESSES))
     addresses = {each for each in found if each is not None and each.device in devices}
     return Interfaces(
         tuple(sorted(Device(index, name) for index, name in devices.items())),

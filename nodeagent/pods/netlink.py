@@ -30,6 +30,8 @@ __all__ = [
     "Attributes",
     "Outcome",
     "Rtnetlink",
+    "Selection",
+    "Template",
     "decode",
     "encode",
     "get",
@@ -68,6 +70,7 @@ TIMEOUT: Final = 10.0
 
 _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
+_LENGTH: Final = struct.Struct("=I")
 _CODE: Final = struct.Struct("=i")
 _SEQUENCE: Final = struct.Struct("=II")
 _SEQUENCE_OFFSET: Final = 8
@@ -96,6 +99,64 @@ def encode(
     message["header"]["flags"] = REQUEST | flags
     message.encode()
     return bytes(message.data)
+
+
+class Template:
+    """A request that is encoded once, and then filled in for each use."""
+
+    def __init__(self, request: bytes, *holes: bytes) -> None:
+        """`holes` stand in `request`, once each, where `fill` puts other bytes. Raises ValueError
+        if one does not.
+        """
+        places = [(request.find(hole), len(hole)) for hole in holes]
+        if any(request.count(hole) != 1 for hole in holes):
+            raise ValueError("a hole is not in the request once")
+        self._request = request
+        self._places = tuple(places)
+
+    def fill(self, *values: bytes) -> bytes:
+        """Return the request with `values` in the holes, in their order and of their sizes."""
+        made = bytearray(self._request)
+        for (start, size), value in zip(self._places, values, strict=True):
+            if len(value) != size:
+                raise ValueError(f"{len(value)} bytes for a hole of {size}")
+            made[start : start + size] = value
+        return bytes(made)
+
+
+class Selection:
+    """Takes what nobody asks for out of a message, before pyroute2 decodes it.
+
+    An attribute takes pyroute2 longer to decode than the kernel to make; and what is left is the
+    same more often, so that callers know it by its bytes.
+    """
+
+    def __init__(self, form: type[nlmsg], names: Sequence[str]) -> None:
+        """`names` are pyroute2's, of attributes of `form`. Raises ValueError for an unknown one."""
+        known = {entry[-2]: number for number, entry in enumerate(form.nla_map)}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise ValueError(f"{form.__name__} has no {', '.join(missing)}")
+        self._kinds = frozenset(known[name] for name in names)
+        self._start = _HEADER.size + struct.calcsize(
+            "=" + "".join(entry[1] for entry in form.fields)
+        )
+
+    def of(self, data: bytes) -> bytes:
+        """Return the message with the chosen attributes only. Raises OSError if it is malformed."""
+        parts = [data[: self._start]]
+        offset, end = self._start, len(data)
+        while offset + _ATTRIBUTE.size <= end:
+            length, kind = _ATTRIBUTE.unpack_from(data, offset)
+            if length < _ATTRIBUTE.size:
+                raise OSError(errno.EBADMSG, "netlink: malformed attribute")
+            following = offset + ((length + 3) & ~3)
+            if kind & _KIND_MASK in self._kinds:
+                parts.append(data[offset:following])
+            offset = following
+        made = bytearray(b"".join(parts))
+        _LENGTH.pack_into(made, 0, len(made))
+        return bytes(made)
 
 
 def decode(form: type[nlmsg], data: bytes) -> Any:  # noqa: ANN401 - pyroute2 is untyped

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from nodeagent.capture import Enforcement
+from nodeagent.capture.older import Cut
 from support.captured import (
     FAMILIES,
     PERMISSIVE,
@@ -315,7 +316,7 @@ def test_the_guard_alone_keeps_plaintext_out(
     world: Captured, family: Family, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a kernel cannot end connections, their bytes still do not pass under STRICT."""
-    monkeypatch.setattr("nodeagent.capture.older.cut", lambda _own, _is_strict: 0)
+    monkeypatch.setattr("nodeagent.capture.older.cut", lambda _own, _is_strict: Cut(0, 1))
     older = Older(world, family, direction)
     world.enrol(STRICT)
 

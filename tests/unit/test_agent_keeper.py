@@ -91,7 +91,8 @@ class World:
         self.adopted.append(adopt)
         self._do(f"enrol {spec.uid} {','.join(spec.addresses)}")
         self.enforcement = spec.enforcement
-        return Enrolment(spec.uid, spec.netns.cookie, 0, Listeners(0, 1, 2))
+        remaining = tuple(self.lasting)
+        return Enrolment(spec.uid, spec.netns.cookie, 0, Listeners(0, 1, 2), remaining)
 
     async def remove(self, uid: str) -> None:
         self._do(f"remove {uid}")
@@ -183,13 +184,29 @@ def test_enrols_audits_and_publishes() -> None:
         world.keeper.want(wanted())
         world.keeper.appeared(handle())
         await world.keeper.settled.wait()
-        assert world.events == [f"enrol {UID} 10.0.0.1", "kept", f"put {UID}", "repair"]
         assert world.adopted == [world.offer]
         view = world.keeper.view
         assert view.state is PodState.ENROLLED
-        assert view.drops == {"egress_bypass": 2}
+        world.keeper.wake()
+        await world.until(lambda: "repair" in world.events)
+        # The enrolment itself was the first audit.
+        assert world.events == [f"enrol {UID} 10.0.0.1", "kept", f"put {UID}", "repair"]
+        await world.until(lambda: bool(world.keeper.view.drops))
+        assert world.keeper.view.drops == {"egress_bypass": 2}
         assert view.enrolled is not None
         assert view.enrolled.cookie == 7
+
+    run(test)
+
+
+def test_what_others_have_put_in_the_way_degrades_at_once() -> None:
+    async def test(world: World) -> None:
+        world.lasting = [Deviation("rule_before_ours", "rule 50 comes before ours")]
+        world.keeper.want(wanted())
+        world.keeper.appeared(handle())
+        await world.keeper.settled.wait()
+        assert world.keeper.view.state is PodState.DEGRADED
+        assert world.keeper.view.deviations == ("rule 50 comes before ours",)
 
     run(test)
 

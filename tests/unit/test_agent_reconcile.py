@@ -111,3 +111,14 @@ def test_retries_back_off_and_stay_bounded() -> None:
     assert delays[-1] == reconcile.MAX_RETRY_SECONDS
     waits = [reconcile.retry_seconds(n, soon=True) for n in range(1, 100)]
     assert waits[-1] == reconcile.MAX_WAIT_SECONDS
+
+
+@pytest.mark.parametrize("pods", [1, 100, 1000])
+def test_pods_that_were_enrolled_at_once_are_not_audited_at_once(pods: int) -> None:
+    every = reconcile.audit_seconds(pods)
+    first = [reconcile.first_audit_seconds(f"default/pod-{index}", pods) for index in range(1000)]
+    assert min(first) >= every / 2
+    assert max(first) <= every
+    # No tenth of the time has twice its share.
+    tenths = [int((delay - every / 2) / (every / 2) * 10) for delay in first]
+    assert max(tenths.count(tenth) for tenth in range(10)) < 200

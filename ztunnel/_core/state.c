@@ -15,6 +15,36 @@
 
 #define AS(type, n) ((type *)(void *)(n)) /* the map's node is the first member */
 
+/* --- orders that are given even when there is no memory: it is taken beforehand ------------------- */
+
+static void free_orders(struct zt_msg *orders) {
+    while (orders) {
+        struct zt_msg *m = orders;
+
+        orders = m->next;
+        free(m);
+    }
+}
+
+static int keep_orders(struct zt_msg **orders, int n) {
+    while (n--) {
+        struct zt_msg *m = malloc(sizeof(*m));
+
+        if (!m) return -ENOMEM;
+        m->next = *orders;
+        *orders = m;
+    }
+    return 0;
+}
+
+static void order(struct zt_worker *w, struct zt_msg **orders, const struct zt_msg *msg) {
+    struct zt_msg *m = *orders;
+
+    *orders = m->next;
+    *m = *msg;
+    zt_worker_put(w, m);
+}
+
 /* --- references ------------------------------------------------------------------------------- */
 
 static bool last_reference(_Atomic int *refs) {
@@ -44,12 +74,7 @@ void zt_pod_put(struct zt_pod *pod) {
         if (pod->listeners[i].io.fd >= 0) close(pod->listeners[i].io.fd);
     }
     if (pod->netns >= 0) close(pod->netns);
-    while (pod->gone) {
-        struct zt_msg *m = pod->gone;
-
-        pod->gone = m->next;
-        free(m);
-    }
+    free_orders(pod->orders);
     zt_credential_put(pod->credential);
     free(pod);
 }
@@ -276,16 +301,7 @@ int zt_pod_add(struct zt_core *core, uint64_t number, int netns, const int liste
         if (kinds[k] != ZT_INBOUND_HBONE)
             setsockopt(l->io.fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
     }
-    for (int i = 0; i < core->nworkers; i++) {
-        struct zt_msg *m = malloc(sizeof(*m));
-
-        if (m) {
-            m->next = pod->gone;
-            pod->gone = m;
-        } else if (!rv) {
-            rv = -ENOMEM;
-        }
-    }
+    if (!rv) rv = keep_orders(&pod->orders, 2 * core->nworkers);
     memcpy(pod->addrs, addrs, (size_t)naddrs * sizeof(*addrs));
     pod->naddrs = naddrs;
     pod->credential = credential_mention(core, credential);
@@ -317,11 +333,9 @@ int zt_pod_remove(struct zt_core *core, uint64_t number) {
     if (core->running) {
         if (!core->draining) watch_all(core, pod, EPOLL_CTL_DEL);
         for (int i = 0; i < core->nworkers; i++) {
-            struct zt_msg *m = pod->gone;
+            struct zt_msg gone = {.type = ZT_MSG_POD_GONE, .pod = zt_pod_get(pod)};
 
-            pod->gone = m->next;
-            *m = (struct zt_msg){.type = ZT_MSG_POD_GONE, .pod = zt_pod_get(pod)};
-            zt_worker_put(core->workers[i], m);
+            order(core->workers[i], &pod->orders, &gone);
         }
     }
     zt_pod_put(pod);
@@ -554,14 +568,14 @@ void zt_core_stop(struct zt_core *core) {
     for (int i = 0; i < core->nworkers; i++) zt_worker_join(core->workers[i]);
 }
 
-/* To every worker, and counted until each has served it: what is lost for want of memory only
- * leaves a listener open, which is another's too. */
-static void post_parting(struct zt_core *core, enum zt_msg_type type, struct zt_pod *pod) {
+/* To every worker, and counted until each has served it. */
+static void order_parting(struct zt_core *core, struct zt_msg **orders, enum zt_msg_type type,
+                          struct zt_pod *pod) {
     for (int i = 0; i < core->nworkers; i++) {
         struct zt_msg m = {.type = type, .pod = pod ? zt_pod_get(pod) : NULL};
 
         atomic_fetch_add(&core->parting, 1);
-        if (zt_worker_post(core->workers[i], &m) == -ENOMEM) atomic_fetch_sub(&core->parting, 1);
+        order(core->workers[i], orders, &m);
     }
 }
 
@@ -576,11 +590,11 @@ int zt_core_drain(struct zt_core *core) {
 
             watch_all(core, pod, EPOLL_CTL_DEL);
             atomic_store(&pod->hearing, core->nworkers);
-            post_parting(core, ZT_MSG_DEAF, pod);
+            order_parting(core, &pod->orders, ZT_MSG_DEAF, pod);
         }
     }
     pthread_mutex_unlock(&core->lock);
-    post_parting(core, ZT_MSG_DRAIN, NULL);
+    order_parting(core, &core->orders, ZT_MSG_DRAIN, NULL);
     return 0;
 }
 
@@ -632,6 +646,7 @@ int zt_core_new(struct zt_core **out, int nworkers) {
         rv = zt_worker_new(&core->workers[i], core, i);
         if (!rv) core->nworkers++;
     }
+    if (!rv) rv = keep_orders(&core->orders, nworkers);
     if (rv) {
         zt_core_free(core);
         return rv;
@@ -648,6 +663,7 @@ void zt_core_free(struct zt_core *core) {
     zt_core_stop(core);
     for (int i = 0; i < core->nworkers; i++) zt_worker_free(core->workers[i]);
     free(core->workers);
+    free_orders(core->orders);
     if (core->decisions.buckets) {
         while ((n = zt_map_pop(&core->decisions))) {
             if (!AS(struct zt_decision, n)->released) zt_decision_put(AS(struct zt_decision, n));

@@ -65,11 +65,11 @@ struct zt_pod {
     int naddrs;
     struct zt_credential *credential;
     _Atomic bool removed;
-    struct zt_msg *gone; /* for each worker, so that it learns of the removal even without memory */
-    _Atomic int hearing; /* while draining: workers that may still use the listeners */
-    _Atomic int connections;                   /* of all workers, as all that follows */
-    _Atomic int descriptors;                   /* of its connections */
-    _Atomic int dials;                         /* TCP connects under way */
+    struct zt_msg *orders;   /* two for each worker: to drain, and that the pod has gone */
+    _Atomic int hearing;     /* while draining: workers that may still use the listeners */
+    _Atomic int connections; /* of all workers, as all that follows */
+    _Atomic int descriptors; /* of its connections */
+    _Atomic int dials;       /* TCP connects under way */
     _Atomic uint64_t refused[ZT_REASON_COUNT]; /* by zt_is_limit() */
     _Atomic int asking;     /* questions of this pod that wait for an answer, of all workers */
     _Atomic int handshakes; /* as a server, not open yet, of all workers */
@@ -201,7 +201,8 @@ struct zt_core {
     int nworkers;
     struct zt_worker **workers;
     bool running, draining;
-    _Atomic int parting; /* messages about draining that no worker has served yet */
+    _Atomic int parting;   /* messages about draining that no worker has served yet */
+    struct zt_msg *orders; /* to drain, one for each worker */
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
     _Atomic uint64_t limit[ZT_LIMITS];

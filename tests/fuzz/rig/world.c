@@ -394,6 +394,13 @@ void world_check_quiet(void) {
         RIG_REQUIRE(ZT_CONTAINER((uintptr_t)l, struct zt_conn, link)->state == ZT_C_OPEN);
     for (const struct zt_list *l = w->h2s.next; l != &w->h2s; l = l->next)
         RIG_REQUIRE(ZT_CONTAINER((uintptr_t)l, struct zt_h2, link)->state == ZT_H_OPEN);
+    if (!rig.core->draining) return;
+    /* The worker has heard of it, and nobody may use a listener any more. */
+    RIG_REQUIRE(w->draining && atomic_load(&rig.core->parting) == 0);
+    for (size_t b = 0; b < rig.core->pods.nbuckets; b++) {
+        for (struct zt_map_node *n = rig.core->pods.buckets[b]; n; n = n->next)
+            RIG_REQUIRE(atomic_load(&((struct zt_pod *)(void *)n)->hearing) == 0);
+    }
 }
 
 void world_check(void) {

@@ -39,15 +39,14 @@ static void on_deadline(struct zt_worker *w, struct zt_timer *t) {
 }
 
 void zt_drain_begin(struct zt_worker *w) {
-    struct zt_list *l, *next;
+    struct zt_list all;
 
     w->draining = true;
     w->drain_timer.fire = on_deadline;
     zt_timer_set(w, &w->drain_timer, ZT_D_DRAIN);
-    for (l = w->h2s.next; l != &w->h2s; l = next) {
-        next = l->next;
-        zt_h2_drain(ZT_CONTAINER(l, struct zt_h2, link));
-    }
+    zt_list_take_all(&w->h2s, &all);
+    while (!zt_list_empty(&all))
+        zt_h2_drain(ZT_CONTAINER(zt_list_move_first(&all, &w->h2s), struct zt_h2, link));
     atomic_fetch_sub(&w->core->parting, 1);
 }
 
@@ -121,12 +120,13 @@ void zt_linger(struct zt_worker *w, struct zt_pod *pod, int fd) {
 }
 
 void zt_linger_end(struct zt_worker *w, const struct zt_pod *pod) {
-    struct zt_list *at, *next;
+    struct zt_list all;
 
-    for (at = w->lingers.next; at != &w->lingers; at = next) {
-        struct zt_linger *l = ZT_CONTAINER(at, struct zt_linger, link);
+    zt_list_take_all(&w->lingers, &all);
+    while (!zt_list_empty(&all)) {
+        struct zt_linger *l =
+            ZT_CONTAINER(zt_list_move_first(&all, &w->lingers), struct zt_linger, link);
 
-        next = at->next;
         if (!pod || l->pod == pod) end(w, l);
     }
 }

@@ -183,7 +183,8 @@ RIG_SOURCES := $(wildcard tests/fuzz/rig/*.c) \
 	$(filter-out %/tls.c %/sock.c $(wildcard ztunnel/_core/module*.c),$(wildcard ztunnel/_core/*.c))
 RIG_OBJECTS := $(RIG_SOURCES:%.c=build/fuzz/objects/%.o)
 RIG_WRAPPED := malloc calloc realloc free strndup pthread_create pthread_join pthread_setname_np \
-	clock_gettime getrandom epoll_wait accept4 getsockname
+	clock_gettime getrandom epoll_wait accept4 getsockname nghttp2_submit_shutdown_notice \
+	nghttp2_submit_goaway nghttp2_submit_ping nghttp2_session_set_local_window_size
 FUZZ_CC := clang -g -O1 -std=gnu17 -Wall -Wextra -Werror -Iztunnel/_core \
 	-fsanitize=address,undefined -fno-sanitize-recover=all
 

@@ -288,7 +288,7 @@ void zt_h2_drain(struct zt_h2 *h) {
     if (h->server && !h->noticed) {
         /* RFC 9113, 6.8: "2^31-1" first, and what was the last once the peer must have seen it. */
         h->noticed = h->worker->now;
-        nghttp2_submit_shutdown_notice(h->session);
+        zt_session_check(h, nghttp2_submit_shutdown_notice(h->session));
     }
     zt_h2_mark_dirty(h);
 }
@@ -296,9 +296,9 @@ void zt_h2_drain(struct zt_h2 *h) {
 void zt_h2_part(struct zt_h2 *h) {
     if (h->parted) return;
     h->parted = h->retiring = true;
-    nghttp2_submit_goaway(h->session, NGHTTP2_FLAG_NONE,
-                          nghttp2_session_get_last_proc_stream_id(h->session), NGHTTP2_NO_ERROR,
-                          NULL, 0);
+    zt_session_check(h, nghttp2_submit_goaway(h->session, NGHTTP2_FLAG_NONE,
+                                              nghttp2_session_get_last_proc_stream_id(h->session),
+                                              NGHTTP2_NO_ERROR, NULL, 0));
     zt_h2_mark_dirty(h);
 }
 

@@ -103,6 +103,7 @@ static int keep_pending(struct zt_conn *c, const uint8_t *data, size_t len) {
 static void widen(struct zt_conn *c, size_t n) {
     struct zt_stream *s = &c->stream;
     bool quick;
+    int rv;
 
     s->taken += (uint32_t)n;
     if (s->taken < s->window / 2) return;
@@ -112,9 +113,10 @@ static void widen(struct zt_conn *c, size_t n) {
     if (!quick || s->remote_end || s->window >= ZT_STREAM_WINDOW_MOST ||
         s->h2->grown + s->window > ZT_CONN_GROWTH)
         return;
-    if (nghttp2_session_set_local_window_size(s->h2->session, NGHTTP2_FLAG_NONE, s->id,
-                                              (int32_t)s->window * 2) < 0)
-        return;
+    rv = nghttp2_session_set_local_window_size(s->h2->session, NGHTTP2_FLAG_NONE, s->id,
+                                               (int32_t)s->window * 2);
+    zt_session_check(s->h2, rv);
+    if (rv) return;
     s->h2->grown += s->window;
     s->window *= 2;
 }
@@ -603,7 +605,7 @@ static int on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, v
         useless(h, "too many streams on which it broke HTTP/2");
     if (frame->hd.type == NGHTTP2_GOAWAY) complain(h, &frame->goaway);
     if (frame->hd.type == NGHTTP2_GOAWAY && h->noticed && !h->parted)
-        nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, farewell);
+        zt_session_check(h, nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, farewell));
     if (h->server && frame->hd.type == NGHTTP2_HEADERS &&
         (frame->hd.flags & NGHTTP2_FLAG_END_STREAM) &&
         nghttp2_session_get_stream_remote_close(session, id) == 0)

@@ -145,6 +145,44 @@ void __wrap_free(void *old) {
     __real_free(old);
 }
 
+/* --- nghttp2, whose refusals must not go unheard ----------------------------------------------------------- */
+
+int __real_nghttp2_submit_shutdown_notice(nghttp2_session *session);
+int __wrap_nghttp2_submit_shutdown_notice(nghttp2_session *session);
+int __real_nghttp2_submit_goaway(nghttp2_session *session, uint8_t flags, int32_t last,
+                                 uint32_t error, const uint8_t *text, size_t len);
+int __wrap_nghttp2_submit_goaway(nghttp2_session *session, uint8_t flags, int32_t last,
+                                 uint32_t error, const uint8_t *text, size_t len);
+int __real_nghttp2_submit_ping(nghttp2_session *session, uint8_t flags, const uint8_t *opaque);
+int __wrap_nghttp2_submit_ping(nghttp2_session *session, uint8_t flags, const uint8_t *opaque);
+int __real_nghttp2_session_set_local_window_size(nghttp2_session *session, uint8_t flags,
+                                                 int32_t id, int32_t size);
+int __wrap_nghttp2_session_set_local_window_size(nghttp2_session *session, uint8_t flags,
+                                                 int32_t id, int32_t size);
+
+static int heard(const nghttp2_session *session, int rv) {
+    if (nghttp2_is_fatal(rv)) rig.broken = session;
+    return rv;
+}
+
+int __wrap_nghttp2_submit_shutdown_notice(nghttp2_session *session) {
+    return heard(session, __real_nghttp2_submit_shutdown_notice(session));
+}
+
+int __wrap_nghttp2_submit_goaway(nghttp2_session *session, uint8_t flags, int32_t last,
+                                 uint32_t error, const uint8_t *text, size_t len) {
+    return heard(session, __real_nghttp2_submit_goaway(session, flags, last, error, text, len));
+}
+
+int __wrap_nghttp2_submit_ping(nghttp2_session *session, uint8_t flags, const uint8_t *opaque) {
+    return heard(session, __real_nghttp2_submit_ping(session, flags, opaque));
+}
+
+int __wrap_nghttp2_session_set_local_window_size(nghttp2_session *session, uint8_t flags,
+                                                 int32_t id, int32_t size) {
+    return heard(session, __real_nghttp2_session_set_local_window_size(session, flags, id, size));
+}
+
 /* --- threads, time, chance ------------------------------------------------------------------------------- */
 
 int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *),

@@ -37,9 +37,10 @@ struct rig {
     bool inside; /* the core runs: its allocations may fail */
     /* Allocations of the core until one fails (0: none will), and how many then fail in a row. */
     uint64_t fail_after, fail_count;
-    uint64_t allocations; /* that the core asked for */
-    long live;            /* objects that have not been freed */
-    size_t bytes, peak;   /* their size now, and at most */
+    uint64_t allocations;          /* that the core asked for */
+    long live;                     /* objects that have not been freed */
+    size_t bytes, peak;            /* their size now, and at most */
+    const nghttp2_session *broken; /* nghttp2 had no memory for what it was to say, this turn */
 };
 extern struct rig rig;
 

@@ -378,6 +378,8 @@ static void check_h2(const struct zt_h2 *h) {
     RIG_REQUIRE(h->state == ZT_H_OPEN || h->nstreams == 0);
     RIG_REQUIRE(h->early_len <= ZT_CHUNK);
     if (h->state != ZT_H_OPEN) return;
+    /* Half a conversation is none. */
+    RIG_REQUIRE(h->session != rig.broken);
     RIG_REQUIRE(!atomic_load(&h->pod->removed));
     RIG_REQUIRE(!h->server || h->identity != cut_identity);
     RIG_REQUIRE(h->server || h->peer != cut_peer);
@@ -417,6 +419,7 @@ void world_check(void) {
     RIG_REQUIRE(rig.bytes <= BYTES_MAX);
     cut_identity = 0;
     cut_peer = NULL;
+    rig.broken = NULL;
 }
 
 /* --- what the input does ---------------------------------------------------------------------------------------------- */

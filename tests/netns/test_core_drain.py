@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from support.corelab import PORT, SERVER_V4, Judged, Pair, outbound_rule, pair
+from support.corelab import POD, PORT, SERVER_V4, Judged, Pair, outbound_rule, pair
 from support.hbone import Client, Gone, Kind, StreamReset
 from support.netns import DEADLINE, wait_until
 from ztunnel import _core, tls
@@ -104,6 +104,18 @@ def test_goaway_comes_twice_and_streams_live_on() -> None:
         to_the_end(client)
         client.close()
         drained(lab.server)
+
+
+def test_a_connection_counts_for_its_pod_until_its_socket_is_closed() -> None:
+    with pair() as lab:
+        client = lab.hand_client()
+        lab.server.core.drain()
+        to_the_end(client)
+        wait_until(lambda: lab.server.core.stats().tls_connections == 0, "only its socket is left")
+        assert lab.server.core.read_pod(POD).descriptors == 1
+        client.close()
+        drained(lab.server)
+        assert lab.server.core.read_pod(POD).descriptors == 0
 
 
 def test_a_stream_behind_the_last_goaway_is_not_begun() -> None:

@@ -14,6 +14,7 @@
 
 #include "conn.h"
 #include "h2.h"
+#include "limit.h"
 #include "worker.h"
 
 /* --- listeners --------------------------------------------------------------------------------------- */
@@ -74,6 +75,7 @@ static void end(struct zt_worker *w, struct zt_linger *l) {
     l->io.fd = -1;
     zt_timer_stop(&l->timer);
     zt_list_remove(&l->link);
+    zt_hold(w, l->pod, -1);
     atomic_fetch_sub(&w->lingering, 1);
     zt_bury(w, &l->grave);
 }
@@ -113,6 +115,7 @@ void zt_linger(struct zt_worker *w, struct zt_pod *pod, int fd) {
     zt_list_init(&l->timer.link);
     zt_list_append(&w->lingers, &l->link);
     atomic_fetch_add(&w->lingering, 1);
+    zt_hold(w, pod, 1);
     zt_timer_set(w, &l->timer, ZT_D_GOODBYE);
     /* It is watched already, as the HBONE connection that has just ended. */
     ev.data.ptr = &l->io;

@@ -12,7 +12,7 @@ from typing import Final
 
 __all__ = ["Progress"]
 
-QUIET_SECONDS: Final = 0.02
+QUIET_SECONDS: Final = 0.05
 """Between two wakings: those that wait look at every pod, and a thousand pods that are enrolled at
 once make thousands of steps."""
 

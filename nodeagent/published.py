@@ -87,12 +87,18 @@ def plan(old: State | None, new: State, version: int) -> Change:
     batch: list[protocol.Resource] = []
     size = 0
     base: State = {} if old is None else old
-    removals = tuple(protocol.Removal(kind, uid) for kind, uid in sorted(base.keys() - new.keys()))
+    gone = sorted(key for key in base if key not in new)
+    removals = tuple(protocol.Removal(kind, uid) for kind, uid in gone)
     if old is None:
         parts.append(Part(protocol.Update(version, reset=True, commit=False)))
     for chunk in _split(removals):
         parts.append(Part(protocol.Update(version, removals=chunk, commit=False)))
-    wanted = [(key, value) for key, value in new.items() if _differs(base.get(key), value)]
+    wanted = [
+        (key, value)
+        for key, value in new.items()
+        # Most are the very same, and a call for each of them takes longer than the comparison.
+        if (known := base.get(key)) is not value and _differs(known, value)
+    ]
     for key, resource in sorted(wanted, key=lambda item: (_RANK[type(item[1])], item[0])):
         length = len(_encoder.encode(resource))
         if length > MAX_RESOURCE:
@@ -124,7 +130,7 @@ def plan(old: State | None, new: State, version: int) -> Change:
 
 def _differs(old: protocol.Resource | None, new: protocol.Resource) -> bool:
     # A pod that is put again equals itself, but its descriptors have changed.
-    return old is not new if isinstance(new, protocol.Pod) else old != new
+    return old is not new and (isinstance(new, protocol.Pod) or old != new)
 
 
 def _split(removals: tuple[protocol.Removal, ...]) -> Iterable[tuple[protocol.Removal, ...]]:

@@ -149,7 +149,7 @@ class SkLookupCapture:
                 try:
                     return pod.objects.counters()
                 finally:
-                    pod.objects.close()
+                    pod.rest()
 
     async def probe(self) -> list[Finding]:
         return await self._threads.run_home(probe, self._bpf_dir)
@@ -211,8 +211,7 @@ class SkLookupCapture:
             try:
                 return await self._threads.run(pod.netns.fd, function, *args)
             finally:
-                # Opened again in microseconds; kept, they would be nine descriptors a pod.
-                pod.objects.close()
+                pod.rest()
 
     # --- inside the namespace, on a thread ---
 

@@ -21,17 +21,19 @@ _NAMES: Final = ("PROTOCOL_TLS_CLIENT", "PROTOCOL_TLS_SERVER", "SSLContext", "TL
 
 
 def leave_out() -> None:
-    """Leave out rich (three megabytes) and the system's libssl (four).
+    """Leave out rich (three megabytes), the system's libssl (four) and its libcrypto (three).
 
     structlog imports rich where it is installed, for colours that the daemon never prints.
     asyncio imports ssl for streams that the daemon does not open: its TLS is the core's, by the
-    OpenSSL of `cryptography`, and with this the only OpenSSL in the process. prometheus_client
-    imports it for a server and a client that the daemon does not run; it alone cannot do without,
-    and is given the names.
+    OpenSSL of `cryptography`, and with this the only OpenSSL in the process. hashlib has digests
+    of its own, and takes the system's only where it finds them. prometheus_client imports ssl for
+    a server and a client that the daemon does not run; it alone cannot do without, and is given
+    the names.
     """
     if "ssl" in sys.modules:
         return  # a test's process, or a debugger's
     sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+    sys.modules["_hashlib"] = None  # type: ignore[assignment]
     sys.modules["ssl"] = None  # type: ignore[assignment]
     importlib.import_module("asyncio")
     named = ModuleType("ssl", "Names only: see ztunnel.lean.")

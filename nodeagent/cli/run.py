@@ -11,6 +11,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -26,9 +27,13 @@ from nodeagent.rundir import RunDirectory, RunDirectoryError
 from nodeagent.sdnotify import ServiceManager, StoredDescriptor, stored_descriptors
 from nodeagent.settings import Settings, load_settings
 
-__all__ = ["run", "uninstall"]
+__all__ = ["SLOW_THREADS", "run", "uninstall"]
 
 FAILED: Final = 1
+SLOW_THREADS: Final = 4
+"""For what the loop must not wait for: reading files, building the mesh, signing, looking processes
+up. Python and disk, so more gain nothing, and without a bound there would be 32 on a large node."""
+
 DEFAULT_SETTINGS: Final = Path("/etc/nodeagent/nodeagent.yaml")
 
 log = structlog.get_logger()
@@ -79,6 +84,8 @@ async def _run(
             return str(error)
         return ""
 
+    slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow")
+    asyncio.get_running_loop().set_default_executor(slow)
     built = agent.build(settings, _version(), manager, stored)
     try:
         await serve(built.agent, directory, manager, built.probe, objection)

@@ -16,7 +16,7 @@ def test_a_short_soak_leaves_nothing_behind() -> None:
     print("\n".join([*said, *report.table()]))  # noqa: T201 - shown with a failure
     assert report.problems == []
     # It is worth nothing unless all of it took place.
-    assert report.done["kill ztunnel"]
-    assert report.done["kill nodeagent"]
+    for fault in ("kill ztunnel", "upgrade ztunnel", "kill nodeagent", "restart nodeagent"):
+        assert report.done[fault]
     assert report.done["STRICT and back"]
     assert {"bulk both ways", "requests", "new connections"} <= report.ledger.succeeded.keys()

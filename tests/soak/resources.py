@@ -1,17 +1,21 @@
 """What a daemon holds while nothing is carried: memory, descriptors, threads; and what is flat.
 
+Two things are kept for reuse and grow as they are first needed: the threads of pools, and the pipes
+of relays. They have bounds, by which they are measured; nothing else may grow at all.
+
 This module owns the samples and their comparison. It promises that two samples are compared only
 when they are of the same process. It may not start or stop anything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Sample", "growth", "sample"]
+__all__ = ["Bounds", "Sample", "growth", "sample"]
 
 LOOKS: Final = 8
 LOOK_SECONDS: Final = 0.25
@@ -27,12 +31,22 @@ KB: Final = 1024
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """As many of each may be kept for reuse; 0: none is."""
+
+    threads: int = 0
+    pipes: int = 0
+    """Descriptors, two for each pipe."""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One daemon at rest. `memory` is VmRSS in KiB."""
+    """One daemon at rest. `memory` is VmRSS in KiB; `descriptors` are all but those of pipes."""
 
     pid: int
     memory: int
     descriptors: int
+    pipes: int
     threads: int
 
 
@@ -41,11 +55,13 @@ def _look(pid: int) -> Sample:
     rows = dict(
         line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line
     )
+    opened: list[str] = []
+    for entry in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            opened.append(str(entry.readlink()))
+    pipes = sum(1 for each in opened if each.startswith("pipe:"))
     return Sample(
-        pid,
-        int(rows["VmRSS"].split()[0]),
-        sum(1 for _ in (process / "fd").iterdir()),
-        int(rows["Threads"]),
+        pid, int(rows["VmRSS"].split()[0]), len(opened) - pipes, pipes, int(rows["Threads"])
     )
 
 
@@ -61,13 +77,14 @@ def sample(pids: dict[str, int]) -> dict[str, Sample]:
             pids[name],
             min(look.memory for look in looks),
             min(look.descriptors for look in looks),
+            min(look.pipes for look in looks),
             min(look.threads for look in looks),
         )
         for name, looks in seen.items()
     }
 
 
-def growth(first: Sample, last: Sample) -> list[str]:
+def growth(first: Sample, last: Sample, bounds: Bounds) -> list[str]:
     """Return in what the second sample of a process is above the first; empty when it is flat."""
     if first.pid != last.pid:
         raise ValueError(f"processes {first.pid} and {last.pid} cannot be compared")
@@ -77,6 +94,8 @@ def growth(first: Sample, last: Sample) -> list[str]:
         found.append(f"memory {first.memory / KB:.1f} to {last.memory / KB:.1f} MiB")
     if last.descriptors > first.descriptors:
         found.append(f"descriptors {first.descriptors} to {last.descriptors}")
-    if last.threads > first.threads:
+    if last.pipes > max(first.pipes, bounds.pipes):
+        found.append(f"pipes {first.pipes} to {last.pipes}, at most {bounds.pipes} are kept")
+    if last.threads > max(first.threads, bounds.threads):
         found.append(f"threads {first.threads} to {last.threads}")
     return found

@@ -2,9 +2,10 @@
 
 This module owns the command: the lab, the rounds, the table and the verdict. A run has rounds; in
 each there is load of every kind with faults among it, then rest until no connection is left, then a
-sample of all four daemons. Daemons are killed in the first half of the rounds only, so that the
-processes which are there at the end have lived through the second half. Flat means: the last sample
-of each process against the first of the same process that was taken after a whole round of load.
+sample of all four daemons. Daemons are killed, upgraded and restarted in the first half of the
+rounds only, in each way at least once, so that the processes which are there at the end have lived
+through the second half. Flat means: the last sample of each process against the first of the same
+process that was taken after a whole round of load.
 
 Exit codes: 0, every byte was right, every failed connection is accounted for, and all is flat; 1,
 not so; 2, wrong usage.
@@ -25,16 +26,25 @@ from typing import Final
 
 import click
 
+from nodeagent.cli.run import SLOW_THREADS
 from nodeagent.lab import Lab, namespaces
+from nodeagent.pods import threads
 from soak.faults import PLAIN, Faults, judge
-from soak.resources import KB, Sample, growth, sample
+from soak.resources import KB, Bounds, Sample, growth, sample
 from soak.traffic import BULK, PATIENCE, Ledger, Shape, Traffic
 from support.e2e import Mesh, running, spec
 from support.netns import wait_until
 
 __all__ = ["Report", "soak"]
 
-DAEMONS: Final = ("nodeagent", "ztunnel")
+PIPES_A_WORKER: Final = 2 * 64
+"""Descriptors of ZT_PIPE_POOL pipes, in _core/base.h."""
+
+BOUNDS: Final = {
+    "nodeagent": Bounds(threads=1 + threads.THREADS + SLOW_THREADS),
+    "ztunnel": Bounds(pipes=PIPES_A_WORKER * len(os.sched_getaffinity(0))),
+}
+
 PORT: Final = 7000
 
 SVID_SECONDS: Final = 60
@@ -54,6 +64,8 @@ ROUND_SECONDS: Final = 100.0
 """Of load, in a long run: longer than a certificate lives."""
 
 STRICT_SECONDS: Final = 2.0
+STRICT_TURNS: Final = 3
+"""Every third disturbance is STRICT, while there are others."""
 MB: Final = 1 << 20
 
 KINDS: Final[tuple[tuple[str, str, str, Shape, int, float], ...]] = (
@@ -86,7 +98,7 @@ class Report:
         )
         for name in self.samples[0] if self.samples else ():
             yield f"{name:22}" + "".join(f"{_cell(each[name]):>16}" for each in self.samples)
-        yield "(MiB resident, descriptors, threads; * a new process)"
+        yield "(MiB resident, descriptors + those of pipes, threads)"
         for kind, count in sorted(self.ledger.succeeded.items()):
             yield f"{count:>10,} connections: {kind}"
         yield f"{self.ledger.bytes / MB:>10,.0f} MiB, every byte compared"
@@ -97,7 +109,7 @@ class Report:
 
 
 def _cell(found: Sample) -> str:
-    return f"{found.memory / KB:.1f} {found.descriptors} {found.threads}"
+    return f"{found.memory / KB:.1f} {found.descriptors}+{found.pipes} {found.threads}"
 
 
 class _Soak:
@@ -118,7 +130,8 @@ class _Soak:
             self._traffic.serve(listener)
         try:
             for number in range(rounds):
-                self._round(number, seconds, kills=number < rounds // 2)
+                half = rounds // 2
+                self._round(number, seconds, faults=number < half, all_faults=number == half - 1)
         finally:
             self._traffic.close()
         self.report.done = self._faults.done
@@ -127,14 +140,14 @@ class _Soak:
         self.report.problems += wrong
         self._compare()
 
-    def _round(self, number: int, seconds: float, *, kills: bool) -> None:
+    def _round(self, number: int, seconds: float, *, faults: bool, all_faults: bool) -> None:
         for kind, source, target, shape, many, pause in KINDS:
             connect = partial(self._connect, source, self._mesh.address(target))
             for _ in range(many):
                 self._traffic.run(kind, connect, shape, keep=kind == PLAIN, pause=pause)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self._disturb(kills=kills)
+        while time.monotonic() < end or (all_faults and self._missing()):
+            self._disturb(faults=faults)
             self._look()
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))  # the soak's own rhythm
         self._traffic.pause()
@@ -148,16 +161,20 @@ class _Soak:
             f" {self.report.ledger.bytes / MB:,.0f} MiB, {len(self.report.ledger.wrong)} wrong"
         )
 
-    def _disturb(self, *, kills: bool) -> None:
-        """One fault: each daemon of each node in turn, with edits of policy between."""
+    def _disturb(self, *, faults: bool) -> None:
+        """One thing: every fault in turn, on each node in turn, with edits of policy between."""
         self._turn += 1
-        if self._turn % 2 or not kills:
+        if self._turn % STRICT_TURNS == 0 or not faults:
             self._faults.strict(STRICT_SECONDS)
             return
+        kinds = list(self._faults.kinds)
+        turn, which = divmod(self._turn - self._turn // STRICT_TURNS - 1, len(kinds))
         nodes = self._lab.nodes
-        which = self._turn // 2 - 1
-        node = nodes[which % len(nodes)]
-        self._faults.kill(node, DAEMONS[which // len(nodes) % len(DAEMONS)])
+        self._faults.do(kinds[which], nodes[(turn + which) % len(nodes)])
+
+    def _missing(self) -> bool:
+        """Whether a fault has not been done yet."""
+        return not self._faults.kinds.keys() <= self._faults.done.keys()
 
     def _look(self) -> None:
         """Note the certificates that are shown now."""
@@ -180,14 +197,19 @@ class _Soak:
         return sock
 
     def _pids(self) -> dict[str, int]:
-        return {
-            f"{node.name} {daemon}": node.process(daemon).pid
-            for daemon in DAEMONS
-            for node in self._lab.nodes
-        }
+        nodes = self._lab.nodes
+        agents = {f"{node.name} nodeagent": node.process("nodeagent").pid for node in nodes}
+        tunnels = {f"{node.name} ztunnel": self._faults.serving(node.name).pid for node in nodes}
+        return agents | tunnels
 
     def _rest(self) -> None:
-        """Wait until both tunnels carry nothing and hold no HBONE connection."""
+        """Wait until both tunnels carry nothing, hold no HBONE connection, and are alone."""
+        for node in self._lab.nodes:
+            wait_until(
+                partial(self._faults.drained, node.name),
+                f"nobody drains on {node.name}",
+                REST_SECONDS,
+            )
         for pod in ("client", "far"):  # one on each node
             wait_until(
                 partial(self._quiet, pod), f"the node of {pod} carries nothing", REST_SECONDS
@@ -202,7 +224,9 @@ class _Soak:
             same = [each[name] for each in self.report.samples if each[name].pid == last.pid]
             # The round in which it was started is its warm-up.
             first = same[1] if len(same) > 2 else same[0]
-            self.report.problems += [f"{name}: {each}" for each in growth(first, last)]
+            self.report.problems += [
+                f"{name}: {each}" for each in growth(first, last, BOUNDS[name.split()[1]])
+            ]
             if len(same) == 1:
                 self.report.problems.append(f"{name}: one sample only: nothing is shown by it")
 

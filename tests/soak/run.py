@@ -40,8 +40,12 @@ __all__ = ["Report", "soak"]
 PIPES_A_WORKER: Final = 2 * 64
 """Descriptors of ZT_PIPE_POOL pipes, in _core/base.h."""
 
+MAIN_THREAD: Final = 1
+WATCH_THREADS: Final = 2
+"""watchfiles' own (inotify), and the one that waits for it."""
+
 BOUNDS: Final = {
-    "nodeagent": Bounds(threads=1 + threads.THREADS + SLOW_THREADS),
+    "nodeagent": Bounds(threads=MAIN_THREAD + WATCH_THREADS + threads.THREADS + SLOW_THREADS),
     "ztunnel": Bounds(pipes=PIPES_A_WORKER * len(os.sched_getaffinity(0))),
 }
 

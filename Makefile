@@ -154,7 +154,7 @@ failed=0; \
 PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
 ASAN_OPTIONS=$(SANITIZER_OPTIONS):detect_leaks=0:detect_stack_use_after_return=1 \
 UBSAN_OPTIONS=$(SANITIZER_OPTIONS):print_stacktrace=1 \
-TSAN_OPTIONS=$(SANITIZER_OPTIONS):second_deadlock_stack=1:suppressions=$(CURDIR)/tests/support/tsan.supp \
+TSAN_OPTIONS=$(SANITIZER_OPTIONS):second_deadlock_stack=1:die_after_fork=0:suppressions=$(CURDIR)/tests/support/tsan.supp \
 	$(3) build/$(1)/venv/bin/python -m pytest -m netns $(PYTEST_ARGS) || failed=$$?; \
 shopt -s nullglob; reports=(build/$(1)/report.*); \
 if (( $${#reports[@]} )); then cat "$${reports[@]}"; exit 1; fi; \

@@ -321,12 +321,14 @@ def test_a_pod_may_go_while_it_is_busy(own: Mesh, how: str) -> None:
 
 def test_a_pod_made_anew_under_another_identity_has_nothing_of_the_old_one(own: Mesh) -> None:
     mesh = own
-    hbone = mesh.listen("twin", 15008)
 
     def seen() -> str:
         """The identity that `far` shows to whom it calls."""
+        # A listener each time: what the tunnel dials again, when the server has gone, stays in it.
+        hbone = mesh.listen("twin", 15008)
         sock = mesh.connect("far", mesh.address("twin"), 8080)
         server = mesh.hbone_server(hbone)
+        hbone.close()
         server.close()
         sock.close()
         return server.tls.identity()

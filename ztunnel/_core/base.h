@@ -55,8 +55,9 @@
  * connection holds at most ZT_SERVER_STREAMS * ZT_STREAM_WINDOW + ZT_CONN_GROWTH = 66 MiB. */
 #define ZT_CONN_GROWTH (16 * 1024 * 1024)
 /* Bytes that the kernel keeps for an application that does not read, besides what the application's
- * own socket takes: without a bound up to tcp_wmem's 4 MiB for each connection. */
-#define ZT_UNSENT_BYTES (256 * 1024)
+ * own socket takes: without a bound up to tcp_wmem's 4 MiB for each connection. Four calls' worth: what
+ * finds no room here is copied once more, to wait in this process. */
+#define ZT_UNSENT_BYTES (4 * ZT_CHUNK)
 /* The whole connection's window is given back as it comes (the streams' windows bound it): a slow
  * reader must not stop its neighbours. What the field's node proxy announces. */
 #define ZT_CONN_WINDOW (16 * 1024 * 1024)
@@ -161,9 +162,9 @@ enum zt_deadline {
  * of a worker have ended: it stops the worker for a few milliseconds, and the next burst may be near. */
 #define ZT_TRIM_CONNECTIONS 1000u
 #define ZT_TRIM_US ZT_SECONDS(5)
-/* The longest wait that is worth spinning for instead of sleeping: about what it takes to answer a
- * small request through two tunnels. */
-#define ZT_SPIN_US 100u
+/* The longest wait that is worth spinning for instead of sleeping: what it takes to answer a small
+ * request through two tunnels where each has to be woken, and KVM's own default (halt_poll_ns). */
+#define ZT_SPIN_US 200u
 /* How long a worker does not spin after others have kept the processor for longer than that: their
  * work is not over in a moment either. */
 #define ZT_NO_SPIN_US ZT_SECONDS(1)

@@ -15,8 +15,8 @@
 
 /* Less room than this in the worker's buffer is not worth a frame: encrypt what is there first. */
 #define WORTHWHILE (16 * 1024)
-/* Of a chunk at least, so that small pieces share one. */
-#define CHUNK_ROOM 4000
+/* Of a chunk: small pieces share one, and no piece is so large that it is mapped, page by page. */
+#define CHUNK_ROOM 16000
 /* "for=\"[v6]:port\";host=name": RFC 7239; a host name is at most 253 bytes. */
 #define FORWARDED_TEXT 400
 
@@ -70,31 +70,40 @@ void zt_stream_free_pending(struct zt_conn *c) {
     while (c->stream.pending) free_first(c);
 }
 
-/* The stream's window bounds what may wait here: the peer may not send more until it is written.
- * Small pieces share a chunk, or a byte would cost fifty. Returns 0 or why not. */
-static int keep_pending(struct zt_conn *c, const uint8_t *data, size_t len) {
-    struct zt_chunk *k = c->stream.pending_last;
-    size_t fits = k ? k->room - k->len : 0;
+static struct zt_chunk *new_chunk(struct zt_conn *c) {
+    struct zt_chunk *k = malloc(sizeof(*k) + CHUNK_ROOM);
 
-    if (fits > len) fits = len;
-    if (fits) memcpy(k->data + k->len, data, fits);
-    if (fits) k->len += fits;
-    data += fits;
-    len -= fits;
-    if (!len) return 0;
-    if (zt_beyond(c->worker->core, ZT_L_HELD,
-                  atomic_load_explicit(&c->pod->held, memory_order_relaxed)))
-        return ZT_R_POD_HELD;
-    k = malloc(sizeof(*k) + (len < CHUNK_ROOM ? CHUNK_ROOM : len));
-    if (!k) return ZT_R_NO_MEMORY;
-    *k = (struct zt_chunk){.room = len < CHUNK_ROOM ? CHUNK_ROOM : len, .len = len};
-    memcpy(k->data, data, len);
+    if (!k) return NULL;
+    *k = (struct zt_chunk){.room = CHUNK_ROOM};
     hold(c, k, 1);
     if (c->stream.pending)
         c->stream.pending_last->next = k;
     else
         c->stream.pending = k;
     c->stream.pending_last = k;
+    return k;
+}
+
+/* The stream's window bounds what may wait here: the peer may not send more until it is written.
+ * Small pieces share a chunk, or a byte would cost fifty. Returns 0 or why not. */
+static int keep_pending(struct zt_conn *c, const uint8_t *data, size_t len) {
+    while (len) {
+        struct zt_chunk *k = c->stream.pending_last;
+        size_t fits;
+
+        if (!k || k->len == k->room) {
+            if (zt_beyond(c->worker->core, ZT_L_HELD,
+                          atomic_load_explicit(&c->pod->held, memory_order_relaxed)))
+                return ZT_R_POD_HELD;
+            k = new_chunk(c);
+            if (!k) return ZT_R_NO_MEMORY;
+        }
+        fits = k->room - k->len < len ? k->room - k->len : len;
+        memcpy(k->data + k->len, data, fits);
+        k->len += fits;
+        data += fits;
+        len -= fits;
+    }
     return 0;
 }
 

@@ -7,7 +7,10 @@ exchange, and HBONE's limits of HTTP/2.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import select
+import socket
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -21,7 +24,7 @@ from support import application
 from support.envoy import issue
 from support.hbone import ACK, Client, Gone, Kind, Server, Shown, StreamReset, Tls
 from support.interop import Interop, spiffe
-from support.netns import DEADLINE
+from support.netns import DEADLINE, wait_until
 
 HBONE_PORT: Final = 15008
 MIB: Final = 1024 * 1024
@@ -137,8 +140,17 @@ def asking(mesh: Interop) -> Client:
 def serving(mesh: Interop) -> Iterator[Server]:
     """What our client says to a server, which answers nothing."""
     listener = mesh.listen("probe", HBONE_PORT)
-    # The connection is kept open: it is what our client dials for.
-    mesh.call("ours", "probe", application.HTTP_PORT)
+    kept: list[socket.socket] = []
+
+    def dialled() -> bool:
+        # Who calls while the pool backs off from the server before this one is reset at once.
+        with contextlib.suppress(ConnectionError):
+            kept.append(mesh.call("ours", "probe", application.HTTP_PORT))
+            return listener in select.select([listener, kept[-1]], [], [], DEADLINE)[0]
+        return False
+
+    # The connections are kept open: they are what our client dials for.
+    wait_until(dialled, "our client dials")
     yield Server(mesh.accept(listener), shown(mesh).context(server=True))
     listener.close()
 

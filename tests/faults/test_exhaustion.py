@@ -6,8 +6,10 @@ Two cores of one process each (support.corelab); the limits are made small by th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from support.corelab import (
     pair,
 )
 from support.e2e import reset
-from support.netns import wait_until
+from support.netns import DEADLINE, Namespace, wait_until
 from ztunnel import _core
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -250,6 +252,83 @@ def test_a_listener_that_cannot_be_served_wakes_nobody_without_end() -> None:
         for sock in waiting:
             sock.sendall(b"x")
         assert {lab.accept(listener)[0].recv(1) for _ in waiting} == {b"x"}
+
+
+# --- queues of listeners --------------------------------------------------------------------------
+
+
+def overflows(pod: Namespace) -> int:
+    """Return how often a listener of the namespace had no room for a connection (TcpExt)."""
+    names, values = (
+        line.split()
+        for line in pod.check_output("cat", "/proc/net/netstat").splitlines()
+        if line.startswith("TcpExt:")
+    )
+    return int(values[names.index("ListenOverflows")])
+
+
+def test_callers_whom_our_own_queue_does_not_hold_are_served_in_the_end() -> None:
+    """A burst while nobody accepts: the kernel drops what has no room, and callers ask again."""
+    callers = 64
+    with pair(workers=2) as lab:
+        listener = lab.listen()
+        works(lab, listener)
+        (ours,) = (
+            sock
+            for sock in lab.client.keep
+            if isinstance(sock, socket.socket) and sock.getsockname()[1] == PORT
+        )
+        ours.listen(8)
+        waiting = [lab.left.make_socket() for _ in range(callers)]
+        before, known = resource.getrlimit(resource.RLIMIT_NOFILE), overflows(lab.left)
+        # Below what is open: the workers can accept nobody.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        try:
+            for sock in waiting:
+                sock.setblocking(False)
+                assert sock.connect_ex((SERVER_V4, PORT)) == errno.EINPROGRESS
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert overflows(lab.left) - known > callers / 2
+        for number, sock in enumerate(waiting):
+            assert select.select([], [sock], [], DEADLINE)[1]
+            sock.settimeout(DEADLINE)
+            sock.sendall(bytes([number]))
+        served = [lab.accept(listener)[0] for _ in waiting]
+        said = [sock.recv(1) for sock in served]
+        assert sorted(said) == [bytes([number]) for number in range(callers)]
+        for sock, byte in zip(served, said, strict=True):
+            sock.sendall(byte)
+        assert [sock.recv(1) for sock in waiting] == sorted(said)
+
+
+def test_callers_whom_an_applications_queue_does_not_hold_are_told() -> None:
+    """It accepts nobody: who has no room in its queue ends by the deadline, with a reason."""
+    callers, backlog = 12, 2
+    with pair(workers=1) as lab:
+        listener = lab.listen(backlog=backlog)
+        lab.server.core.set_deadline("connect", 1_000_000)
+        socks = [lab.connect() for _ in range(callers)]
+        for number, sock in enumerate(socks):
+            sock.sendall(bytes([number]))
+        # A queue holds one more than it is said to (listen(2), sk_acceptq_is_full).
+        refused = callers - backlog - 1
+        lab.server.wait_ended(refused)
+        assert overflows(lab.right) >= refused
+        lab.client.wait_ended(refused)
+        assert lab.server.reasons() == ["connect_timeout"] * refused
+        assert lab.server.expired() == {"connect": refused}
+        assert lab.client.reasons() == ["unavailable_by_peer"] * refused
+        kept = {
+            number: sock
+            for number, sock in enumerate(socks)
+            if not select.select([sock], [], [], 0)[0]
+        }
+        assert len(kept) == backlog + 1
+        assert all(is_reset(sock) for number, sock in enumerate(socks) if number not in kept)
+        # Those who had room in it were connected, and what they said is there.
+        assert {lab.accept(listener)[0].recv(1) for _ in kept} == {bytes([each]) for each in kept}
+        works(lab, listener)
 
 
 @pytest.mark.parametrize("name", ["connections", "dials", "questions", "handshakes", "held_bytes"])

@@ -16,7 +16,7 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from nodeagent.lab import Lab
-from support.abuse import attack, broken, dialled
+from support.abuse import PLACES, attack, broken, dialled
 from support.certificates import authority as certificate_authority
 from support.certificates import workload
 from support.e2e import HBONE_PORT, Mesh, authority, running, spec, spiffe
@@ -28,6 +28,11 @@ DEADLINE: Final = 2
 """Seconds of a handshake in this lab."""
 MOST_HANDSHAKES: Final = 64
 """Handshakes that a pod of this lab may have open; the default is 512."""
+MOST_POST_HANDSHAKE: Final = 1000
+"""ZT_MAX_POST_HANDSHAKE."""
+FLOOD: Final = 20 * MOST_POST_HANDSHAKE
+KEY_UPDATE: Final = 27
+"""Bytes of a record with a KeyUpdate, and of its answer."""
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +301,69 @@ def test_records_after_the_handshake(mesh: Mesh, why: str) -> None:
     mesh.carries(bystander, app)
 
 
-@pytest.mark.parametrize("place", ["downstream", "upstream"])
+# --- floods ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def flooded(mesh: Mesh, place: str) -> Iterator[tuple[socket.socket, Records]]:
+    """Give what an attacker needs to send records of its own; assert that they were counted."""
+    bystander, app, _ = mesh.call("client", "far")
+    pod = "far" if place == "downstream" else "client"
+    context = mesh.shown().context(server=place == "upstream")
+    secrets = Secrets(context)
+    if place == "downstream":
+        tls = Tls(mesh.connect("twin", mesh.address("far"), HBONE_PORT), context)
+    else:
+        listener = mesh.listen("twin", HBONE_PORT)
+        dialled(mesh, listener)
+        tls = Tls(mesh.accept(listener)[0], context, server=True)
+    known = len(broken(mesh, pod))
+    tls.handshake()
+    # Once its first frame is here, the certificate has been judged and HTTP/2 has begun.
+    tls.receive()
+    yield tls.sock, secrets.client(tls) if place == "downstream" else secrets.server(tls)
+    end_of(tls.sock)
+    (line,) = wait_until(lambda: broken(mesh, pod, known), "the end is logged")
+    assert line["reason"] == "tls_failed"
+    assert f"more than {MOST_POST_HANDSHAKE} post-handshake messages" in line["error"]
+    mesh.carries(bystander, app)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("together", [2, 100, FLOOD])
+def test_key_updates_are_counted_however_they_come(mesh: Mesh, place: str, together: int) -> None:
+    """Each batch is sent when the one before has been answered: they are read one by one."""
+    sent = 0
+    with flooded(mesh, place) as (sock, records):
+        # The last answer comes with the next thing that is sent (RFC 8446, 4.6.3).
+        missing = -KEY_UPDATE
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            while sent < FLOOD:
+                sock.sendall(b"".join(records.key_update() for _ in range(together)))
+                sent += together
+                missing += KEY_UPDATE * together
+                while missing > 0 and (data := sock.recv(missing)):
+                    missing -= len(data)
+                if missing > 0:
+                    break
+    # One of each batch is not counted: that which nothing follows.
+    assert sent > MOST_POST_HANDSHAKE
+    assert sent <= MOST_POST_HANDSHAKE * together // (together - 1) + together
+
+
+def test_tickets_are_counted_also_when_many_are_in_one_record(mesh: Mesh) -> None:
+    """RFC 8446, 4.6.1 and 5.1: what a server may send at any time, without having been asked."""
+    body = (7200).to_bytes(4) + bytes(4) + b"\1n" + b"\0\1t" + b"\0\0"
+    ticket = b"\4" + len(body).to_bytes(3) + body
+    with flooded(mesh, "upstream") as (sock, records):
+        many = ticket * (MOST_POST_HANDSHAKE // 2)
+        sock.sendall(b"".join(records.seal(HANDSHAKE, many) for _ in range(4)))
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("how", ["without close_notify", "in a record", "with close_notify"])
 def test_truncation_is_told_from_an_end(mesh: Mesh, place: str, how: str) -> None:
     """RFC 8446, 6.1: only close_notify says that everything has come."""

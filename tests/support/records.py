@@ -22,6 +22,9 @@ ALERT: Final = 21
 HANDSHAKE: Final = 22
 APPLICATION_DATA: Final = 23
 
+TICKETS: Final = 2
+"""Records that OpenSSL sends as a server after a handshake (SSL_CTX_set_num_tickets)."""
+
 
 class Secrets:
     """What a context's key log has said."""
@@ -39,13 +42,18 @@ class Secrets:
         assert tls._tls.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
         return Records(self._found[b"CLIENT_TRAFFIC_SECRET_0"])
 
+    def server(self, tls: Tls) -> Records:
+        """Return the server's direction; it must have sent nothing since its tickets."""
+        assert tls._tls.get_cipher_name() == "TLS_AES_128_GCM_SHA256"
+        return Records(self._found[b"SERVER_TRAFFIC_SECRET_0"], TICKETS)
+
 
 class Records:
     """The records that one side sends next."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, number: int = 0) -> None:
         self._secret = secret
-        self._number = 0
+        self._number = number
 
     def _expand(self, label: bytes, length: int) -> bytes:
         label = b"tls13 " + label

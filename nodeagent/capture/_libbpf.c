@@ -359,26 +359,28 @@ cleanup:
     return key;
 }
 
-static PyObject *map_id(PyObject *module, PyObject *arguments) {
-    struct bpf_map_info info = {0};
-    __u32 size = sizeof(info);
+/* What the kernel says of the object whose descriptor is the only argument. False: an exception. */
+static bool read_info(PyObject *arguments, void *info, __u32 size, const char *what) {
     int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
+    if (!PyArg_ParseTuple(arguments, "i", &fd)) return false;
     words_used = 0;
-    error = bpf_obj_get_info_by_fd(fd, &info, &size);
-    return error ? fail(-error, "map info") : PyLong_FromUnsignedLong(info.id);
+    error = bpf_obj_get_info_by_fd(fd, info, &size);
+    if (error) fail(-error, what);
+    return !error;
+}
+
+static PyObject *map_id(PyObject *module, PyObject *arguments) {
+    struct bpf_map_info info = {0};
+
+    if (!read_info(arguments, &info, sizeof(info), "map info")) return NULL;
+    return PyLong_FromUnsignedLong(info.id);
 }
 
 static PyObject *map_info(PyObject *module, PyObject *arguments) {
     struct bpf_map_info info = {0};
-    __u32 size = sizeof(info);
-    int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
-    words_used = 0;
-    error = bpf_obj_get_info_by_fd(fd, &info, &size);
-    if (error) return fail(-error, "map info");
+    if (!read_info(arguments, &info, sizeof(info), "map info")) return NULL;
     return Py_BuildValue("(IIII)", info.type, info.key_size, info.value_size, info.max_entries);
 }
 
@@ -417,24 +419,15 @@ static PyObject *load_sk_lookup(PyObject *module, PyObject *arguments) {
 
 static PyObject *program_id(PyObject *module, PyObject *arguments) {
     struct bpf_prog_info info = {0};
-    __u32 size = sizeof(info);
-    int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
-    words_used = 0;
-    error = bpf_obj_get_info_by_fd(fd, &info, &size);
-    return error ? fail(-error, "program info") : PyLong_FromUnsignedLong(info.id);
+    if (!read_info(arguments, &info, sizeof(info), "program info")) return NULL;
+    return PyLong_FromUnsignedLong(info.id);
 }
 
 static PyObject *link_info(PyObject *module, PyObject *arguments) {
     struct bpf_link_info info = {0};
-    __u32 size = sizeof(info);
-    int fd, error;
 
-    if (!PyArg_ParseTuple(arguments, "i", &fd)) return NULL;
-    words_used = 0;
-    error = bpf_obj_get_info_by_fd(fd, &info, &size);
-    if (error) return fail(-error, "link info");
+    if (!read_info(arguments, &info, sizeof(info), "link info")) return NULL;
     if (info.type != BPF_LINK_TYPE_NETNS)
         return PyErr_Format(PyExc_ValueError, "link of type %u belongs to no network namespace",
                             info.type);

@@ -8,29 +8,18 @@
  */
 #include "rig/rig.h"
 
-static const uint8_t *input;
-static size_t left;
-
-static void begin(void) {
+static void begin(uint8_t how) {
     static const uint8_t preface[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0";
 
-    world_begin();
     world_accept(ZT_INBOUND_HBONE, &world_remote, &world_local);
-    if (!(input[0] & 1)) world_send(preface, sizeof(preface));
-    frames_begin(input + 1, left - 1);
+    if (!(how & 1)) world_send(preface, sizeof(preface));
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    if (size < 1) return 0;
-    input = data;
-    left = size;
-    rig_run(begin, frames_step, world_end);
-    return 0;
+    return frames_run(data, size, begin);
 }
 
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
-    if (most < 2) return size;
-    if (size == 0) data[size++] = 0;
-    if (seed % 256 == 0) data[0] ^= 1;
-    return 1 + frames_mutate(data + 1, size - 1, most - 1, seed, true);
+    if (size && seed % 256 == 0) data[0] ^= 1;
+    return frames_mutate(data, size, most, seed, true);
 }

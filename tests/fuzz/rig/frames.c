@@ -21,15 +21,10 @@ static size_t length_of(const uint8_t *frame) {
 /* --- an input as steps ------------------------------------------------------------------------------- */
 
 static const uint8_t *input;
+static void (*opening)(uint8_t how);
 static size_t left, unsent; /* unsent: of what lies before `input`, what the socket did not take */
 
-void frames_begin(const uint8_t *data, size_t size) {
-    input = data;
-    left = size;
-    unsent = 0;
-}
-
-bool frames_step(void) {
+static bool step(void) {
     const uint8_t *from = input - unsent;
     size_t n = unsent, sent;
 
@@ -63,6 +58,24 @@ bool frames_step(void) {
         return true;
     }
     return false;
+}
+
+static void begin(void) {
+    uint8_t how = *input++;
+
+    left--;
+    world_begin();
+    opening(how);
+}
+
+int frames_run(const uint8_t *data, size_t size, void (*begins)(uint8_t how)) {
+    if (size < 1) return 0;
+    input = data;
+    left = size;
+    unsent = 0;
+    opening = begins;
+    rig_run(begin, step, world_end);
+    return 0;
 }
 
 /* --- mutation ------------------------------------------------------------------------------------------ */
@@ -268,7 +281,7 @@ static size_t mutate_payload(uint8_t *data, size_t size, size_t most, struct spa
     return replace(data, size, most, frame, copy, HEADER + len);
 }
 
-size_t frames_mutate(uint8_t *data, size_t size, size_t most, unsigned seed, bool server) {
+static size_t mutate(uint8_t *data, size_t size, size_t most, unsigned seed, bool server) {
     static uint8_t made[HEADER + MOST_PAYLOAD + 64];
     struct span spans[MOST_FRAMES];
     size_t n = parse(data, size, spans), len;
@@ -314,4 +327,10 @@ size_t frames_mutate(uint8_t *data, size_t size, size_t most, unsigned seed, boo
     default:
         return mutate_payload(data, size, most, at);
     }
+}
+
+size_t frames_mutate(uint8_t *data, size_t size, size_t most, unsigned seed, bool server) {
+    if (most < 2) return size;
+    if (size == 0) data[size++] = 0;
+    return 1 + mutate(data + 1, size - 1, most - 1, seed, server);
 }

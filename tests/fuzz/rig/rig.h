@@ -139,16 +139,17 @@ extern const struct zt_addr world_local, world_remote, world_other;
 
 void null_tls_install(void);
 
-/* --- frames.c: mutation of HTTP/2 ------------------------------------------------------------------------- */
+/* --- frames.c: inputs of HTTP/2 ------------------------------------------------------------------------- */
 
 /* Frames of this type and above are no frames but things for the world to do: type - FRAMES_OP. */
 #define FRAMES_OP 192
 _Static_assert(WORLD_OP_COUNT <= 256 - FRAMES_OP, "each has a type");
 
+/* Runs an input: a byte, which `begins` is given when there is a world, then frames. Each step sends
+ * frames on the wire until one is for the world, and lets it do that. */
+int frames_run(const uint8_t *data, size_t size, void (*begins)(uint8_t how));
+/* Mutates all but the first byte. */
 size_t frames_mutate(uint8_t *data, size_t size, size_t most, unsigned seed, bool server);
-/* The input as a step: sends frames on the wire until one is for the world, and lets it do that. */
-void frames_begin(const uint8_t *data, size_t size);
-bool frames_step(void);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed);

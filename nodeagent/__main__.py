@@ -14,7 +14,7 @@ def main() -> None:
     if sys.argv[1:2] == ["run"]:
         # structlog imports rich where it is installed, for colours that the daemon never prints:
         # three megabytes. None in sys.modules is Python's way to say "not there".
-        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
+        sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # typeshed has modules only
     cli(prog_name="nodeagent")
 
 

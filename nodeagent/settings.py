@@ -83,7 +83,7 @@ def _admin_address(value: str) -> str:
             pass
         else:
             if host.is_loopback:
-                return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"  # noqa: PLR2004
+                return f"[{host}]:{port}" if host.version == 6 else f"{host}:{port}"  # noqa: PLR2004 - of IP
             raise ValueError(f"{value!r} is not on loopback: write 127.0.0.1:PORT or [::1]:PORT")
     raise ValueError(f"{value!r} is no address with a port: write 127.0.0.1:PORT or [::1]:PORT")
 

@@ -42,6 +42,9 @@ STALL_SECONDS: Final = 5.0
 MAX_LISTED: Final = 1000
 """Decisions in one answer: a few hundred KB of JSON, far below the seam's frame."""
 
+MOST_TOLD: Final = 5
+"""Pods without a certificate that are named in one line: most often all have one cause."""
+
 _MICROSECONDS: Final = 1_000_000
 
 
@@ -97,8 +100,9 @@ class Health:
             for held in self._tunnel.pods
             if (problem := self._certificate_of(held))
         ]
-        shown = "; ".join(problems[:5])
-        return f"{shown}; and {len(problems) - 5} more" if len(problems) > 5 else shown  # noqa: PLR2004
+        shown = "; ".join(problems[:MOST_TOLD])
+        more = len(problems) - MOST_TOLD
+        return f"{shown}; and {more} more" if more > 0 else shown
 
     def _certificate_of(self, held: Held) -> str:
         """Return what keeps a pod from proving who it is, or ""."""

@@ -32,13 +32,13 @@ def leave_out() -> None:
     """
     if "ssl" in sys.modules:
         return  # a test's process, or a debugger's
-    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
-    sys.modules["_hashlib"] = None  # type: ignore[assignment]
-    sys.modules["ssl"] = None  # type: ignore[assignment]
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # typeshed has modules only
+    sys.modules["_hashlib"] = None  # type: ignore[assignment]  # as above
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # as above
     importlib.import_module("asyncio")
     named = ModuleType("ssl", "Names only: see ztunnel.lean.")
     for name in _NAMES:
         setattr(named, name, None)
     sys.modules["ssl"] = named
     importlib.import_module("prometheus_client")
-    sys.modules["ssl"] = None  # type: ignore[assignment]
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # as above

@@ -169,7 +169,7 @@ def _context(
 
 
 def _set_groups(context: SSL.Context) -> None:
-    done = _lib.SSL_CTX_set1_curves_list(context._context, _GROUPS)  # noqa: SLF001
+    done = _lib.SSL_CTX_set1_curves_list(context._context, _GROUPS)  # noqa: SLF001 - as in context_pointer
     if done != 1:
         _lib.ERR_clear_error()
         raise TlsError(

@@ -95,7 +95,7 @@ class Bed:
         where = [self.server, str(self.http_port)]
         return parse.load(self.run("client", [str(self.tools / "load"), kind, *where, *rest]))
 
-    def popen(self, pod: str, argv: list[str], **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401
+    def popen(self, pod: str, argv: list[str], **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401 - subprocess's own
         """Start a program in a pod; it ends with the lab at the latest."""
         return self.lab.popen(pod, argv, **options)
 

@@ -168,18 +168,18 @@ def dump_resource(resource: protocol.Resource) -> dict[str, Any]:
     return document
 
 
-def socket_owner(client: Any, server: Any, root: str = "/proc/self/net") -> int | None:  # noqa: ANN401
+def socket_owner(client: Any, server: Any, root: str = "/proc/self/net") -> int | None:  # noqa: ANN401 - as the socket module gives them
     """Return the user id of the process that holds the client's end of a TCP connection.
 
     `client` and `server` are socket addresses as `getpeername` gives them. None if the kernel's
     table (proc(5), /proc/net/tcp) does not list the connection.
     """
-    wanted = f"{_table_form(*client[:2])} {_table_form(*server[:2])}"
+    wanted = [_table_form(*client[:2]), _table_form(*server[:2])]
     name = "tcp6" if ":" in client[0] else "tcp"
     with open(f"{root}/{name}", encoding="ascii") as table:  # noqa: PTH123 - procfs
         for line in table:
             fields = line.split()
-            if len(fields) > 7 and f"{fields[1]} {fields[2]}" == wanted:  # noqa: PLR2004
+            if fields[1:3] == wanted:
                 return int(fields[7])
     return None
 

@@ -63,7 +63,7 @@ def open_listener(port: int) -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         _configure(sock, port)
-        sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104
+        sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104 - of one pod, for whom it serves them all
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

@@ -45,7 +45,7 @@ MOST_KEPT: Final = 128
 _RULES: Final = encode(fibmsg, RTM_GETRULE, DUMP, {})
 
 
-class _AnyFamily(rtmsg):  # type: ignore[misc]
+class _AnyFamily(rtmsg):  # type: ignore[misc]  # pyroute2 is untyped
     """pyroute2 puts IPv4 in the place of "any"."""
 
     defaults: ClassVar[dict[str, int]] = {}

@@ -123,7 +123,7 @@ def _messages(sock: socket.socket) -> Iterator[tuple[int, bytes]]:
 
 
 def _error(body: bytes) -> int:
-    return -int(struct.unpack_from("=i", body)[0]) if len(body) >= 4 else 0  # noqa: PLR2004
+    return -int(struct.unpack_from("=i", body)[0]) if len(body) >= 4 else 0  # noqa: PLR2004 - an int
 
 
 def _dump(sock: socket.socket, family: int) -> Iterator[Connection]:

@@ -108,7 +108,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 def _family(address: str) -> int:
-    four = ipaddress.ip_address(address).version == 4  # noqa: PLR2004
+    four = ipaddress.ip_address(address).version == 4  # noqa: PLR2004 - of IP
     return V4 if four else V6
 
 

@@ -134,7 +134,7 @@ def lab(ctx: click.Context, base: Path) -> None:
 @click.option("--no-daemons", is_flag=True, help="Only the network and the programs: no mesh.")
 @click.pass_obj
 @_errors
-def up(base: Path, what: str, name: str, no_daemons: bool) -> None:  # noqa: FBT001
+def up(base: Path, what: str, name: str, no_daemons: bool) -> None:  # noqa: FBT001 - click passes it by name
     """Build the lab that a file describes, or an exercise: sentences, istioinaction.
 
     Returns when both daemons of every node are ready and every program listens. When that fails,
@@ -155,7 +155,7 @@ def up(base: Path, what: str, name: str, no_daemons: bool) -> None:  # noqa: FBT
 @click.option("--all", "every", is_flag=True, help="Remove every lab of this machine.")
 @click.pass_obj
 @_errors
-def down(base: Path, names: tuple[str, ...], every: bool) -> None:  # noqa: FBT001
+def down(base: Path, names: tuple[str, ...], every: bool) -> None:  # noqa: FBT001 - click passes it by name
     """Remove labs, whatever is left of them; without a name the only one.
 
     Removes processes, namespaces, links, pins and files. What is gone already is no error.
@@ -185,7 +185,7 @@ def run_in_pod(
     command: tuple[str, ...],
     namespace: str,
     name: str,
-    no_capabilities: bool,  # noqa: FBT001
+    no_capabilities: bool,  # noqa: FBT001 - click passes it by name
 ) -> None:
     """Run a program in a pod: nodeagent lab exec POD -- COMMAND ...
 
@@ -213,7 +213,7 @@ def status(base: Path, name: str, output: str) -> None:
 
     reports = [report(Lab(each, base)) for each in ([name] if name else Store.names(base))]
     if output == "json":
-        import msgspec  # noqa: PLC0415
+        import msgspec  # noqa: PLC0415 - rarely needed
 
         click.echo(json.dumps(msgspec.to_builtins(reports), indent=2))
     else:
@@ -227,7 +227,7 @@ def status(base: Path, name: str, output: str) -> None:
 
 def _show(shown: LabReport) -> None:
     from rich.console import Console  # noqa: PLC0415 - slow to load
-    from rich.table import Table  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415 - as above
 
     console = Console(highlight=False)
     since = datetime.fromtimestamp(shown.created, UTC).isoformat(" ", "seconds")
@@ -268,7 +268,7 @@ def logs(base: Path, node: str, source: str, name: str) -> None:
 @click.option("--lab", "name", default="", help="The lab, when several are up.")
 @click.pass_obj
 @_errors
-def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None:  # noqa: FBT001
+def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None:  # noqa: FBT001 - click passes it by name
     """Take a pod of the mesh into the capture while everything runs."""
     found = _chosen(base, name)
     uid = found.pod(pod, namespace).uid
@@ -280,7 +280,7 @@ def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None: 
 @click.option("--json", "as_json", is_flag=True, help="Only the claims and their checks, as JSON.")
 @click.pass_obj
 @_errors
-def demo(base: Path, as_json: bool) -> None:  # noqa: FBT001
+def demo(base: Path, as_json: bool) -> None:  # noqa: FBT001 - click passes it by name
     """Show the mesh at work: two nodes, real traffic, and what the wire carries.
 
     Removes everything at the end, also when it is interrupted. Exit code 0 only when every claim

@@ -87,14 +87,14 @@ def _up(link: IPRoute, name: str, addresses: tuple[str, ...] = ()) -> int:
             index=index,
             address=str(interface.ip),
             prefixlen=interface.network.prefixlen,
-            **({"flags": IFA_F_NODAD} if interface.version == 6 else {}),  # noqa: PLR2004
+            **({"flags": IFA_F_NODAD} if interface.version == 6 else {}),  # noqa: PLR2004 - of IP
         )
     return index
 
 
 def _route(link: IPRoute, destination: str, gateway: str, **more: int | list[str]) -> None:
     network = ipaddress.ip_network(destination)
-    family = socket.AF_INET if network.version == 4 else socket.AF_INET6  # noqa: PLR2004
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6  # noqa: PLR2004 - of IP
     link.route("add", family=family, dst=str(network), gateway=gateway, **more)
 
 
@@ -221,7 +221,7 @@ class Topology:
             for text in pod.addresses:
                 address = ipaddress.ip_address(text)
                 gateway = next(one for one in gateways if one.version == address.version)
-                anywhere = "0.0.0.0/0" if address.version == 4 else "::/0"  # noqa: PLR2004
+                anywhere = "0.0.0.0/0" if address.version == 4 else "::/0"  # noqa: PLR2004 - of IP
                 if self._plan.spec.large:
                     index = _up(link, "eth0", (f"{address}/{address.max_prefixlen}",))
                     _neighbour(link, index, str(gateway.ip), BRIDGE_MAC.format(node.index))

@@ -81,7 +81,7 @@ def _address(data: bytes) -> Address | None:
     if flags & IFA_F_UNUSABLE or text is None:
         return None
     parsed = ipaddress.ip_address(text)
-    if parsed.version == 6 and parsed.is_link_local:  # noqa: PLR2004
+    if parsed.version == 6 and parsed.is_link_local:  # noqa: PLR2004 - of IP
         return None
     return Address(found["index"], str(parsed))
 

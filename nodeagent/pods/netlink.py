@@ -166,7 +166,7 @@ def decode(form: type[nlmsg], data: bytes) -> Any:  # noqa: ANN401 - pyroute2 is
     return message
 
 
-def get(message: Any, name: str) -> int:  # noqa: ANN401
+def get(message: Any, name: str) -> int:  # noqa: ANN401 - as above
     """Return a number among the attributes, 0 if it is not there."""
     value: int | None = message.get_attr(name)
     return value or 0

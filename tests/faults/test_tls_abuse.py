@@ -103,7 +103,7 @@ class _Cut:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sock, self._piece, self._records = sock, piece, records
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a socket has
         return getattr(self._sock, name)
 
     def sendall(self, data: bytes) -> None:
@@ -154,14 +154,13 @@ def test_a_storm_of_client_hellos_is_bounded_and_honest_peers_are_served(mesh: M
 
 def _chain(length: int) -> Shown:
     """A real chain of this many issuers, each signed by the one before."""
-    now = 1_000_000_000
-    times = {"not_before": now, "not_after": now * 4}
-    issuer = certificate_authority(**times)  # type: ignore[arg-type]
+    first, last = 1_000_000_000, 4_000_000_000
+    issuer = certificate_authority(not_before=first, not_after=last)
     chain = [issuer.certificate]
     for _ in range(length):
-        issuer = certificate_authority(issuer=issuer, **times)  # type: ignore[arg-type]
+        issuer = certificate_authority(issuer=issuer, not_before=first, not_after=last)
         chain.append(issuer.certificate)
-    leaf = workload(issuer, spiffe("twin"), **times)  # type: ignore[arg-type]
+    leaf = workload(issuer, spiffe("twin"), not_before=first, not_after=last)
     return Shown(leaf=leaf, chain=chain[::-1])
 
 

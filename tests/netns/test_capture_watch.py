@@ -61,7 +61,7 @@ def test_churn_reuses_a_name_and_an_inode_but_no_uid(threads: NamespaceThreads) 
             add(name)
             assert await following(changes) == Gone(appeared.uid, "default/a")
         assert len(uids) == 4
-        await changes.aclose()  # type: ignore[attr-defined]
+        await changes.aclose()  # type: ignore[attr-defined]  # a generator
 
     with namespace("churn") as made:
         asyncio.run(follow(made.name))
@@ -82,7 +82,7 @@ def test_a_namespace_that_comes_later(threads: NamespaceThreads) -> None:
         appeared.netns.close()
         watcher.set_bindings({})
         assert await following(changes) == Gone(appeared.uid, "default/a")
-        await changes.aclose()  # type: ignore[attr-defined]
+        await changes.aclose()  # type: ignore[attr-defined]  # a generator
 
     with namespace("later") as made:
         asyncio.run(follow(made))
@@ -99,7 +99,7 @@ def test_two_workloads_in_one_namespace(threads: NamespaceThreads) -> None:
         appeared.netns.close()
         assert isinstance(refused, Unusable)
         assert "already bound to workload default/a" in refused.error
-        await changes.aclose()  # type: ignore[attr-defined]
+        await changes.aclose()  # type: ignore[attr-defined]  # a generator
 
     with namespace("shared") as made:
         asyncio.run(follow(made))

@@ -198,7 +198,7 @@ def test_with_both_killed_no_plaintext_leaks(own: Mesh, tmp_path: Path) -> None:
         assert mesh.accept(witness)[0].recv(16) == b"seen on the wire"
         for one in attempts:
             # Waiting or refused, but nobody has answered.
-            with pytest.raises(OSError):  # noqa: PT011
+            with pytest.raises(OSError):  # noqa: PT011 - EAGAIN, or why it was refused
                 one.send(SECRET)
         wait_until(lambda: b"seen on the wire" in sniffer.look().raw, "it is captured")
         capture, dropped = sniffer.stop()
@@ -284,7 +284,7 @@ def idle(mesh: Mesh, pod: str) -> bool:
 
 def reset_by_peer(sock: socket.socket) -> None:
     """Wait for the end, which must be a reset (or, when it was writing, the news of one)."""
-    with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):  # noqa: PT012 - at any of these
         while sock.recv(4096):
             pass
         sock.sendall(b"x")

@@ -158,7 +158,7 @@ def test_bad_http2_ends_that_connection_only(mesh: Mesh, why: str) -> None:
     tls = Tls(mesh.connect("twin", mesh.address("far"), 15008), mesh.shown().context())
     tls.handshake()
     tls.send(BAD_HTTP2[why])
-    with pytest.raises(Gone):  # noqa: PT012
+    with pytest.raises(Gone):  # noqa: PT012 - after whatever it says before
         while True:
             tls.receive()
     stream = good.connect(authority(mesh.address("far"), listener.getsockname()[1]))

@@ -188,7 +188,7 @@ def _self_signed(mesh: Mesh) -> Shown:
     return Shown(leaf=workload(None, spiffe("twin"), not_before=now - 60, not_after=now + HOUR))
 
 
-def _issued(**changes: Any) -> Callable[[Mesh], Shown]:  # noqa: ANN401
+def _issued(**changes: Any) -> Callable[[Mesh], Shown]:  # noqa: ANN401 - `workload`'s
     def make(mesh: Mesh) -> Shown:
         now = time.time()
         moved = {
@@ -273,7 +273,7 @@ def test_a_client_of_another_protocol_is_refused(
 ) -> None:
     known = len(failures(mesh, "far"))
     good = mesh.shown()
-    with pytest.raises(Gone):  # noqa: PT012
+    with pytest.raises(Gone):  # noqa: PT012 - at any of these
         sock = mesh.connect("twin", mesh.address("far"), 15008)
         Client(sock, Shown(leaf=good.leaf, chain=good.chain, **shown).context()).step()
         raise AssertionError(f"served {why}")

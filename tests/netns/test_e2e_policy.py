@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -259,7 +259,9 @@ def counters(mesh: Mesh, pod: str, labels: dict[str, str]) -> list[float]:
     return [mesh.count(pod, f"istio_tcp_{name}_total", **labels) for name in METRICS]
 
 
-def counted_once(mesh: Mesh, series: list[tuple[str, dict[str, str]]], call: Any) -> None:  # noqa: ANN401
+def counted_once(
+    mesh: Mesh, series: list[tuple[str, dict[str, str]]], call: Callable[[], object]
+) -> None:
     before = [counters(mesh, *each) for each in series]
     call()
 

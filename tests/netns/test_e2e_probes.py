@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_an_address_that_becomes_anothers_is_never_taken_for_the_old_one(mesh: M
     for name in names:
         made_anew(mesh, name)
         listener = mesh.listen("far", port)
-        wait_until(lambda each=listener, name=name: answered(each, name), f"{name} answers")  # type: ignore[misc]
+        wait_until(partial(answered, listener, name), f"{name} answers")
         listener.close()
     assert seen == names
 

@@ -121,7 +121,7 @@ class _Recorder:
 def test_a_recorded_conversation_cannot_be_replayed(mesh: Mesh) -> None:
     listener = mesh.listen("far")
     recorder = _Recorder(mesh.connect("twin", mesh.address("far"), HBONE_PORT))
-    client = Client(recorder, mesh.shown().context())  # type: ignore[arg-type]
+    client = Client(recorder, mesh.shown().context())  # type: ignore[arg-type]  # all of a socket that it uses
     stream = client.connect(authority(mesh.address("far"), listener.getsockname()[1]))
     assert client.status(stream) == 200
     mesh.accept(listener)

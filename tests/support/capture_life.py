@@ -17,5 +17,5 @@ def assert_gone(world: Captured, before: str) -> None:
 
 def failure(world: Captured, **kwargs: object) -> CaptureError:
     with pytest.raises(CaptureError) as caught:
-        world.enrol(**kwargs)  # type: ignore[arg-type]
+        world.enrol(**kwargs)  # type: ignore[arg-type]  # enrol's own
     return caught.value

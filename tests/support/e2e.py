@@ -75,7 +75,7 @@ def spiffe(name: str, trust_domain: str = "cluster.local") -> str:
     return f"spiffe://{trust_domain}/ns/shop/sa/{name}"
 
 
-def _pod(name: str, node: str, *, apps: tuple[App, ...] = (), **fields: Any) -> Pod:  # noqa: ANN401
+def _pod(name: str, node: str, *, apps: tuple[App, ...] = (), **fields: Any) -> Pod:  # noqa: ANN401 - the fields of a pod
     labels = {"app": name, "version": "v1", **fields.pop("labels", {})}
     fields = {"namespace": "shop", "service_account": name, "apps": apps, **fields}
     return Pod(name=name, node=node, labels=labels, **fields)
@@ -184,10 +184,10 @@ def show(lab: Lab) -> None:
     """Print what the daemons said and what sockets there are; pytest shows it with a failure."""
     for node in lab.nodes:
         for daemon in ("nodeagent", "ztunnel"):
-            print(f"--- {node.name}/{daemon}", node.logs(daemon), sep="\n")  # noqa: T201
-        print("--- access log", *node.access_log()[-10:], sep="\n")  # noqa: T201
+            print(f"--- {node.name}/{daemon}", node.logs(daemon), sep="\n")  # noqa: T201 - pytest shows it
+        print("--- access log", *node.access_log()[-10:], sep="\n")  # noqa: T201 - pytest shows it
     for pod in lab.state.plan.pods:
-        print(f"--- sockets of {pod.uid}", lab.run(pod.uid, ["ss", "-tnoim"]).stdout, sep="\n")  # noqa: T201
+        print(f"--- sockets of {pod.uid}", lab.run(pod.uid, ["ss", "-tnoim"]).stdout, sep="\n")  # noqa: T201 - pytest shows it
 
 
 def reset(sock: socket.socket) -> None:
@@ -310,12 +310,12 @@ class Mesh:
             if ipaddress.ip_address(text).version == family
         )
 
-    def run(self, pod: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[Any]:  # noqa: ANN401
+    def run(self, pod: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[Any]:  # noqa: ANN401 - subprocess's own
         """Run a program in a pod as the pod's own, to its end."""
         options.setdefault("timeout", DEADLINE * 2)
         return self.lab.run(PODS[pod], argv, capabilities=False, **options)
 
-    def popen(self, pod: str, *argv: str, **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401
+    def popen(self, pod: str, *argv: str, **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401 - as above
         """Start a program in a pod as the pod's own; it ends with the test."""
         program = self.lab.popen(PODS[pod], argv, capabilities=False, **options)
         self._cleanup.callback(_end, program)
@@ -431,7 +431,7 @@ class Mesh:
         root = x509.load_pem_x509_certificate((self.lab.layout.ca / "root.pem").read_bytes())
         return Identity(x509.load_pem_x509_certificates(pem)[0], key), root
 
-    def shown(self, uri: str = spiffe("twin"), **changes: Any) -> Shown:  # noqa: ANN401
+    def shown(self, uri: str = spiffe("twin"), **changes: Any) -> Shown:  # noqa: ANN401 - `workload`'s
         """Return a credential signed by the lab's CA, valid now; `changes` are `workload`'s."""
         issuer, _ = self.authority()
         now = time.time()
@@ -473,6 +473,6 @@ def _end(program: subprocess.Popen[Any]) -> None:
             stream.close()
 
 
-def with_changes(pod: Pod, **changes: Any) -> Pod:  # noqa: ANN401
+def with_changes(pod: Pod, **changes: Any) -> Pod:  # noqa: ANN401 - the fields of a pod
     """Return a pod's description with other fields."""
     return msgspec.structs.replace(pod, **changes)

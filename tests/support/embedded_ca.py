@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -68,8 +70,10 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {each.name: each.read_bytes() for each in directory.iterdir() if each.name != "lock"}
 
 
-def start_together(directory: str, barrier: object, results: object) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
+def start_together(
+    directory: str, barrier: Barrier, results: Queue[tuple[Bundles, tuple[bytes, ...]]]
+) -> None:
+    barrier.wait()
     ca = make(Path(directory))
     signed = fetch(ca)
-    results.put((bundle(ca), signed.chain))  # type: ignore[attr-defined]
+    results.put((bundle(ca), signed.chain))

@@ -69,7 +69,7 @@ class Gone(Exception):  # noqa: N818 - an end, no error
     """The other side has ended the connection: by an alert, FIN, reset or GOAWAY (in words)."""
 
 
-class StreamReset(Exception):  # noqa: N818
+class StreamReset(Exception):  # noqa: N818 - an end, no error
     """RST_STREAM; the argument is its error code."""
 
 

@@ -186,7 +186,7 @@ class Interop:
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return Identity(x509.load_pem_x509_certificates(pem)[0], key)
 
-    def leaf(self, identity: str, issuer: Identity | None = None, **changes: Any) -> Identity:  # noqa: ANN401
+    def leaf(self, identity: str, issuer: Identity | None = None, **changes: Any) -> Identity:  # noqa: ANN401 - as above
         """Return a certificate that is valid now; `changes` are those of `workload`."""
         now = time.time()
         valid = {"not_before": now - 60, "not_after": now + 3600}

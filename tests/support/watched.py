@@ -50,7 +50,7 @@ def run(source: Source, body: Callable[[Reader], Awaitable[None]]) -> None:
         try:
             await body(Reader(states))
         finally:
-            await states.aclose()  # type: ignore[attr-defined]
+            await states.aclose()  # type: ignore[attr-defined]  # a generator
 
     asyncio.run(main())
 

@@ -292,7 +292,7 @@ def test_failures_are_counted_shown_and_tried_again() -> None:
 
 def test_a_defect_of_ours_does_not_end_the_keeper() -> None:
     async def test(world: World) -> None:
-        world.problems.append(ZeroDivisionError("oops"))  # type: ignore[arg-type]
+        world.problems.append(ZeroDivisionError("oops"))  # type: ignore[arg-type]  # that is the defect
         world.keeper.want(wanted())
         world.keeper.appeared(handle())
         await world.state(PodState.FAILED)

@@ -40,7 +40,7 @@ def certificate(left: float | None = 3000, error: str = "") -> CertificateReport
     return CertificateReport(identity=ID, not_after=until, error=error)
 
 
-def pod(**changes: Any) -> PodReport:  # noqa: ANN401
+def pod(**changes: Any) -> PodReport:  # noqa: ANN401 - its fields
     base = PodReport(
         workload="default/a",
         identity=ID,
@@ -55,7 +55,7 @@ def pod(**changes: Any) -> PodReport:  # noqa: ANN401
     return msgspec.structs.replace(base, **changes)
 
 
-def picture(**changes: Any) -> Status:  # noqa: ANN401
+def picture(**changes: Any) -> Status:  # noqa: ANN401 - its fields
     base = Status(
         schema=SCHEMA,
         time=NOW,
@@ -190,7 +190,7 @@ def invoke(tmp_path: Path, answer: Status, *arguments: str) -> Result:
     return asyncio.run(main())
 
 
-def living(**changes: Any) -> Status:  # noqa: ANN401
+def living(**changes: Any) -> Status:  # noqa: ANN401 - its fields
     until = datetime.now(UTC) + timedelta(hours=1)
     fresh = CertificateReport(identity=ID, not_after=until)
     return picture(certificates=(fresh,), pods=(pod(certificate=fresh),), **changes)

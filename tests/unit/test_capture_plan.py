@@ -82,7 +82,7 @@ def kinds(found: plan.Found, wanted: plan.Wanted = WANTED) -> list[str]:
     return [type(action).__name__ for action in plan.plan(wanted, found)]
 
 
-def change(found: plan.Found, **values: Any) -> plan.Found:  # noqa: ANN401
+def change(found: plan.Found, **values: Any) -> plan.Found:  # noqa: ANN401 - its fields
     return msgspec.structs.replace(found, **values)
 
 

@@ -141,4 +141,4 @@ def test_identities_are_values() -> None:
     first = SpiffeId.parse("spiffe://cluster.local/ns/a/sa/b")
     assert {first, SpiffeId.workload("cluster.local", "a", "b")} == {first}
     with pytest.raises(AttributeError):
-        first.path = "/ns/a/sa/admin"  # type: ignore[misc]
+        first.path = "/ns/a/sa/admin"  # type: ignore[misc]  # that nothing may do this is the test

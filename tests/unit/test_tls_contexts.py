@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from cryptography.hazmat.bindings._rust import _openssl
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import x25519
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
 from OpenSSL import SSL
 
 from support.certificates import Identity, authority, workload
@@ -448,8 +448,8 @@ def test_nothing_made_here_shows_the_key() -> None:
 def assert_no_secret(text: str, identities: list[Identity]) -> None:
     """Fail if `text` holds 8 bytes or more of a key in any usual spelling."""
     for identity in identities:
-        numbers = identity.key.private_numbers()  # type: ignore[union-attr]
-        secret = numbers.private_value.to_bytes(32, "big")  # type: ignore[union-attr]
+        assert isinstance(identity.key, ec.EllipticCurvePrivateKey)
+        secret = identity.key.private_numbers().private_value.to_bytes(32, "big")
         for start in range(0, 25, 8):
             part = secret[start : start + 8]
             spellings = [part.hex(), repr(part)[2:-1], base64.b64encode(part[:6]).decode()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import pytest
 
@@ -119,12 +119,12 @@ class Service:
         self.said.append("stopping")
 
 
-def play(work: object) -> None:
+def play(work: Callable[[Service], Awaitable[None]]) -> None:
     async def whole() -> None:
         service = Service()
         try:
             async with asyncio.timeout(20):
-                await work(service)  # type: ignore[operator]
+                await work(service)
         finally:
             service.core.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from http import HTTPStatus
 from typing import Final
 
 from nodeagent.lab.apps.web import Answer, Request, fetch, serve
@@ -33,7 +34,7 @@ def sentence(age_url: str, name_url: str) -> Answer:
     parts: list[str] = []
     for url in (name_url, age_url):
         status, body = fetch(url)
-        if status != 200:  # noqa: PLR2004
+        if status != HTTPStatus.OK:
             return Answer(f"{url} answered {status}\n".encode(), 502)
         parts.append(body.decode())
     return Answer(f"{parts[0]} is {parts[1]} years.\n".encode())

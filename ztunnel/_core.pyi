@@ -25,6 +25,8 @@ DEADLINES: Final[dict[str, int]]
 """The deadlines' names and defaults, microseconds, in the order of `Stats.expired`."""
 LIMITS: Final[dict[str, int]]
 """The limits of one pod and their defaults; 0 is no limit."""
+LINE_FIELDS: Final[tuple[str, ...]]
+"""What differs between the lines of one decision, in the order of its bytes; see `describe`."""
 FUNCTIONS: Final[dict[str, str]]
 """OpenSSL functions that the core calls: name to C declaration as cffi prints it."""
 
@@ -191,6 +193,11 @@ class Core:
         """CONNECT `authority` over the peer's pool; `host` is `forwarded`'s host, or empty."""
     def decide_balance(self, decision: int, choices: tuple[tuple[int, int], ...]) -> None:
         """(decision, weight): the choice is made for each connection. Not nested."""
+    def describe(self, decision: int, form: bytes) -> None:
+        """Say what the access log says of connections under this decision that end as they should:
+        one or two lines, in which byte n stands for what LINE_FIELDS[n - 1] names. Their ends are
+        then in `lines`, and not in `ended`. To be called before the decision is an answer, once.
+        Raises ValueError (no such form, or called again), KeyError."""
     def release_decision(self, decision: int) -> None: ...
     def kill_decision(self, decision: int, reason: int) -> None:
         """Cut the live connections that were made under it, on every worker, now; also after
@@ -209,6 +216,8 @@ class Core:
 
     # what happened
     def ended(self, most: int) -> list[Ended]: ...
+    def lines(self) -> tuple[bytes, int]:
+        """Take the lines that are ready, and how many they are; at most 16 MiB wait."""
     def failed(self, most: int) -> list[Failed]: ...
     def freed(self, most: int) -> list[int]:
         """Decisions that nothing refers to any more; reported after the last `Ended` of theirs

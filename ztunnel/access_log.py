@@ -5,7 +5,8 @@ once whatever the disk does (a bounded queue and one thread that formats and wri
 which found no room are counted and said, that no value can forge a line or a field (control
 characters and quotes are escaped), and that the file is reopened when asked, for logrotate. It may
 not look anything up. What repeats from line to line is put together once (`_json_frame`,
-`_text_frame`): each line delays some connection on a busy node.
+`_text_frame`): each line delays some connection on a busy node. Of connections that end as they
+should the core fills in the rest (`AccessLog.form`), and the lines come back ready (`put`).
 
 JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `connection_security_policy`,
 `same_node` and `policy`. Text is Envoy's familiar shape with the same keys behind it:
@@ -18,6 +19,7 @@ JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `connectio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -25,7 +27,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -35,7 +37,7 @@ from ztunnel import labels as label_sets
 from ztunnel.labels import Labels
 from ztunnel.reasons import NO_FLAG, RESPONSE_FLAGS, Reason
 
-__all__ = ["AccessLog", "Line", "Sink", "json_line", "text_line"]
+__all__ = ["FIELDS", "AccessLog", "Form", "Line", "Sink", "json_line", "text_line"]
 
 _log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.access_log")
 
@@ -74,9 +76,37 @@ class Line(msgspec.Struct, frozen=True):
     handshake: bool = False
 
 
+class _Varying(NamedTuple):
+    """What differs between the lines of connections under one decision, as it is spelled."""
+
+    time: str
+    source: str
+    received: str
+    sent: str
+    milliseconds: str
+
+
+FIELDS: Final = _Varying._fields
+"""In the order of the core's LINE_FIELDS."""
+
+_PLACES: Final = _Varying(*(chr(number) for number in range(1, len(FIELDS) + 1)))
+"""What stands for each in a form. Nothing else in a line is a control character."""
+
+
 class Sink(Protocol):
     def write(self, lines: Sequence[Line], /) -> None:
         """Take the lines of one turn; must not block."""
+
+    def form(self, lines: Sequence[Line], /) -> bytes:
+        """Return `lines` as `_core.Core.describe` takes them: with places for what differs."""
+
+    def put(self, text: bytes, count: int, /) -> None:
+        """Take `count` lines that are ready, each with its line feed; must not block."""
+
+
+class Form(Protocol):
+    def __call__(self, line: Line, varying: _Varying | None = None, /) -> str:
+        """Spell a line; `varying` instead of the line's own."""
 
 
 MAX_FORMATTED: Final = 1024
@@ -141,6 +171,16 @@ def _known(labels: Labels) -> _Known:
         _escaped(origin or "-"),
         _escaped(destination or "-"),
         _escaped(SAME_NODE) if label_sets.is_handed_over(labels) else "",
+    )
+
+
+def _varying(line: Line) -> _Varying:
+    return _Varying(
+        _timestamp(line.start),
+        line.source,
+        str(line.received),
+        str(line.sent),
+        f"{line.duration_us / 1000:.0f}",
     )
 
 
@@ -222,19 +262,14 @@ def _json_frame(
 
     return (
         f'{{"time":"%s",{joined(before)},"src.addr":"%s",{joined(middle)},'
-        f'"bytes_sent":%d,"bytes_recv":%d,"duration":"%.0fms",{joined(after)}}}'
+        f'"bytes_sent":%s,"bytes_recv":%s,"duration":"%sms",{joined(after)}}}'
     )
 
 
-def json_line(line: Line) -> str:
+def json_line(line: Line, varying: _Varying | None = None, /) -> str:
+    own = varying or _varying(line)
     frame = _json_frame(*_repeats(line))
-    return frame % (
-        _timestamp(line.start),
-        line.source,
-        line.sent,
-        line.received,
-        line.duration_us / 1000,
-    )
+    return frame % (own.time, own.source, own.sent, own.received, own.milliseconds)
 
 
 @functools.lru_cache(maxsize=MAX_FORMATTED)
@@ -261,27 +296,29 @@ def _text_frame(
     )
     rest = keyed + (f" same_node={known.same_node}" if known.same_node else "")
     rest += f" policy={_escaped(policy)}" if policy else ""
-    return f'[%s] {_constant(head)} %d %d %.0f {_constant(tail)} src.addr="%s" {_constant(rest)}'
+    return f'[%s] {_constant(head)} %s %s %s {_constant(tail)} src.addr="%s" {_constant(rest)}'
 
 
-def text_line(line: Line) -> str:
+def text_line(line: Line, varying: _Varying | None = None, /) -> str:
+    own = varying or _varying(line)
     frame = _text_frame(*_repeats(line))
-    return frame % (
-        _timestamp(line.start),
-        line.received,
-        line.sent,
-        line.duration_us / 1000,
-        line.source,
-    )
+    return frame % (own.time, own.received, own.sent, own.milliseconds, own.source)
+
+
+class _Ready(NamedTuple):
+    """Lines that are spelled already."""
+
+    text: bytes
+    lines: int
 
 
 class AccessLog:
     """Writes lines to `path` (STDOUT: standard output) on a thread of its own."""
 
-    def __init__(self, path: str, form: Callable[[Line], str], capacity: int = QUEUE_LINES) -> None:
+    def __init__(self, path: str, form: Form, capacity: int = QUEUE_LINES) -> None:
         self._path = path
         self._form = form
-        self._queue: queue.SimpleQueue[Sequence[Line] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[Line] | _Ready | None] = queue.SimpleQueue()
         self._capacity = capacity
         self._given = 0  # lines, by the thread that writes here
         self._taken = 0  # lines, by the thread that formats
@@ -305,6 +342,16 @@ class AccessLog:
             self._given += len(lines)
             self._queue.put(lines)
 
+    def form(self, lines: Sequence[Line], /) -> bytes:
+        return "".join(f"{self._form(line, _PLACES)}\n" for line in lines).encode()
+
+    def put(self, text: bytes, count: int, /) -> None:
+        if count > self._capacity - (self._given - self._taken):
+            self.dropped += count
+            return
+        self._given += count
+        self._queue.put(_Ready(text, count))
+
     def reopen(self) -> None:
         """Open the file anew before the next line: logrotate has moved it away."""
         self._reopen.set()
@@ -327,31 +374,36 @@ class AccessLog:
     def _run(self) -> None:
         last = False
         while not last:
-            lines, last = self._take()
+            ready, last = self._take()
             if self._reopen.is_set():
                 self._reopen.clear()
                 self._open_again()
-            if lines:
-                self._put(lines)
+            if ready.lines:
+                self._write(ready)
         os.close(self._descriptor)
 
-    def _take(self) -> tuple[list[Line], bool]:
+    def _take(self) -> tuple[_Ready, bool]:
         """Wait for lines and take those behind them; True with the last ones there will be.
 
         Returns without any once a second, to look at the flags.
         """
-        lines: list[Line] = []
-        try:
+        texts: list[bytes] = []
+        count, last = 0, False
+        with contextlib.suppress(queue.Empty):
             given = self._queue.get(timeout=1.0)
             while given is not None:
-                lines += given
-                self._taken += len(given)
-                if len(lines) >= BATCH_LINES:
+                lines = given.lines if isinstance(given, _Ready) else len(given)
+                self._taken += lines
+                count += lines
+                texts.append(given.text if isinstance(given, _Ready) else self._spelled(given))
+                if count >= BATCH_LINES:
                     break
                 given = self._queue.get_nowait()
-        except queue.Empty:
-            return lines, False
-        return lines, given is None
+            last = given is None
+        return _Ready(b"".join(texts), count), last
+
+    def _spelled(self, lines: Sequence[Line]) -> bytes:
+        return "".join(f"{self._form(line)}\n" for line in lines).encode("utf-8", "replace")
 
     def _open_again(self) -> None:
         try:
@@ -366,15 +418,14 @@ class AccessLog:
         os.close(self._descriptor)
         self._descriptor = descriptor
 
-    def _put(self, lines: list[Line]) -> None:
-        data = "".join(f"{self._form(line)}\n" for line in lines).encode("utf-8", "replace")
+    def _write(self, ready: _Ready) -> None:
         try:
-            view = memoryview(data)
+            view = memoryview(ready.text)
             while view:
                 view = view[os.write(self._descriptor, view) :]
-            self.written += len(lines)
+            self.written += ready.lines
         except OSError as error:
-            self.dropped += len(lines)
+            self.dropped += ready.lines
             if not self._said:
                 _log.error(
                     "access log cannot be written; lines are dropped and counted",

@@ -1,7 +1,8 @@
 """What became of connections: from the core's reports to access log lines and failure counts.
 
 This module owns the joining of an ended connection or a failed handshake with the decision, the
-identities and the workloads behind its numbers. It promises one line for each report, two for a
+identities and the workloads behind its numbers; for ends that are no failures it says beforehand
+what their lines have in common. It promises one line for each report, two for a
 connection that was handed over between two pods of this node, but for failures of one kind that
 come in masses (`log_limit`), and that a connection that ended before a decision was reached is
 counted too (the core counts by decision). It may not write the lines out, nor change what it reads.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -24,7 +25,7 @@ from ztunnel.decisions import Key
 from ztunnel.labels import Labels
 from ztunnel.log_limit import FailureLines
 from ztunnel.reasons import Reason
-from ztunnel.route import HandOver, Refuse, Tunnel
+from ztunnel.route import HandOver, Passthrough, Plain, Refuse, Tunnel
 from ztunnel.state import HBONE_PORT
 
 if TYPE_CHECKING:
@@ -55,6 +56,16 @@ _INBOUND_HBONE: Final = int(Kind.INBOUND_HBONE)
 Side = str
 CLIENT: Final[Side] = "client"
 SERVER: Final[Side] = "server"
+
+
+class _Way(NamedTuple):
+    """What kind of connection, to whom it asked to go, and whom the core dialled for it."""
+
+    kind: int
+    destination: bytes
+    port: int
+    upstream: bytes
+    upstream_port: int
 
 
 class _Owner(Protocol):
@@ -131,22 +142,59 @@ class Events:
             return self.failure_lines.admit(kind, lambda: self._lines(event, record, found))
         return self._lines(event, record, found)
 
+    def forms(self, record: Record) -> list[Line]:
+        """Return the lines of connections under `record` that end as they should.
+
+        Without what differs between them; none where there are no such connections.
+        """
+        match record.outcome:
+            case Passthrough() | Plain() | Tunnel() | HandOver() | Verdict(allow=True):
+                pass
+            case _:
+                return []
+        key = record.key
+        upstream, port = _upstream(record)
+        way = _Way(key.kind, key.destination, key.port, upstream, port)
+        return self._constant(way, Reason.CLOSED, record, record.labels)
+
     def _lines(self, event: Ended, record: Record | None, found: Labels) -> list[Line]:
-        reason = _REASONS[event.reason]
-        outbound = event.kind == _OUTBOUND
-        hbone = outbound and event.upstream_port == HBONE_PORT
         started = self._wall() - (self._clock() - event.started_us / 1e6)
-        destination, hbone_address = _addresses(event, record)
+        way = _Way(
+            event.kind,
+            event.destination,
+            event.destination_port,
+            event.upstream,
+            event.upstream_port,
+        )
+        return [
+            msgspec.structs.replace(
+                line,
+                start=started,
+                duration_us=event.duration_us,
+                source=f"{_host(event.source)}:{event.source_port}",
+                received=event.received,
+                sent=event.sent,
+            )
+            for line in self._constant(way, _REASONS[event.reason], record, found)
+        ]
+
+    def _constant(
+        self, way: _Way, reason: Reason, record: Record | None, found: Labels
+    ) -> list[Line]:
+        """Return the lines of a connection, without what differs between those of its decision."""
+        outbound = way.kind == _OUTBOUND
+        hbone = outbound and way.upstream_port == HBONE_PORT
+        destination, hbone_address = _addresses(way, record)
         line = Line(
-            start=started,
-            duration_us=event.duration_us,
+            start=0,
+            duration_us=0,
             direction="outbound" if outbound else "inbound",
-            source=f"{_host(event.source)}:{event.source_port}",
+            source="",
             destination=destination,
             hbone_destination=hbone_address,
             labels=found,
-            received=event.received,
-            sent=event.sent,
+            received=0,
+            sent=0,
             reason=reason,
             error=reasons.explain(reason, hbone=hbone),
             policy=_policy(record),
@@ -154,11 +202,11 @@ class Events:
         if record is None or not isinstance(record.outcome, HandOver):
             return [line]
         # One connection, but two pods of this node: each side says what it would across nodes.
-        way = record.outcome.way
+        over = record.outcome.way
         there = msgspec.structs.replace(
             line,
             direction="inbound",
-            destination=f"{_host(way.target)}:{way.port}",
+            destination=f"{_host(over.target)}:{over.port}",
             labels=record.mirror_labels,
             policy=_policy(record) or record.outcome.origin,
         )
@@ -245,17 +293,28 @@ def _host(packed: bytes) -> str:
     return f"[{spelling}]" if ":" in spelling else spelling
 
 
-def _addresses(event: Ended, record: Record | None) -> tuple[str, str]:
+def _upstream(record: Record) -> tuple[bytes, int]:
+    """Return whom the core dials for a connection of the mesh that goes out under `record`."""
+    match record.outcome:
+        case Tunnel(target=target, hbone_port=port):
+            return target, port
+        case Plain(target=target, port=port) | HandOver(way=Tunnel(target=target, port=port)):
+            return target, port
+        case _:
+            return record.key.destination, record.key.port
+
+
+def _addresses(way: _Way, record: Record | None) -> tuple[str, str]:
     """Return whom the bytes went to, and the address inside HBONE if there was one."""
-    there = _host(event.destination)
-    asked = f"{there}:{event.destination_port}"
-    if event.kind == _INBOUND_HBONE:
+    there = _host(way.destination)
+    asked = f"{there}:{way.port}"
+    if way.kind == _INBOUND_HBONE:
         return f"{there}:{HBONE_PORT}", asked
-    if not event.upstream:
+    if not way.upstream:
         return asked, ""
-    if event.kind != _OUTBOUND:
+    if way.kind != _OUTBOUND:
         return asked, ""
-    dialled = f"{_host(event.upstream)}:{event.upstream_port}"
+    dialled = f"{_host(way.upstream)}:{way.upstream_port}"
     if record is not None and isinstance(record.outcome, Tunnel):
         return dialled, record.outcome.authority
     return dialled, ""

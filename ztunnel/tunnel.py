@@ -102,6 +102,7 @@ class Tunnel:
         build: Builder = build_pair,
     ) -> None:
         self._core = core
+        self._sink = sink
         self._clock = clock
         self._wall = wall
         numbers = Numbers()
@@ -246,6 +247,9 @@ class Tunnel:
         """Take in a portion of what ended; True when there may be more."""
         ended = self._core.ended(EVENTS_A_TURN)
         failed = self._core.failed(EVENTS_A_TURN)
+        text, count = self._core.lines()
+        if count:
+            self._sink.put(text, count)
         try:
             self.events.take(self.state, ended, failed)
         except Exception:  # noqa: BLE001 - a log line lost must not stop the data path
@@ -323,6 +327,7 @@ class Tunnel:
                 self._peers_evicted = self.peers.evicted_in_use
                 self._new_epoch()
             self.decisions.cache(record)
+            self._describe(record)
         self._answer(upcall, record)
 
     def _inbound(self, upcall: Upcall, *, may_wait: bool) -> None:
@@ -355,7 +360,17 @@ class Tunnel:
                 return
             record = self._judge.inbound(self.state, held, key, proven, verdict)
             self.decisions.cache(record)
+            self._describe(record)
         self._answer(upcall, record)
+
+    def _describe(self, record: Record) -> None:
+        """Give the core the log lines of the connections that `record` will carry."""
+        for number in record.choices or (record.number,):
+            decided = self.decisions.get(number)
+            lines = self.events.forms(decided) if decided is not None else []
+            if lines:
+                with contextlib.suppress(ValueError):  # too long: each end is reported by itself
+                    self._core.describe(number, self._sink.form(lines))
 
     def _problem_with(self, proven: Proven | None) -> Reason | None:
         """Return why nothing new may rest on an identity that the core names."""

@@ -52,6 +52,7 @@ class Judged:
         self.rule = rule
         self.upcalls: list[_core.Upcall] = []
         self.ended: list[_core.Ended] = []
+        self.lines: list[str] = []
         self.failed: list[_core.Failed] = []
         self.freed: list[int] = []
         self.keep: list[object] = []
@@ -82,6 +83,7 @@ class Judged:
             self.upcalls.append(upcall)
             self.rule(self, upcall)
         self.ended += self.core.ended(1000)
+        self.lines += self.core.lines()[0].decode().splitlines()
         self.failed += self.core.failed(1000)
         self.freed += self.core.freed(1000)
 
@@ -92,10 +94,14 @@ class Judged:
                     os.read(self.core.event_fd, 8)
             self.collect()
 
-    def stop(self) -> None:
+    def stop_collecting(self) -> None:
+        """From here on nobody answers, and what the core reports waits in it."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def stop(self) -> None:
+        self.stop_collecting()
         self.core.stop()
         self.collect()
 

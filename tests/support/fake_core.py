@@ -61,6 +61,9 @@ class FakeCore:
         self.last_loop_us: tuple[int, ...] = (0,)
         self._epoch = 1
         self._upcalls: deque[Upcall] = deque()
+        self.forms: dict[int, bytes] = {}
+        self.ready: tuple[bytes, int] = (b"", 0)
+        """What `lines` returns next."""
         self._ended: deque[Ended] = deque()
         self._failed: deque[Failed] = deque()
         self._freed: deque[int] = deque()
@@ -263,6 +266,12 @@ class FakeCore:
         self._take_number(decision)
         self.decisions[decision] = Decision("balance", 0, (choices,))
 
+    def describe(self, decision: int, form: bytes) -> None:
+        assert decision in self.decisions
+        assert decision not in self.answers.values()
+        assert decision not in self.forms
+        self.forms[decision] = form
+
     def release_decision(self, decision: int) -> None:
         assert decision in self.decisions
         assert decision not in self.released, f"decision {decision} was released twice"
@@ -293,6 +302,10 @@ class FakeCore:
 
     def ended(self, most: int) -> list[Ended]:
         return [self._ended.popleft() for _ in range(min(most, len(self._ended)))]
+
+    def lines(self) -> tuple[bytes, int]:
+        taken, self.ready = self.ready, (b"", 0)
+        return taken
 
     def failed(self, most: int) -> list[Failed]:
         return [self._failed.popleft() for _ in range(min(most, len(self._failed)))]

@@ -76,6 +76,9 @@ class Rig:
         self.now = 1000.0
         self.wall = float(NOW)
         self.lines: list[Line] = []
+        self.described: list[list[Line]] = []
+        """What the core was told to say of connections, in the order of the decisions."""
+        self.ready: list[tuple[bytes, int]] = []
         self.built: list[str] = []
         self.build_error: Exception | None = None
         self.version = 0
@@ -85,6 +88,13 @@ class Rig:
 
     def write(self, lines: Sequence[Line], /) -> None:
         self.lines += lines
+
+    def form(self, lines: Sequence[Line], /) -> bytes:
+        self.described.append(list(lines))
+        return b"%d lines" % len(lines)
+
+    def put(self, text: bytes, count: int, /) -> None:
+        self.ready.append((text, count))
 
     def _build(self, credential: Credential, roots: tuple[bytes, ...]) -> Pair:
         if self.build_error is not None:

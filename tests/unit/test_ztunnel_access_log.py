@@ -5,11 +5,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.mesh_state import identity, workload
 from ztunnel import labels
-from ztunnel.access_log import AccessLog, Line, json_line, text_line
+from ztunnel.access_log import FIELDS, AccessLog, Form, Line, json_line, text_line
 from ztunnel.reasons import Reason
 
 SLEEP = workload("sleep", "10.1.0.1")
@@ -134,6 +135,25 @@ def test_no_value_forges_a_line_or_a_field(form: Any, evil: str) -> None:  # noq
     assert 'a"b' not in found.replace('\\"', "")
 
 
+@pytest.mark.parametrize("spell", [json_line, text_line])
+def test_a_form_that_is_filled_in_is_the_line(spell: Form, tmp_path: Path) -> None:
+    log = AccessLog(str(tmp_path / "access.log"), spell)
+    lines = [line(policy='odd %s "policy"'), plaintext()]
+    form = log.form([msgspec.structs.replace(each, start=0, source="") for each in lines])
+    values = {
+        "time": "2021-06-14T10:27:59.758Z",
+        "source": "10.1.0.1:4000",
+        "received": "100",
+        "sent": "1100",
+        "milliseconds": "10",
+    }
+    assert form.count(b"\n") == len(lines)
+    for number, field in enumerate(FIELDS, 1):
+        assert form.count(number) == len(lines)
+        form = form.replace(bytes([number]), values[field].encode())
+    assert form.decode() == "".join(f"{spell(each)}\n" for each in lines)
+
+
 def _written(path: Path) -> list[str]:
     return path.read_text(encoding="ascii").splitlines()
 
@@ -144,9 +164,11 @@ def test_lines_reach_the_file(tmp_path: Path) -> None:
     log.start()
     for _ in range(1200):
         log.write([line()])
+    log.put(b"ready\n" * 3, 3)
     log.stop(30)
-    assert len(_written(path)) == 1200
-    assert (log.written, log.dropped) == (1200, 0)
+    assert len(_written(path)) == 1203
+    assert _written(path)[-3:] == ["ready"] * 3
+    assert (log.written, log.dropped) == (1203, 0)
     assert path.stat().st_mode & 0o077 <= 0o040
 
 
@@ -179,7 +201,7 @@ def test_a_file_that_cannot_be_reopened_stays(tmp_path: Path) -> None:
 def test_a_disk_that_stands_still_costs_lines_and_never_time(tmp_path: Path) -> None:
     formatting, go_on = threading.Event(), threading.Event()
 
-    def form(given: Line) -> str:
+    def form(given: Line, *_: object) -> str:
         formatting.set()
         go_on.wait(30)
         return json_line(given)

@@ -18,7 +18,7 @@ from typing import IO, Any
 import pytest
 
 from support.mesh_state import SETTINGS
-from ztunnel import _core, corelike, protocol
+from ztunnel import _core, access_log, corelike, protocol
 from ztunnel.channel import Channel
 from ztunnel.corelike import Kind
 from ztunnel.reasons import check
@@ -31,6 +31,7 @@ def test_the_core_has_the_reasons_kinds_and_methods_that_are_expected() -> None:
     check(_core.REASONS)
     for kind in Kind:
         assert getattr(_core, kind.name) == kind.value
+    assert _core.LINE_FIELDS == access_log.FIELDS
     wanted = {name for name in vars(corelike.CoreLike) if not name.startswith("_")}
     assert {name for name in vars(_core.Core) if not name.startswith("_")} == wanted
 

@@ -16,6 +16,7 @@ from support.tunnel_rig import (
 )
 from ztunnel import labels
 from ztunnel._core import Failed
+from ztunnel.access_log import Line
 from ztunnel.corelike import Kind
 from ztunnel.protocol import (
     Endpoint,
@@ -54,6 +55,56 @@ def test_a_tunnelled_connection_is_logged_with_both_identities(rig: Rig) -> None
     assert labels.value(line.labels, "connection_security_policy") == "mutual_tls"
     assert line.start == pytest.approx(rig.wall - 2)
     assert line.error == ""
+
+
+@pytest.mark.parametrize(
+    "way, upstream, upstream_port",
+    [("10.2.0.1", "10.2.0.1", 15008), ("10.3.0.1", "10.3.0.1", 8080), ("1.2.3.4", "1.2.3.4", 8080)],
+)
+def test_the_core_is_told_the_line_that_an_end_would_get(
+    rig: Rig, way: str, upstream: str, upstream_port: int
+) -> None:
+    rig.start()
+    decision = rig.core.answers[rig.outbound(way)]
+    said = ended(
+        rig,
+        decision,
+        Kind.OUTBOUND,
+        Reason.CLOSED,
+        destination=ip(way),
+        upstream=ip(upstream),
+        upstream_port=upstream_port,
+    )
+    assert rig.core.forms[decision] == b"1 lines"
+    assert rig.described == [[constant(said)]]
+
+
+def test_the_core_is_told_the_line_of_what_comes_in(rig: Rig) -> None:
+    rig.start()
+    number, _ = rig.prove(chain_of("httpbin"))
+    proven = rig.core.answers[rig.inbound("10.2.0.1", number)]
+    told = ended(rig, proven, Kind.INBOUND_HBONE, Reason.CLOSED, destination=ip("10.1.0.1"))
+    plain = rig.core.answers[rig.inbound("10.3.0.1")]
+    said = ended(rig, plain, Kind.INBOUND_PLAINTEXT, Reason.CLOSED, destination=ip("10.1.0.1"))
+    assert rig.described == [[constant(told)], [constant(said)]]
+
+
+def test_a_refusal_has_no_line_beforehand(rig: Rig) -> None:
+    rig.start()
+    rig.apply(policy(SLEEP.uid, Mode.STRICT))
+    rig.inbound("10.3.0.1")
+    assert rig.described == []
+
+
+def test_lines_that_are_ready_pass_to_the_log(rig: Rig) -> None:
+    rig.start()
+    rig.core.ready = (b"a\nb\n", 2)
+    rig.tunnel.pump()
+    assert rig.ready == [(b"a\nb\n", 2)]
+
+
+def constant(line: Line) -> Line:
+    return msgspec.structs.replace(line, start=0, duration_us=0, source="", received=0, sent=0)
 
 
 def test_a_refused_plaintext_connection_names_the_policy(rig: Rig) -> None:

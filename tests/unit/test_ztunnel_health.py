@@ -29,6 +29,12 @@ class Nowhere:
     def write(self, lines: Sequence[Line], /) -> None:
         assert not lines
 
+    def form(self, lines: Sequence[Line], /) -> bytes:
+        return b"%d lines" % len(lines)
+
+    def put(self, text: bytes, count: int, /) -> None:
+        raise AssertionError(text, count)
+
 
 class Rig:
     def __init__(self) -> None:

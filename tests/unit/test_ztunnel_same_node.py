@@ -373,6 +373,12 @@ def test_both_sides_report_what_it_is(rig: Node, joined: int) -> None:
     assert value(source.labels, "reporter") == "source"
     assert value(destination.labels, "reporter") == "destination"
     assert (source.policy, destination.policy) == ("", "istio-system/default")
+    # And so the core was told, for ends that are no failures.
+    assert rig.core.forms[joined] == b"2 lines"
+    assert rig.described[-1] == [
+        msgspec.structs.replace(each, start=0, duration_us=0, source="", received=0, sent=0)
+        for each in (source, destination)
+    ]
 
 
 def test_a_cut_names_the_policy_at_both_sides(rig: Node, joined: int) -> None:

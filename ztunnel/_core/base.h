@@ -23,11 +23,20 @@
 #define ZT_MAX_POD_ADDRS 8
 /* Cached decisions of one worker. Full means that something scans addresses: start afresh. */
 #define ZT_TABLE_MAX 65536
-/* Ended connections that wait for the access log; beyond it they are counted, not kept. */
+/* One decision's lines of the access log: names of 253 and identities of 2,048 bytes, four of each in
+ * two lines, fit in. Each of two lines has five places to fill in. */
+#define ZT_LINE_MAX 16384
+#define ZT_LINE_PLACES 10
+/* Bytes of lines that wait for the control side: a few seconds at full connection rate, as much as
+ * it keeps for the disk. Beyond it they are counted, not kept. */
+#define ZT_LINES_MAX (16 * 1024 * 1024)
+/* Ended connections that wait for the control side, for they have no line ready; beyond it they are
+ * counted, not kept. */
 #define ZT_EVENTS_MAX 65536
-/* Ends are reported this many at once, or after this long: waking the interpreter for each costs
- * more than the connection. A log line may be so much late. */
+/* Ends are reported this many (or so many bytes of lines) at once, or after this long: waking the
+ * interpreter for each costs more than the connection. A log line may be so much late. */
 #define ZT_EVENTS_BATCH 1024
+#define ZT_LINES_BATCH (1024 * 1024)
 #define ZT_REPORT_US 20000u
 /* Failed handshakes that wait for the log: fewer, for an outsider makes them. */
 #define ZT_FAILURES_MAX 4096
@@ -162,12 +171,6 @@ enum zt_deadline {
  * of a worker have ended: it stops the worker for a few milliseconds, and the next burst may be near. */
 #define ZT_TRIM_CONNECTIONS 1000u
 #define ZT_TRIM_US ZT_SECONDS(5)
-/* The longest wait that is worth spinning for instead of sleeping: what it takes to answer a small
- * request through two tunnels where each has to be woken, and KVM's own default (halt_poll_ns). */
-#define ZT_SPIN_US 200u
-/* How long a worker does not spin after others have kept the processor for longer than that: their
- * work is not over in a moment either. */
-#define ZT_NO_SPIN_US ZT_SECONDS(1)
 
 /*
  * Limits of one pod, so that none starves its neighbours: X(NAME, name in the settings, unless the

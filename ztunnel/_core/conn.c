@@ -92,7 +92,7 @@ void zt_conn_accepted(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind
                              .reason = ZT_R_NO_MEMORY};
 
         zt_sock_abort(fd);
-        zt_worker_report(w, &e);
+        zt_worker_report(w, &e, NULL);
         zt_hold(w, pod, -1);
         zt_pod_put(pod);
         atomic_fetch_sub(&w->load_connections, 1);
@@ -502,7 +502,7 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
         count_end(c->decision->series, w->index, opened, reason);
         count_end(c->decision->mirror, w->index, opened, reason);
     }
-    zt_worker_report(w, &e);
+    zt_worker_report(w, &e, reason == ZT_R_CLOSED && c->decision ? c->decision->line : NULL);
     zt_count_refusal(c->pod, reason);
     dialled(c);
     atomic_fetch_sub_explicit(&c->pod->connections, 1, memory_order_relaxed);

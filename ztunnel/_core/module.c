@@ -221,12 +221,16 @@ static PyType_Spec core_spec = {
 
 static int add_tables(PyObject *module) {
     PyObject *reasons = PyTuple_New(ZT_REASON_COUNT), *bounds, *functions = PyDict_New(),
-             *deadlines = PyDict_New(), *limits = PyDict_New();
+             *deadlines = PyDict_New(), *limits = PyDict_New(),
+             *fields = PyTuple_New(ZT_LINE_FIELD_COUNT);
     int i = 0;
 
-    if (!reasons || !functions || !deadlines || !limits) return -1;
+    if (!reasons || !functions || !deadlines || !limits || !fields) return -1;
 #define X(name, token) PyTuple_SET_ITEM(reasons, i++, PyUnicode_FromString(token));
     ZT_REASONS(X)
+#undef X
+#define X(name, text) PyTuple_SET_ITEM(fields, ZT_F_##name, PyUnicode_FromString(text));
+    ZT_LINE_FIELDS(X)
 #undef X
 #define X(us) us,
     const long all[] = {ZT_HISTOGRAM(X)};
@@ -262,6 +266,7 @@ static int add_tables(PyObject *module) {
     ZT_LIMIT_TABLE(X)
 #undef X
     if (PyModule_AddObject(module, "LIMITS", limits) < 0) return -1;
+    if (PyModule_AddObject(module, "LINE_FIELDS", fields) < 0) return -1;
     if (PyModule_AddObject(module, "DEADLINES", deadlines) < 0) return -1;
     if (PyModule_AddObject(module, "REASONS", reasons) < 0) return -1;
     if (PyModule_AddObject(module, "HISTOGRAM_BOUNDS_US", bounds) < 0) return -1;

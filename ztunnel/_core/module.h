@@ -57,6 +57,7 @@ struct core_object {
     X(decide_hand_over, METH_VARARGS)   \
     X(decide_tunnel, METH_VARARGS)      \
     X(decide_balance, METH_VARARGS)     \
+    X(describe, METH_VARARGS)           \
     X(release_decision, METH_O)         \
     X(kill_decision, METH_VARARGS)      \
     X(kill_identity, METH_VARARGS)      \
@@ -64,6 +65,7 @@ struct core_object {
     X(answer, METH_VARARGS)             \
     X(answer_certificate, METH_VARARGS) \
     X(ended, METH_O)                    \
+    X(lines, METH_NOARGS)               \
     X(failed, METH_O)                   \
     X(freed, METH_O)                    \
     X(stats, METH_NOARGS)

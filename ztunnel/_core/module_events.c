@@ -156,6 +156,13 @@ TAKE(ended, struct zt_ended, zt_ended_take, ended_object(zt_py_state(self), &ite
 TAKE(failed, struct zt_failed, zt_failed_take, failed_object(zt_py_state(self), &items[i]))
 TAKE(freed, uint64_t, zt_freed_take, zt_py_number(items[i]))
 
+PyObject *zt_py_lines(PyObject *self, PyObject *unused) {
+    const struct zt_lines *lines = zt_lines_take(zt_py_core(self));
+
+    return Py_BuildValue("y#K", lines->len ? lines->text : "", (Py_ssize_t)lines->len,
+                         (unsigned long long)lines->count);
+}
+
 PyObject *zt_py_read_pod(PyObject *self, PyObject *arg) {
     unsigned long long number = PyLong_AsUnsignedLongLong(arg);
     struct zt_pod_counters c;

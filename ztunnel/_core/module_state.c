@@ -232,6 +232,21 @@ PyObject *zt_py_decide_tunnel(PyObject *self, PyObject *args) {
     return decide(self, &t, decision, (struct zt_referred){.series = series, .peer = peer});
 }
 
+PyObject *zt_py_describe(PyObject *self, PyObject *args) {
+    unsigned long long decision;
+    const char *form;
+    Py_ssize_t len;
+    int rv;
+
+    if (!PyArg_ParseTuple(args, "Ky#", &decision, &form, &len)) return NULL;
+    rv = zt_decision_describe(zt_py_core(self), decision, form, (size_t)len);
+    if (rv == -EINVAL)
+        return PyErr_Format(PyExc_ValueError,
+                            "a form is whole lines of at most %d bytes, with at most %d places",
+                            ZT_LINE_MAX, ZT_LINE_PLACES);
+    return zt_py_done(rv, "describe");
+}
+
 PyObject *zt_py_decide_balance(PyObject *self, PyObject *args) {
     unsigned long long decision;
     struct zt_decision t = {.action = ZT_BALANCE};

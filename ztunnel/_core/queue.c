@@ -42,6 +42,8 @@ void zt_queues_free(struct zt_core *core) {
     }
     free(core->ended);
     free(core->failed);
+    free(core->lines.text);
+    free(core->lines_taken.text);
     if (core->event_fd >= 0) close(core->event_fd);
 }
 
@@ -178,18 +180,32 @@ static size_t ring_take(struct zt_ring *r, size_t size) {
     return r->head == r->tail ? size : (size_t)((r->head++ - r->first) % size);
 }
 
-bool zt_ended_push(struct zt_core *core, const struct zt_ended *e) {
-    struct zt_ring *r = &core->ended_at;
-    size_t at;
-    bool full;
+static bool add_line(struct zt_core *core, const struct zt_ended *e, const struct zt_line *line) {
+    const struct zt_line_values values = {.source = &e->source,
+                                          .duration_us = e->duration_us,
+                                          .received = e->received,
+                                          .sent = e->sent};
 
-    pthread_mutex_lock(&core->queue_lock);
-    at = ring_put(r, ZT_EVENTS_MAX);
+    if (!zt_lines_add(&core->lines, line, &values)) core->events_lost++;
+    return core->lines.len >= ZT_LINES_BATCH;
+}
+
+static bool add_ended(struct zt_core *core, const struct zt_ended *e) {
+    struct zt_ring *r = &core->ended_at;
+    size_t at = ring_put(r, ZT_EVENTS_MAX);
+
     if (at == ZT_EVENTS_MAX)
         core->events_lost++;
     else
         core->ended[at] = *e;
-    full = r->tail - r->head >= ZT_EVENTS_BATCH;
+    return r->tail - r->head >= ZT_EVENTS_BATCH;
+}
+
+bool zt_ended_push(struct zt_core *core, const struct zt_ended *e, const struct zt_line *line) {
+    bool full;
+
+    pthread_mutex_lock(&core->queue_lock);
+    full = line ? add_line(core, e, line) : add_ended(core, e);
     pthread_mutex_unlock(&core->queue_lock);
     return full;
 }
@@ -225,6 +241,18 @@ size_t zt_failed_take(struct zt_core *core, struct zt_failed *out, size_t most) 
         out[n++] = core->failed[at];
     pthread_mutex_unlock(&core->queue_lock);
     return n;
+}
+
+const struct zt_lines *zt_lines_take(struct zt_core *core) {
+    struct zt_lines taken;
+
+    zt_lines_clear(&core->lines_taken);
+    pthread_mutex_lock(&core->queue_lock);
+    taken = core->lines;
+    core->lines = core->lines_taken;
+    core->lines_taken = taken;
+    pthread_mutex_unlock(&core->queue_lock);
+    return &core->lines_taken;
 }
 
 size_t zt_freed_take(struct zt_core *core, uint64_t *out, size_t most) {

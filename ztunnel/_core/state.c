@@ -116,6 +116,7 @@ void zt_decision_put(struct zt_decision *d) {
     free(d->authority);
     free(d->baggage);
     free(d->host);
+    free(d->line);
     free(d->choices);
     /* Its shell waits until its number has been reported. */
     pthread_mutex_lock(&core->queue_lock);
@@ -500,6 +501,25 @@ int zt_decision_add(struct zt_core *core, const struct zt_decision *template, ui
 int zt_decision_find(struct zt_core *core, uint64_t number, struct zt_decision **out) {
     *out = find_decision(core, number);
     return *out ? 0 : -ENOENT;
+}
+
+int zt_decision_describe(struct zt_core *core, uint64_t number, const char *form, size_t len) {
+    struct zt_decision *d;
+    struct zt_line *line;
+    int rv = 0;
+
+    if (!zt_line_valid(form, len)) return -EINVAL;
+    d = find_decision(core, number);
+    if (!d) return -ENOENT;
+    line = d->line ? NULL : zt_line_new(form, len);
+    if (d->line)
+        rv = -EEXIST;
+    else if (!line)
+        rv = -ENOMEM;
+    else
+        d->line = line;
+    zt_decision_put(d);
+    return rv;
 }
 
 int zt_decision_release(struct zt_core *core, uint64_t number) {

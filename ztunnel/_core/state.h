@@ -12,6 +12,7 @@
 #include <pthread.h>
 
 #include "base.h"
+#include "line.h"
 #include "map.h"
 #include "ossl.h"
 
@@ -134,6 +135,8 @@ struct zt_decision {
     struct zt_pod *pod;       /* HAND_OVER: the destination */
     struct zt_peer *peer;     /* TUNNEL */
     char *authority, *baggage, *host;
+    struct zt_line
+        *line; /* of ends that are no failures; NULL: they are reported like all others */
     struct zt_choice *choices; /* BALANCE */
     size_t nchoices;
     uint64_t total_weight;
@@ -208,7 +211,6 @@ struct zt_core {
     _Atomic uint64_t limit[ZT_LIMITS];
     uint64_t descriptors_most; /* RLIMIT_NOFILE when the core was made */
     _Atomic int npods;
-    _Atomic bool spinning; /* a worker looks for events instead of sleeping */
     int event_fd;
 
     pthread_mutex_t lock; /* the maps */
@@ -221,6 +223,8 @@ struct zt_core {
     struct zt_ended *ended;   /* of ZT_EVENTS_MAX */
     struct zt_failed *failed; /* of ZT_FAILURES_MAX */
     struct zt_ring ended_at, failed_at;
+    struct zt_lines lines,
+        lines_taken; /* swapped when they are taken, so that nothing is copied here */
     struct zt_decision *freed_head, **freed_tail;
     uint64_t events_lost;
 };
@@ -277,6 +281,9 @@ int zt_decision_add(struct zt_core *core, const struct zt_decision *template, ui
 /* A reference by number, for building BALANCE; -ENOENT. */
 int zt_decision_find(struct zt_core *core, uint64_t number, struct zt_decision **out);
 int zt_decision_release(struct zt_core *core, uint64_t number);
+/* The lines of connections under this decision that end as they should. Before it is an answer, and
+ * once: -EEXIST. -EINVAL: not a valid form. */
+int zt_decision_describe(struct zt_core *core, uint64_t number, const char *form, size_t len);
 /* Nothing to do, and no error, for a decision that nothing refers to any more. */
 int zt_decision_kill(struct zt_core *core, uint64_t number, enum zt_reason reason);
 
@@ -305,12 +312,14 @@ void zt_upcall_answer_certificate(struct zt_core *core, uint64_t id, uint64_t id
  * there is none. */
 bool zt_upcall_collect(struct zt_core *core, struct zt_upcall *out);
 /* True when so many wait that the control side should be woken now; otherwise soon is enough. */
-bool zt_ended_push(struct zt_core *core, const struct zt_ended *e);
+bool zt_ended_push(struct zt_core *core, const struct zt_ended *e, const struct zt_line *line);
 void zt_failed_push(struct zt_core *core, const struct zt_failed *f);
 void zt_core_wake(struct zt_core *core);
 /* Takes up to `most` of what waits; returns how many. */
 size_t zt_ended_take(struct zt_core *core, struct zt_ended *out, size_t most);
 size_t zt_failed_take(struct zt_core *core, struct zt_failed *out, size_t most);
+/* Takes all lines: valid until the next call, from one thread. */
+const struct zt_lines *zt_lines_take(struct zt_core *core);
 /* Decisions that nothing refers to any more and whose ends have all been taken. */
 size_t zt_freed_take(struct zt_core *core, uint64_t *out, size_t most);
 

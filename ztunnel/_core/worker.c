@@ -70,8 +70,8 @@ static void fire_timers(struct zt_worker *w) {
     }
 }
 
-void zt_worker_report(struct zt_worker *w, const struct zt_ended *e) {
-    if (zt_ended_push(w->core, e))
+void zt_worker_report(struct zt_worker *w, const struct zt_ended *e, const struct zt_line *line) {
+    if (zt_ended_push(w->core, e, line))
         w->report_at = w->now;
     else if (!w->report_at)
         w->report_at = w->now + ZT_REPORT_US;
@@ -365,7 +365,7 @@ static void turn_away(struct zt_worker *w, struct zt_listener *l, const struct z
                              .started_us = w->now,
                              .reason = reason};
 
-        zt_worker_report(w, &e);
+        zt_worker_report(w, &e, NULL);
     }
 }
 
@@ -502,55 +502,12 @@ static void end_everything(struct zt_worker *w) {
     bury_all(w);
 }
 
-/*
- * Looks for events for a moment before it sleeps, when the last wait was a short one: to be woken
- * costs more than all else that a small request costs. As KVM does for a halted guest
- * (Documentation/virt/kvm/halt-polling.rst), the moment grows while waits are shorter than
- * ZT_SPIN_US, and is nothing after a longer one. One worker of the process at a time, so that it
- * costs one processor at most, and that one is offered to others in every round. Where others take
- * it for long, nobody spins for a while: a sleeper is woken before them, who yields is not.
- */
-static int spin(struct zt_worker *w, struct epoll_event *events, uint64_t now) {
-    uint64_t until = now + w->spin_us;
-    int n;
-
-    if (now < w->no_spin_until ||
-        atomic_exchange_explicit(&w->core->spinning, true, memory_order_relaxed))
-        return 0;
-    do {
-        uint64_t before = now;
-
-        sched_yield();
-        n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
-        now = zt_now_us();
-        if (now - before > ZT_SPIN_US) w->no_spin_until = now + ZT_NO_SPIN_US;
-    } while (n == 0 && now < until);
-    atomic_store_explicit(&w->core->spinning, false, memory_order_relaxed);
-    return n;
-}
-
-static int next_events(struct zt_worker *w, struct epoll_event *events) {
-    int timeout = next_timeout_ms(w), n = 0;
-    uint64_t began, waited;
-
-    if (timeout == 0) return epoll_wait(w->epfd, events, EVENTS_PER_TURN, 0);
-    began = zt_now_us();
-    if (w->spin_us) n = spin(w, events, began);
-    if (n == 0) n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, timeout);
-    waited = zt_now_us() - began;
-    if (waited > ZT_SPIN_US)
-        w->spin_us = 0;
-    else if (w->spin_us < ZT_SPIN_US)
-        w->spin_us = w->spin_us ? 2 * w->spin_us : ZT_SPIN_US / 8;
-    return n;
-}
-
 static void *loop(void *arg) {
     struct zt_worker *w = arg;
     struct epoll_event events[EVENTS_PER_TURN];
 
     while (!w->stopping) {
-        int n = next_events(w, events);
+        int n = epoll_wait(w->epfd, events, EVENTS_PER_TURN, next_timeout_ms(w));
 
         w->now = zt_now_us();
         atomic_store_explicit(&w->stats.last_loop_us, w->now, memory_order_relaxed);

@@ -127,10 +127,8 @@ struct zt_worker {
     uint64_t listen_at; /* when to look at the listeners again; 0: they are looked at */
     uint64_t report_at; /* when to wake the control side for what has ended; 0: nothing has */
     uint64_t now;       /* microseconds, read once a turn */
-    uint64_t spin_us;   /* how long to look for events before sleeping */
-    uint64_t no_spin_until;
-    uint64_t peak;    /* most connections open at once since memory was given back */
-    uint64_t trim_at; /* when to give memory back; 0: no need */
+    uint64_t peak;      /* most connections open at once since memory was given back */
+    uint64_t trim_at;   /* when to give memory back; 0: no need */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
@@ -162,8 +160,9 @@ struct zt_worker {
     int ngathers;
 };
 
-/* Report the end of a connection to the control side: many at once, and late by ZT_REPORT_US. */
-void zt_worker_report(struct zt_worker *w, const struct zt_ended *e);
+/* Report the end of a connection to the control side, as a line if there is one: many at once, and
+ * late by ZT_REPORT_US. */
+void zt_worker_report(struct zt_worker *w, const struct zt_ended *e, const struct zt_line *line);
 
 /* A connection has begun (1) or ended (-1). */
 void zt_worker_count(struct zt_worker *w, int change);

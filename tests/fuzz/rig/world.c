@@ -203,6 +203,9 @@ static char *text(const char *from) {
     return strcpy(copy, from);
 }
 
+/* The form of a log line, which every second decision has. */
+static const char LINE[] = "\x01 \x02 \x03 \x04 \x05\n";
+
 static uint64_t decide(const struct zt_key *key, enum zt_action action) {
     struct zt_decision t = {.action = action, .reason = ZT_R_POLICY_DENIED};
     struct zt_referred refers = {0};
@@ -238,6 +241,7 @@ static uint64_t decide(const struct zt_key *key, enum zt_action action) {
         return 0;
     }
     ndecisions++;
+    if (number % 2) RIG_CALL(zt_decision_describe(rig.core, number, LINE, sizeof(LINE) - 1));
     judged[number].key = *key;
     judged[number].released = false;
     /* A choice of a balance is answered by the balance. */
@@ -320,7 +324,10 @@ static void collect(void) {
     struct zt_ended ended[32];
     struct zt_failed failed[32];
     uint64_t freed[32];
+    const struct zt_lines *lines = zt_lines_take(rig.core);
 
+    RIG_REQUIRE(!lines->len == !lines->count && lines->len <= lines->room);
+    RIG_REQUIRE(!lines->len || lines->text[lines->len - 1] == '\n');
     while (zt_ended_take(rig.core, ended, 32)) continue;
     while (zt_failed_take(rig.core, failed, 32)) continue;
     while (zt_freed_take(rig.core, freed, 32)) continue;

@@ -52,6 +52,8 @@ SYSCTLS: Final = {
 
 READY_SECONDS: Final = 20.0
 READY_STEP_SECONDS: Final = 0.05
+"""Between two requests that ask whether the way stands: a proxy of others' tells of its first
+certificate and route only by an answer."""
 
 COMMAND_SECONDS: Final = 60.0
 """Beyond any scenario's own time: whatever takes longer hangs."""

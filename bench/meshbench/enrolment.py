@@ -29,7 +29,8 @@ PARALLEL: Final = 32
 ENROL_SECONDS: Final = 120.0
 WARM_SECONDS: Final = 1
 STEP_SECONDS: Final = 0.2
-"""Asking for the state of 1,000 pods takes the agent some 20 ms: not more often than this."""
+"""Between two questions: only the agent's page knows what both daemons have, and it cannot wait.
+Its answer for 1,000 pods takes some 20 ms: not more often than this."""
 NODE: Final = "node-1"
 
 

@@ -30,7 +30,8 @@ CLOSED_SECONDS: Final = 10.0
 
 SETTLE_SECONDS: Final = 5.0
 SETTLE_STEP_SECONDS: Final = 0.25
-"""Memory is read when it has not changed for two steps, at the latest after the former."""
+"""Memory is read when it has not changed for two steps, at the latest after the former: that it has
+come to rest is no event, it shows only by time that passes."""
 STEP_SECONDS: Final = 90.0
 """For each step of a load program: some times what the slowest subject takes."""
 

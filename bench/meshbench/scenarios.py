@@ -26,6 +26,8 @@ BESIDE_SECONDS: Final = 3
 """How much longer the stream runs than the requests beside it."""
 READY_SECONDS: Final = 20.0
 READY_STEP_SECONDS: Final = 0.05
+"""Between two looks at the pod's connections: iperf3 says nothing before the end of its JSON, and
+the kernel tells nobody of a connection that another program opens."""
 
 Values = dict[str, float]
 

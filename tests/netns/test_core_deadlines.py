@@ -30,7 +30,7 @@ from support.corelab import (
     outbound_rule,
     pair,
 )
-from support.hbone import ACK, END_HEADERS, Client, Gone, Kind
+from support.hbone import ACK, END_HEADERS, Client, Gone, Kind, Server
 from support.netns import wait_until
 from ztunnel import _core, tls
 
@@ -60,6 +60,14 @@ def forever(receive: Callable[[], object]) -> None:
     """Receive until that raises what the test expects."""
     while receive():
         pass
+
+
+def by_hand(lab: Pair) -> tuple[socket.socket, Server, int]:
+    """Return an application's socket, the peer that it has come to, and its unanswered stream."""
+    listener = lab.hand_listen()
+    sock = lab.connect()
+    server = lab.hand_server(listener)
+    return sock, server, server.request()[0]
 
 
 def told(judged: Judged, reason: str, deadline: str) -> None:
@@ -205,10 +213,7 @@ def test_a_connect_request_in_pieces_is_only_slow() -> None:
 def test_connect_answer() -> None:
     with pair(outbound=hand_rule) as lab:
         lab.client.core.set_deadline("connect_answer", SHORT)
-        listener = lab.hand_listen()
-        sock = lab.connect()
-        server = lab.hand_server(listener)
-        stream, _ = server.request()
+        sock, server, stream = by_hand(lab)
         with pytest.raises(ConnectionResetError):
             sock.recv(1)
         told(lab.client, "connect_answer_timeout", "connect_answer")
@@ -314,10 +319,7 @@ def test_a_reader_that_stopped_after_the_end_is_cut() -> None:
 def test_keepalive() -> None:
     with pair(outbound=hand_rule) as lab:
         lab.client.core.set_deadline("ping_interval", SHORT)
-        listener = lab.hand_listen()
-        sock = lab.connect()
-        server = lab.hand_server(listener)
-        stream, _ = server.request()
+        sock, server, stream = by_hand(lab)
         server.answer(stream, 200)
         pings = 0
         while pings < 3:
@@ -332,10 +334,7 @@ def test_a_peer_that_answers_pings_late_lives() -> None:
     with pair(outbound=hand_rule) as lab:
         lab.client.core.set_deadline("ping_interval", SHORT)
         lab.client.core.set_deadline("ping_answer", SHORT)
-        listener = lab.hand_listen()
-        sock = lab.connect()
-        server = lab.hand_server(listener)
-        stream, _ = server.request()
+        sock, server, stream = by_hand(lab)
         server.answer(stream, 200)
         for _ in paced():
             server.frame(Kind.PING, 1, 0, b"12345678")
@@ -348,10 +347,7 @@ def test_idle() -> None:
     with pair(outbound=hand_rule, workers=1) as lab:
         lab.client.core.set_deadline("ping_interval", SHORT)
         lab.client.core.set_deadline("idle", SHORT * 2)
-        listener = lab.hand_listen()
-        sock = lab.connect()
-        server = lab.hand_server(listener)
-        stream, _ = server.request()
+        sock, server, stream = by_hand(lab)
         server.answer(stream, 200, end=True)
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(1) == b""

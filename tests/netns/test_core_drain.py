@@ -44,6 +44,14 @@ def whole(sock: socket.socket) -> bytes:
     return b"".join(iter(lambda: sock.recv(65536), b""))
 
 
+def streaming(lab: Pair, listener: socket.socket) -> tuple[Client, int, socket.socket]:
+    """Return a client by hand, a stream of it that stands, and its application's socket."""
+    client = lab.hand_client()
+    stream = client.connect(f"{SERVER_V4}:{PORT}")
+    assert client.status(stream) == 200
+    return client, stream, lab.accept(listener)[0]
+
+
 def goaway(client: Client) -> int:
     """Read up to the next GOAWAY, and return its last stream."""
     seen = len(client.goaways)
@@ -82,10 +90,7 @@ def test_an_idle_core_is_drained_at_once() -> None:
 def test_goaway_comes_twice_and_streams_live_on() -> None:
     with pair() as lab:
         listener = lab.listen()
-        client = lab.hand_client()
-        first = client.connect(f"{SERVER_V4}:{PORT}")
-        assert client.status(first) == 200
-        app, _ = lab.accept(listener)
+        client, first, app = streaming(lab, listener)
 
         lab.server.core.drain()
         assert goaway(client) == FIRST_GOAWAY
@@ -121,10 +126,7 @@ def test_a_connection_counts_for_its_pod_until_its_socket_is_closed() -> None:
 def test_a_stream_behind_the_last_goaway_is_not_begun() -> None:
     with pair() as lab:
         listener = lab.listen()
-        client = lab.hand_client()
-        first = client.connect(f"{SERVER_V4}:{PORT}")
-        assert client.status(first) == 200
-        app, _ = lab.accept(listener)
+        client, first, app = streaming(lab, listener)
         lab.server.core.drain()
         assert goaway(client) == FIRST_GOAWAY
         assert goaway(client) == first

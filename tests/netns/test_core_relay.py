@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import resource
 import select
@@ -16,6 +15,7 @@ import pytest
 
 from support.corelab import CLIENT_V4, CLIENT_V6, PORT, SERVER_V4, SERVER_V6, Pair, pair
 from support.netns import wait_until
+from support.pump import exchange, turned
 from ztunnel import _core
 
 pytestmark = pytest.mark.netns
@@ -95,43 +95,15 @@ def test_refused_application_is_a_reset_for_the_client() -> None:
         assert lab.server.reasons() == ["connect_refused"]
 
 
-def _pump(sock: socket.socket, size: int, seed: int) -> tuple[str, str]:
-    """Send `size` bytes and read to the end at once; digests of what was sent and received."""
-    sent, received = hashlib.sha256(), hashlib.sha256()
-    block = os.urandom(1 << 20)
-
-    def send() -> None:
-        for at in range(size >> 20):
-            part = block[at % 1000 :] + block[: at % 1000]
-            sent.update(part)
-            sock.sendall(part)
-        sock.shutdown(socket.SHUT_WR)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    while data := sock.recv(1 << 20):
-        received.update(data)
-    thread.join()
-    return sent.hexdigest(), received.hexdigest()
-
-
 def test_a_gibibyte_both_ways_at_once_arrives_intact() -> None:
     with pair() as lab:
         listener = lab.listen()
         sock = lab.connect()
-        result: list[tuple[str, str]] = []
-
-        def serve() -> None:
-            accepted, _ = lab.accept(listener)
-            accepted.settimeout(120)
-            result.append(_pump(accepted, 1 << 30, 1))
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        sock.settimeout(120)
-        sent, received = _pump(sock, 1 << 30, 2)
-        thread.join()
-        assert result == [(received, sent)]
+        app, _ = lab.accept(listener)
+        for each in (sock, app):
+            each.settimeout(120)
+        block = os.urandom(1 << 20)
+        exchange(sock, app, turned(block, 1024), turned(block[::-1], 1024))
         assert lab.client.wait_ended(1)[0].received == 1 << 30
 
 

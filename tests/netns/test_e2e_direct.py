@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from support.e2e import (
     with_changes,
 )
 from support.netns import wait_until
+from support.pump import exchange
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["v4", "v6"])
 SECRET = b"the quick brown fox of this very test"
@@ -136,20 +135,14 @@ def _client_of(mesh: Mesh, family: int) -> str:
 
 
 def test_across_nodes_nothing_changes(mesh: Mesh) -> None:
-    sock, app, port = mesh.call("client", "far")
-    mesh.carries(sock, app)
-    sock.close()
-    app.close()
+    port = mesh.visit("client", "far")
     line = mesh.line("far", "inbound", port)
     assert line["connection_security_policy"] == "mutual_tls"
     assert "same_node" not in line
 
 
 def test_a_pod_outside_the_mesh_is_passed_through(mesh: Mesh) -> None:
-    sock, app, port = mesh.call("client", "outsider")
-    mesh.carries(sock, app)
-    sock.close()
-    app.close()
+    port = mesh.visit("client", "outsider")
     line = mesh.line("client", "outbound", port)
     assert line["connection_security_policy"] == "unknown"
     assert "same_node" not in line
@@ -158,10 +151,7 @@ def test_a_pod_outside_the_mesh_is_passed_through(mesh: Mesh) -> None:
 @pytest.mark.parametrize("mode", ["STRICT", "PERMISSIVE", "DISABLE"])
 def test_each_mode_lets_the_identity_in(mesh: Mesh, mode: str) -> None:
     mesh.policy("near", peer_authentication(mode), mode=mode)
-    sock, app, port = mesh.call("client", "near")
-    mesh.carries(sock, app)
-    sock.close()
-    app.close()
+    port = mesh.visit("client", "near")
     line = mesh.line("client", "inbound", port)
     assert line["same_node"] == "direct"
     assert line["policy"].startswith("shop/tested (")
@@ -216,37 +206,13 @@ def test_a_closed_port_is_a_reset(mesh: Mesh) -> None:
         assert mesh.line("client", direction, port)["reason"] == "connect_refused"
 
 
-def _pump(sock: socket.socket, blocks: list[bytes]) -> tuple[str, str]:
-    """Send and read to the end at once; digests of what was sent and received."""
-    sent, received = hashlib.sha256(), hashlib.sha256()
-
-    def send() -> None:
-        for block in blocks:
-            sent.update(block)
-            sock.sendall(block)
-        sock.shutdown(socket.SHUT_WR)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    while data := sock.recv(1 << 20):
-        received.update(data)
-    thread.join()
-    return sent.hexdigest(), received.hexdigest()
-
-
 @FAMILIES
 def test_messages_of_every_size_arrive_intact_both_ways(mesh: Mesh, family: int) -> None:
     """Small ones are copied, large ones spliced, and a full receiver makes each of them wait."""
     sock, app, port = mesh.call("client", "near", family)
     sizes = [1, 100, 16383, 16384, 16385, 65536, 1 << 20, 7, 300_000, 4 << 20, 12] * 4
     blocks = [os.urandom(size) for size in sizes]
-    result: list[tuple[str, str]] = []
-    back = blocks[::-1]
-    thread = threading.Thread(target=lambda: result.append(_pump(app, back)))
-    thread.start()
-    sent, received = _pump(sock, blocks)
-    thread.join()
-    assert result == [(received, sent)]
+    exchange(sock, app, blocks, blocks[::-1])
     sock.close()
     app.close()
     line = mesh.line("client", "inbound", port)
@@ -293,10 +259,7 @@ def test_an_identity_that_changes_is_judged_anew(own: Mesh) -> None:
     changed = with_changes(old.pod, service_account="usurper", addresses=old.addresses)
     own.lab.add_pod(changed)
     own.settled("node-1", lambda s: [p["state"] for p in s["pods"]] == ["Enrolled"] * 2)
-    sock, app, port = own.call("client", "near")
-    own.carries(sock, app)
-    sock.close()
-    app.close()
+    port = own.visit("client", "near")
     for direction in ("outbound", "inbound"):
         line = own.line("client", direction, port)
         assert line["dst.identity"] == spiffe("usurper")
@@ -311,10 +274,7 @@ def test_taking_the_setting_back_cuts_what_was_in_clear(own: Mesh) -> None:
     path.write_text(path.read_text().replace("same_node: direct", "same_node: hbone"))
     own.lab.node("node-1").restart("nodeagent")
     cut(own, call, "policy_changed")
-    sock, app, port = own.call("client", "near")
-    own.carries(sock, app)
-    sock.close()
-    app.close()
+    port = own.visit("client", "near")
     line = own.line("client", "inbound", port)
     assert line["connection_security_policy"] == "mutual_tls"
     assert "same_node" not in line

@@ -348,10 +348,7 @@ def test_a_pod_made_anew_under_another_identity_has_nothing_of_the_old_one(own: 
     assert mesh.hbone("twin", "far").tls.identity() == spiffe("usurper")
     # Its callers ask for the new identity, and find it.
     listener = mesh.listen("far")
-    sock, app, port = mesh.call("client", "far", listener=listener)
-    mesh.carries(sock, app)
-    sock.close()
-    app.close()
+    port = mesh.visit("client", "far", listener=listener)
     assert mesh.line("client", "outbound", port)["dst.identity"] == spiffe("usurper")
 
 
@@ -371,10 +368,7 @@ def test_churn_leaves_no_generation_behind(own: Mesh) -> None:
         mesh.settled("node-2", lambda s: [p["state"] for p in s["pods"]] == ["Enrolled"])
         assert mesh.hbone("twin", "far").tls.identity() == spiffe(name)
         listener = mesh.listen("far")
-        sock, app, port = mesh.call("client", "far", 6, listener=listener)
-        mesh.carries(sock, app)
-        sock.close()
-        app.close()
+        port = mesh.visit("client", "far", 6, listener=listener)
         listener.close()
         assert mesh.line("client", "outbound", port)["dst.identity"] == spiffe(name)
     assert mesh.count("far", "ztunnel_pods") == 1
@@ -475,10 +469,7 @@ def test_readiness_waits_for_the_other_daemon(own: Mesh) -> None:
 def test_the_access_log_as_text() -> None:
     described = spec(apps=False, pods=("client", "far"), arguments=("--log-format", "text"))
     with running(described) as lab, Mesh(lab) as mesh:
-        sock, app, port = mesh.call("client", "far")
-        mesh.carries(sock, app)
-        sock.close()
-        app.close()
+        port = mesh.visit("client", "far")
         path = lab.layout.access_log("node-2")
         line = wait_until(path.read_text, "the call is logged")
         assert line.startswith("[20")

@@ -36,10 +36,7 @@ def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
 
 
 def accepts(mesh: Mesh, client: str, listener: socket.socket, family: int = 4) -> None:
-    sock, app, _ = mesh.call(client, "far", family, listener=listener)
-    mesh.carries(sock, app)
-    sock.close()
-    app.close()
+    mesh.visit(client, "far", family, listener=listener)
 
 
 def refuses(mesh: Mesh, client: str, listener: socket.socket, family: int = 4) -> None:

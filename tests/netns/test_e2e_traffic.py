@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import select
-import socket
 import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +12,7 @@ import pytest
 from nodeagent.lab import Lab
 from support.e2e import HTTP_PORT, Mesh, authority, read_all, reset, running, spec, spiffe, watched
 from support.netns import DEADLINE, wait_until
+from support.pump import exchange, turned
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["v4", "v6"])
 SERVERS = pytest.mark.parametrize("server", ["far", "near"])
@@ -198,25 +196,6 @@ def test_a_closed_port_is_a_reset(mesh: Mesh) -> None:
     assert mesh.line("far", "inbound", port)["reason"] == "connect_refused"
 
 
-def _pump(sock: socket.socket, block: bytes, count: int) -> tuple[str, str]:
-    """Send `count` blocks and read to the end at once; digests of what was sent and received."""
-    sent, received = hashlib.sha256(), hashlib.sha256()
-
-    def send() -> None:
-        for number in range(count):
-            part = block[number:] + block[:number]
-            sent.update(part)
-            sock.sendall(part)
-        sock.shutdown(socket.SHUT_WR)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    while data := sock.recv(1 << 20):
-        received.update(data)
-    thread.join()
-    return sent.hexdigest(), received.hexdigest()
-
-
 @pytest.mark.parametrize(
     "server, family, blocks", [("far", 4, 1024), ("far", 6, 64), ("near", 6, 64)]
 )
@@ -225,12 +204,7 @@ def test_up_to_a_gibibyte_both_ways_at_once_arrives_intact(
 ) -> None:
     sock, app, port = mesh.call("client", server, family)
     block = os.urandom(1 << 20)
-    result: list[tuple[str, str]] = []
-    thread = threading.Thread(target=lambda: result.append(_pump(app, block[::-1], blocks)))
-    thread.start()
-    sent, received = _pump(sock, block, blocks)
-    thread.join()
-    assert result == [(received, sent)]
+    exchange(sock, app, turned(block, blocks), turned(block[::-1], blocks))
     sock.close()
     app.close()
     line = mesh.line(server, "inbound", port)

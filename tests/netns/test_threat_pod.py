@@ -364,10 +364,7 @@ def test_a_pod_that_removes_its_rules_stays_closed_and_is_repaired(mesh: Mesh) -
 
     wait_until(lambda: row(mesh, "near")["repaired"] > before, "an audit puts it right")
     wait_until(lambda: row(mesh, "near")["state"] == "Enrolled", "the pod is whole again")
-    sock, app, port = mesh.call("near", "far")
-    mesh.carries(sock, app)
-    sock.close()
-    app.close()
+    port = mesh.visit("near", "far")
     assert mesh.line("near", "outbound", port)["connection_security_policy"] == "mutual_tls"
 
 

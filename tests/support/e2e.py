@@ -288,6 +288,16 @@ class Mesh:
         far.sendall(b"pong")
         assert near.recv(4) == b"pong"
 
+    def visit(
+        self, client: str, server: str, family: int = 4, *, listener: socket.socket | None = None
+    ) -> int:
+        """Connect two pods, let bytes pass both ways, and end; return the port."""
+        sock, app, port = self.call(client, server, family, listener=listener)
+        self.carries(sock, app)
+        sock.close()
+        app.close()
+        return port
+
     # --- names and addresses ----------------------------------------------------------------------
 
     def uid(self, pod: str) -> str:

@@ -34,10 +34,11 @@
  * counted, not kept. */
 #define ZT_EVENTS_MAX 65536
 /* Ends are reported this many (or so many bytes of lines) at once, or after this long: waking the
- * interpreter for each costs more than the connection. A log line may be so much late. */
+ * interpreter for each costs more than the connection, and what it delays is then one connection in
+ * some hundreds. A log line may be so much late. */
 #define ZT_EVENTS_BATCH 1024
 #define ZT_LINES_BATCH (1024 * 1024)
-#define ZT_REPORT_US 20000u
+#define ZT_REPORT_US 100000u
 /* Failed handshakes that wait for the log: fewer, for an outsider makes them. */
 #define ZT_FAILURES_MAX 4096
 /* Bytes read or encrypted in one system call: 16 full TLS records (measured: the size of each

@@ -159,7 +159,7 @@ def run(work: Coroutine[Any, Any, str]) -> str:
     return asyncio.run(work)
 
 
-def chain_of(account: str, root: Any = ROOT, **options: Any) -> tuple[bytes, ...]:  # noqa: ANN401
+def chain_of(account: str, root: Any = ROOT, **options: Any) -> tuple[bytes, ...]:  # noqa: ANN401 - `leaf`'s
     return (leaf(root, identity(account), **options).der,)
 
 
@@ -177,7 +177,7 @@ def server_shows(rig: Rig, chain: tuple[bytes, ...]) -> tuple[int, Reason]:
     return rig.core.certificates[upcall]
 
 
-def ended(rig: Rig, decision: int, kind: Kind, reason: Reason, **fields: Any) -> Line:  # noqa: ANN401
+def ended(rig: Rig, decision: int, kind: Kind, reason: Reason, **fields: Any) -> Line:  # noqa: ANN401 - the line's
     values: dict[str, Any] = {
         "kind": kind,
         "pod": rig.pod,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ SLEEP = workload("sleep", "10.1.0.1")
 HTTPBIN = workload("httpbin", "10.2.0.1")
 
 
-def line(**fields: Any) -> Line:  # noqa: ANN401
+def line(**fields: Any) -> Line:  # noqa: ANN401 - its fields
     mutual = labels.make(
         labels.SOURCE,
         labels.MUTUAL_TLS,
@@ -44,7 +45,7 @@ def line(**fields: Any) -> Line:  # noqa: ANN401
     return Line(**(values | fields))
 
 
-def plaintext(**fields: Any) -> Line:  # noqa: ANN401
+def plaintext(**fields: Any) -> Line:  # noqa: ANN401 - its fields
     unknown = labels.make(labels.DESTINATION, labels.PLAINTEXT, None, HTTPBIN, None)
     return line(labels=unknown, direction="inbound", hbone_destination="", **fields)
 
@@ -125,7 +126,7 @@ def test_what_was_joined_on_this_node_is_no_mutual_tls_and_has_both_identities()
 @pytest.mark.parametrize(
     "evil", ['a"b', "a\nb", "a\rb", "a\x00b", "a\x1b[31mb", "a\x7fb", "a\u2028b", "a\x85b"]
 )
-def test_no_value_forges_a_line_or_a_field(form: Any, evil: str) -> None:  # noqa: ANN401
+def test_no_value_forges_a_line_or_a_field(form: Callable[[Line], str], evil: str) -> None:
     forged = labels.make(
         labels.SOURCE, labels.UNKNOWN, workload(evil, "10.1.0.1", account="a"), None, None
     )

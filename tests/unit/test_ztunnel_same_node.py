@@ -36,7 +36,7 @@ CLIENT = pod("pod-sleep", SLEEP.uid, *SLEEP.addresses)
 SERVER = pod("pod-near", NEAR.uid, *NEAR.addresses)
 
 
-def certified(account: str, root: Any = ROOT, **options: Any) -> Credential:  # noqa: ANN401
+def certified(account: str, root: Any = ROOT, **options: Any) -> Credential:  # noqa: ANN401 - `leaf`'s
     made = leaf(root, identity(account), **options)
     return Credential(identity(account), (made.der,), made.key_der, NOW - 60, NOW + 3600)
 

@@ -28,6 +28,7 @@ _ORDER: Final = (
     protocol.Credential,
     protocol.Workload,
     protocol.Service,
+    protocol.Authorization,
     protocol.WorkloadPolicy,
     protocol.Pod,
 )

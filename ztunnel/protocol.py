@@ -46,7 +46,11 @@ __all__ = [
     "MAX_FRAME",
     "PROTOCOL_VERSION",
     "Ack",
+    "Action",
     "Answer",
+    "Attribute",
+    "Authorization",
+    "Condition",
     "Credential",
     "DataPlane",
     "Deadlines",
@@ -64,6 +68,7 @@ __all__ = [
     "Refusal",
     "Removal",
     "Resource",
+    "Rule",
     "SameNode",
     "Service",
     "ServicePort",
@@ -76,7 +81,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 """Raised when a message changes in a way that an older peer would misread."""
 
 MAX_FRAME: Final = 4 * 1024 * 1024
@@ -109,6 +114,28 @@ class SameNode(enum.StrEnum):
 
     HBONE = "hbone"
     DIRECT = "direct"
+
+
+class Action(enum.StrEnum):
+    """What an AuthorizationPolicy does with what its rules match."""
+
+    ALLOW = "ALLOW"
+    DENY = "DENY"
+    AUDIT = "AUDIT"
+
+
+class Attribute(enum.StrEnum):
+    """What of a connection a condition looks at, by the `when` keys of AuthorizationPolicy.
+
+    The value of SERVICE_ACCOUNT is "namespace/name".
+    """
+
+    PRINCIPAL = "source.principal"
+    NAMESPACE = "source.namespace"
+    SERVICE_ACCOUNT = "source.serviceAccount"
+    SOURCE_IP = "source.ip"
+    DESTINATION_IP = "destination.ip"
+    DESTINATION_PORT = "destination.port"
 
 
 class _Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t"):
@@ -190,6 +217,52 @@ class WorkloadPolicy(_Base, frozen=True, tag="workload_policy"):
     port_origins: dict[int, str] = {}
 
 
+class Condition(_Base, frozen=True, tag="condition"):
+    """Holds if `values` is empty or one of them matches, and none of `not_values` does.
+
+    Text is written as in AuthorizationPolicy: exact, "prefix*", "*suffix", or "*" for anything but
+    empty; principals without "spiffe://". Addresses are single ones or CIDR ("10.0.0.0/8"), ports
+    decimal. A caller without identity has an empty principal, namespace and service account.
+    """
+
+    attribute: Attribute
+    values: tuple[str, ...] = ()
+    not_values: tuple[str, ...] = ()
+
+
+class Rule(_Base, frozen=True, tag="rule"):
+    """Matches when one of `sources`, one of `operations` and all `conditions` hold.
+
+    A source or operation is a list of conditions that must all hold; without any, any caller or
+    destination will do. `origin` is "NAMESPACE/NAME rules[NUMBER] (FILE:LINE)". `unread` names the
+    fields of layer 7 that stand in the document and were left out here.
+    """
+
+    origin: str
+    sources: tuple[tuple[Condition, ...], ...] = ()
+    operations: tuple[tuple[Condition, ...], ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+class Authorization(_Base, frozen=True, tag="authorization"):
+    """One policy on who may call. DENY is asked first, then ALLOW; AUDIT changes no verdict.
+
+    `uid` is "kind/namespace/name" of its document, `origin` names that for people. `namespace` is
+    where it counts, empty for the whole mesh; `workloads` are the uids of this node's workloads
+    there that its selector selects, None without selector. A policy without rules matches nothing:
+    its ALLOW lets nobody in. `dry_run`: evaluated and recorded, never enforced.
+    """
+
+    uid: str
+    action: Action
+    rules: tuple[Rule, ...]
+    origin: str
+    namespace: str = ""
+    workloads: tuple[str, ...] | None = None
+    dry_run: bool = False
+
+
 class Credential(_Base, frozen=True, tag="credential"):
     """An X509-SVID of this node's workloads: `uid` is the SPIFFE ID.
 
@@ -227,7 +300,7 @@ class Pod(_Base, frozen=True, tag="pod"):
     netns_cookie: int
 
 
-Resource = Workload | Service | WorkloadPolicy | Credential | TrustBundle | Pod
+Resource = Workload | Service | WorkloadPolicy | Authorization | Credential | TrustBundle | Pod
 
 
 class Removal(_Base, frozen=True, tag="removal"):

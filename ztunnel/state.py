@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ztunnel import address, protocol, spiffe
+from ztunnel import address, policy, protocol, spiffe
 
 __all__ = [
     "EMPTY",
@@ -84,6 +84,7 @@ class State(msgspec.Struct, frozen=True):
     services: Mapping[str, protocol.Service]
     by_vip: Mapping[bytes, tuple[str, ...]]
     policies: Mapping[str, protocol.WorkloadPolicy]
+    authorizations: Mapping[str, protocol.Authorization]
     identities: Mapping[str, Identity]
     bundles: Mapping[str, tuple[bytes, ...]]
     """Trust domain to its roots, DER."""
@@ -104,7 +105,7 @@ class State(msgspec.Struct, frozen=True):
         return self.workloads.get(pod.workload)
 
 
-EMPTY: Final = State(0, None, {}, {}, {}, {}, {}, {}, {}, {})
+EMPTY: Final = State(0, None, {}, {}, {}, {}, {}, {}, {}, {}, {})
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -152,6 +153,7 @@ _FIELDS: Final = {
     "workload": "workloads",
     "service": "services",
     "workload_policy": "policies",
+    "authorization": "authorizations",
     "credential": "identities",
     "trust_bundle": "bundles",
     "pod": "pods",
@@ -162,6 +164,7 @@ _TAGS: Final[dict[type, str]] = {
     protocol.Workload: "workload",
     protocol.Service: "service",
     protocol.WorkloadPolicy: "workload_policy",
+    protocol.Authorization: "authorization",
     protocol.Credential: "credential",
     protocol.TrustBundle: "trust_bundle",
     protocol.Pod: "pod",
@@ -282,6 +285,9 @@ def _checked(resource: protocol.Resource) -> object:
             case protocol.TrustBundle():
                 return resource.roots
             case protocol.WorkloadPolicy():
+                return resource
+            case protocol.Authorization():
+                policy.check(resource)
                 return resource
     except ValueError as error:
         raise StateError(_TAGS[type(resource)], resource.uid, str(error)) from None

@@ -5,16 +5,23 @@ Owns builders with defaults: a test names only what matters to it.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from ztunnel import address
 from ztunnel.protocol import (
+    Action,
+    Attribute,
+    Authorization,
+    Condition,
     DataPlane,
     Endpoint,
     Mode,
     Pod,
     Removal,
     Resource,
+    Rule,
     Service,
     ServicePort,
     Settings,
@@ -86,6 +93,42 @@ def policy(uid: str, mode: Mode = Mode.PERMISSIVE, **ports: Mode) -> WorkloadPol
     modes = {int(name[1:]): each for name, each in ports.items()}
     origins = dict.fromkeys(modes, f"{uid}-ports")
     return WorkloadPolicy(uid, mode, "istio-system/default", modes, origins)
+
+
+def principals(*values: str) -> Condition:
+    return Condition(Attribute.PRINCIPAL, values)
+
+
+def ports(*values: int) -> Condition:
+    return Condition(Attribute.DESTINATION_PORT, tuple(map(str, values)))
+
+
+def authorization(
+    name: str,
+    action: Action = Action.ALLOW,
+    *rules: Rule,
+    workloads: tuple[str, ...] | None = None,
+    dry_run: bool = False,
+) -> Authorization:
+    """`name` is "namespace/name"; of the whole mesh if the namespace is istio-system."""
+    namespace = name.partition("/")[0]
+    return Authorization(
+        f"AuthorizationPolicy/{name}",
+        action,
+        tuple(
+            msgspec.structs.replace(rule, origin=f"{name} rules[{number}] (policy.yaml:1)")
+            for number, rule in enumerate(rules)
+        ),
+        f"{name} (policy.yaml:1)",
+        "" if namespace == "istio-system" else namespace,
+        workloads,
+        dry_run,
+    )
+
+
+def source(*conditions: Condition, **fields: Any) -> Rule:  # noqa: ANN401 - the rule's
+    """Return a rule with one source of these conditions; its origin comes with its policy."""
+    return Rule("", sources=(conditions,) if conditions else (), **fields)
 
 
 def pod(uid: str, workload_uid: str, *addresses: str, cookie: int = 1) -> Pod:

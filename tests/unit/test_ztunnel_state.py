@@ -2,8 +2,33 @@ from __future__ import annotations
 
 import pytest
 
-from support.mesh_state import bundle, change, identity, ip, pod, policy, service, state, workload
-from ztunnel.protocol import Credential, DataPlane, Endpoint, Removal, Resource, Workload
+from support.mesh_state import (
+    authorization,
+    bundle,
+    change,
+    identity,
+    ip,
+    pod,
+    policy,
+    ports,
+    principals,
+    service,
+    source,
+    state,
+    workload,
+)
+from ztunnel.protocol import (
+    Action,
+    Attribute,
+    Condition,
+    Credential,
+    DataPlane,
+    Endpoint,
+    Removal,
+    Resource,
+    Rule,
+    Workload,
+)
 from ztunnel.state import EMPTY, MAX_PODS, Change, StateError, apply
 
 
@@ -95,6 +120,14 @@ def _bad_workload(**fields: object) -> Workload:
         service("s", ("10.0.0.1",), (Endpoint("default/a", "", 1, {80: 0}),)),
         pod("p", "default/a"),
         Credential("no spiffe id", (), b"", 0, 0),
+        authorization("shop/a", Action.DENY, source(principals("*a*"))),
+        authorization("shop/a", Action.DENY, source(ports(0))),
+        authorization("shop/a", Action.DENY, source(Condition(Attribute.SOURCE_IP, ("10.0.0",)))),
+        authorization("shop/a", Action.ALLOW, source(Condition(Attribute.PRINCIPAL))),
+        authorization("shop/a", Action.ALLOW, source(), Rule("", sources=((),))),
+        authorization("shop/a", Action.ALLOW, Rule("", operations=((),))),
+        authorization("shop/a", Action.ALLOW, Rule("", conditions=(principals(""),))),
+        authorization("shop/a", Action.ALLOW, source(), workloads=("shop/x", "default/x")),
     ],
 )
 def test_what_no_judgement_can_use_is_refused_by_name(resource: Resource) -> None:
@@ -102,6 +135,28 @@ def test_what_no_judgement_can_use_is_refused_by_name(resource: Resource) -> Non
         state(resource)
     assert refusal.value.uid == resource.uid
     assert refusal.value.reason
+
+
+def test_a_bad_rule_is_named_with_its_place() -> None:
+    bad = authorization("shop/a", Action.DENY, source(), source(ports(99999)))
+    with pytest.raises(StateError) as refusal:
+        state(bad)
+    assert refusal.value.kind == "authorization"
+    assert refusal.value.reason == (
+        "shop/a rules[1] (policy.yaml:1): destination.port: '99999' is no pattern: "
+        "a port is a number in 1..65535"
+    )
+
+
+def test_authorizations_are_kept_and_taken_away() -> None:
+    one = authorization("shop/a", Action.DENY, source(ports(80)))
+    first = state(one, policy("default/a"))
+    assert first.authorizations == {one.uid: one}
+    again = apply(first, change(2, one))
+    assert again.authorizations is first.authorizations
+    gone = apply(first, change(2, removals=(Removal("authorization", one.uid),)))
+    assert not gone.authorizations
+    assert gone.policies is first.policies
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -1,0 +1,68 @@
+"""Istio's documented semantics, case by case: the table in the YAML files beside this one.
+
+Each file is a topic, each entry policies with the place in Istio's documentation or sources that
+says what they mean, each case a connection and what must become of it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from support.conformance import (
+    Case,
+    Scenario,
+    decide,
+    load_policies,
+    scenarios,
+    sources,
+    unplaced,
+)
+from ztunnel.protocol import Mode
+
+CASES = [
+    pytest.param(scenario, case, id=f"{topic}: {scenario.title} #{number}")
+    for topic, found in scenarios().items()
+    for scenario in found
+    for number, case in enumerate(scenario.cases, 1)
+]
+REFUSED = [
+    pytest.param(scenario, id=f"{topic}: {scenario.title}")
+    for topic, found in scenarios().items()
+    for scenario in found
+    if scenario.refused is not None
+]
+
+
+@pytest.mark.parametrize("scenario, case", CASES)
+def test_conformance(scenario: Scenario, case: Case) -> None:
+    verdict = decide(scenario, case)
+    assert verdict.allow is case.allow, verdict
+    if case.mode:
+        assert verdict.mode is Mode(case.mode)
+    if case.level:
+        assert unplaced(verdict.origin, scenario) == case.level
+    assert decide(scenario, case, backwards=True) == verdict, "the order of documents matters"
+
+
+@pytest.mark.parametrize("scenario", REFUSED)
+def test_conformance_refused(scenario: Scenario) -> None:
+    """What Istio's webhook refuses is refused here, at the field that is to be mended."""
+    assert scenario.refused is not None
+    errors = load_policies(scenario).errors
+    assert scenario.refused.field in {error.field for error in errors}, errors
+    assert scenario.refused.says in str(errors)
+
+
+def test_conformance_table_is_whole() -> None:
+    """Enough cases, each with a place to look it up, no two with one name."""
+    known = sources()
+    for topic, found in scenarios().items():
+        titles = [scenario.title for scenario in found]
+        assert len(set(titles)) == len(titles), topic
+        for scenario in found:
+            key, _, section = scenario.cites.partition(", ")
+            assert key in known, f"{topic}: {scenario.title}: {scenario.cites}"
+            assert section, f"{topic}: {scenario.title}"
+            assert (scenario.refused is None) == bool(scenario.cases), scenario.title
+            assert all(case.mode or case.by for case in scenario.cases), scenario.title
+    assert all(address.startswith("https://") for address in known.values())

@@ -409,6 +409,7 @@ void zt_conn_count(struct zt_conn *c, uint64_t received, uint64_t sent) {
     const struct zt_decision *d = c->decision;
 
     c->moved = c->worker->now;
+    c->worker->moved += received + sent;
     c->received += received;
     c->sent += sent;
     count(d->series, c->worker->index, received, sent);

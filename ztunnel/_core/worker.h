@@ -156,6 +156,8 @@ struct zt_worker {
     uint8_t *plain; /* plaintext received: ZT_CHUNK */
     uint8_t *out;   /* plaintext to be encrypted: ZT_CHUNK */
     size_t out_used;
+    uint64_t moved;  /* bytes of connections in this turn */
+    int vain, pause; /* looks for events in vain, in a row; turns to sleep at once */
     struct zt_gather gathers[ZT_GATHERS];
     int ngathers;
 };

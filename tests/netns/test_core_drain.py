@@ -269,6 +269,8 @@ def test_a_reader_who_is_slow_gets_the_last_byte() -> None:
         up.close()
         drained(lab.client)
         drained(lab.server)
+        lab.client.wait_ended(2)
+        lab.server.wait_ended(2)
         assert set(lab.client.reasons() + lab.server.reasons()) == {"closed"}
 
 

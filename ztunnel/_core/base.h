@@ -173,13 +173,15 @@ enum zt_deadline {
 #define ZT_TRIM_CONNECTIONS 1000u
 #define ZT_TRIM_US ZT_SECONDS(5)
 
-/* How long a worker looks for the next event before it sleeps, after a turn that moved no more bytes
- * than this: a request and its answer. To fall asleep and be woken costs more, on a virtual machine
+/* How long a worker looks for the next event before it sleeps, after a turn of one event that moved no
+ * more bytes than this: a request or its answer. To fall asleep and be woken costs more, on a virtual machine
  * several times as much (docs/performance.md). */
 #define ZT_SPIN_US 50u
 #define ZT_SPIN_BYTES (16 * 1024)
-/* After looking in vain so often it sleeps at once, this many turns long: events are far apart. */
+/* After looking in vain so often, or a turn that moved so many bytes, it sleeps at once, this many
+ * turns long: events are far apart, or what moves is bulk. */
 #define ZT_SPIN_VAIN 8
+#define ZT_SPIN_BULK (128 * 1024)
 #define ZT_SPIN_PAUSE 32
 
 /*

@@ -504,8 +504,8 @@ static void end_everything(struct zt_worker *w) {
 
 /*
  * Looks for events for a moment instead of sleeping: the next message of a conversation is near. The
- * processor is offered to others in every round. What moves in masses is as well taken a little
- * later and in larger pieces, and then a sleeping worker costs nothing.
+ * processor is offered to others in every round. What moves in masses, or comes from many at once,
+ * is as well taken a little later and in larger pieces, and then a sleeping worker costs nothing.
  */
 static int look(struct zt_worker *w, struct epoll_event *events) {
     uint64_t until = zt_now_us() + ZT_SPIN_US;
@@ -523,8 +523,9 @@ static int look(struct zt_worker *w, struct epoll_event *events) {
 static int next_events(struct zt_worker *w, struct epoll_event *events, bool conversing) {
     int timeout = next_timeout_ms(w), n = 0;
 
+    if (w->moved >= ZT_SPIN_BULK) w->pause = ZT_SPIN_PAUSE;
     if (w->pause)
-        w->pause -= conversing;
+        w->pause--;
     else if (conversing && timeout)
         n = look(w, events);
     return n ? n : epoll_wait(w->epfd, events, EVENTS_PER_TURN, timeout);
@@ -536,7 +537,7 @@ static void *loop(void *arg) {
     int n = 0;
 
     while (!w->stopping) {
-        n = next_events(w, events, n > 0 && w->moved <= ZT_SPIN_BYTES);
+        n = next_events(w, events, n == 1 && w->moved <= ZT_SPIN_BYTES);
         w->moved = 0;
         w->now = zt_now_us();
         atomic_store_explicit(&w->stats.last_loop_us, w->now, memory_order_relaxed);

@@ -209,8 +209,12 @@ fuzz: setup $(C_FUZZERS:%=build/fuzz/%) ## Fuzz everything, FUZZ_SECONDS (60) ea
 			tests/fuzz/corpus/$$fuzzer; \
 	done
 
+.PHONY: policy-cases
+policy-cases: setup ## A million random decisions on policies, against a second opinion (20 minutes)
+	POLICY_CASES=1000000 $(PYTEST) --timeout=0 tests/unit/test_ztunnel_policy_properties.py
+
 # What takes too long for every change, one after the other: CI calls it once a day.
-NIGHTLY := sanitize sanitize-threads fuzz soak
+NIGHTLY := sanitize sanitize-threads fuzz soak policy-cases
 .PHONY: nightly
 nightly: ## Run what takes hours: sanitizers, ten minutes of each fuzzer, soak (root)
 	for target in $(NIGHTLY); do $(MAKE) "$$target" FUZZ_SECONDS=600; done

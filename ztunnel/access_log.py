@@ -9,7 +9,8 @@ not look anything up. What repeats from line to line is put together once (`_jso
 should the core fills in the rest (`AccessLog.form`), and the lines come back ready (`put`).
 
 JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `connection_security_policy`,
-`same_node` and `policy`. Text is Envoy's familiar shape with the same keys behind it:
+`same_node`, `policy`, `client`, `audit_flag` and `dry_run`. Text is Envoy's familiar shape with the
+same keys behind it:
 
     [START] "TCP 10.0.0.2:80" reason "error" RECEIVED SENT MS mTLS_Origin: "spiffe://…"
     mTLS_Destination: "spiffe://…" key="value" …
@@ -58,7 +59,9 @@ node without encryption (setting `same_node: direct`)."""
 class Line(msgspec.Struct, frozen=True):
     """One connection that ended, or one HBONE connection that failed by itself (`handshake`).
 
-    `start` is in seconds since the epoch. `received` came from the client, `sent` went to it.
+    `start` is in seconds since the epoch. `received` came from the client, `sent` went to it. What
+    was judged, of what comes in: `policy` decided, `client` is the kind of caller, `audit_flag` are
+    the AUDIT rules that matched, and `dry_run` is what policies of a dry run would have done.
     """
 
     start: float
@@ -74,6 +77,9 @@ class Line(msgspec.Struct, frozen=True):
     error: str
     policy: str
     handshake: bool = False
+    client: str = ""
+    audit_flag: str = ""
+    dry_run: str = ""
 
 
 class _Varying(NamedTuple):
@@ -211,7 +217,16 @@ def _message(reason: Reason, *, handshake: bool) -> str:
     return '"handshake failed"'
 
 
-def _repeats(line: Line) -> tuple[str, str, str, Labels, Reason, str, str, bool]:
+_Judged = tuple[str, str, str, str]
+_JUDGED: Final = ("policy", "client", "audit_flag", "dry_run")
+
+
+def _judged(values: _Judged) -> list[tuple[str, str]]:
+    """What was judged, escaped; without what is empty."""
+    return [(key, _escaped(value)) for key, value in zip(_JUDGED, values, strict=True) if value]
+
+
+def _repeats(line: Line) -> tuple[str, str, str, Labels, Reason, str, _Judged, bool]:
     """What of a line is the same in many others, as a key that hashes quickly."""
     return (
         line.direction,
@@ -220,7 +235,7 @@ def _repeats(line: Line) -> tuple[str, str, str, Labels, Reason, str, str, bool]
         line.labels,
         line.reason,
         line.error,
-        line.policy,
+        (line.policy, line.client, line.audit_flag, line.dry_run),
         line.handshake,
     )
 
@@ -238,7 +253,7 @@ def _json_frame(
     labels: Labels,
     reason: Reason,
     error: str,
-    policy: str,
+    judged: _Judged,
     handshake: bool,  # noqa: FBT001 - positional: lru_cache keys keywords at a cost
 ) -> str:
     """The line with places for time, source, bytes sent and received, and milliseconds."""
@@ -252,8 +267,7 @@ def _json_frame(
     after = [("reason", f'"{reason.value}"'), ("connection_security_policy", known.security)]
     if known.same_node:
         after.append(("same_node", known.same_node))
-    if policy:
-        after.append(("policy", _escaped(policy)))
+    after += _judged(judged)
     if error:
         after.append(("error", _escaped(error)))
 
@@ -280,7 +294,7 @@ def _text_frame(
     labels: Labels,
     reason: Reason,
     error: str,
-    policy: str,
+    judged: _Judged,
     handshake: bool,  # noqa: FBT001 - as _json_frame
 ) -> str:
     """The line with places for time, bytes received and sent, milliseconds, and source."""
@@ -295,7 +309,7 @@ def _text_frame(
         f"connection_security_policy={known.security}"
     )
     rest = keyed + (f" same_node={known.same_node}" if known.same_node else "")
-    rest += f" policy={_escaped(policy)}" if policy else ""
+    rest += "".join(f" {key}={value}" for key, value in _judged(judged))
     return f'[%s] {_constant(head)} %s %s %s {_constant(tail)} src.addr="%s" {_constant(rest)}'
 
 

@@ -5,8 +5,9 @@ verdict depends on nothing but the arguments, that it names the policy that deci
 fails closed: a pod, workload or policy that the snapshot does not hold lets nobody in. It may not
 read a clock, or believe anything that a peer says of itself beyond its verified identity.
 
-`CHECKS` run in order and the first that refuses decides. AuthorizationPolicy belongs at its end:
-peer authentication says *how* a caller must prove itself, authorization *who* may call.
+`CHECKS` run in order and the first that refuses decides. AuthorizationPolicy comes at the end: peer
+authentication says *how* a caller must prove itself, authorization *who* may call. What the
+settings let pass STRICT is judged by it like any other plaintext.
 
 PeerAuthentication, as understood here: STRICT refuses who has no identity, unless the settings let
 the node's own addresses pass (`node_plaintext`, off by default), which the verdict then names.
@@ -17,6 +18,7 @@ worse than one that does not.
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from typing import Final
@@ -24,12 +26,13 @@ from typing import Final
 import msgspec
 
 from ztunnel import address
+from ztunnel.policy import DryRun, Match, decide, facts
 from ztunnel.protocol import Mode
 from ztunnel.reasons import Reason
 from ztunnel.spiffe import SpiffeId
 from ztunnel.state import OWN_PORTS, LocalPod, State
 
-__all__ = ["CHECKS", "Request", "Verdict", "authorize"]
+__all__ = ["CHECKS", "Client", "Request", "Verdict", "authorize"]
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -45,16 +48,29 @@ class Request(msgspec.Struct, frozen=True):
     port: int
 
 
+class Client(enum.StrEnum):
+    """What kind of caller was judged."""
+
+    WITHOUT_IDENTITY = "without_identity"
+    NOT_ALLOWED = "identity_not_allowed"
+    ALLOWED = "identity_allowed"
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """`reason` is Reason.CLOSED when allowed. `origin` names the policy that decided, "" if none.
 
-    `mode` is the PeerAuthentication mode in force, None if none was reached.
+    `mode` is the PeerAuthentication mode in force, None if none was reached. `client` is None where
+    no caller was judged. `audits` are the AUDIT rules that match, and `dry_run` is what policies of
+    a dry run would have done, None without any: neither has had a part in the verdict.
     """
 
     allow: bool
     reason: Reason
     origin: str = ""
     mode: Mode | None = None
+    client: Client | None = None
+    audits: tuple[Match, ...] = ()
+    dry_run: DryRun | None = None
 
 
 Check = Callable[[State, Request], Verdict]
@@ -120,14 +136,50 @@ def _peer_authentication(state: State, request: Request) -> Verdict:
             return _allow(origin, mode)
 
 
-CHECKS: Final[tuple[Check, ...]] = (_destination, _trust_domain, _peer_authentication)
+def _authorization(state: State, request: Request) -> Verdict:
+    groups = state.scopes.of(request.pod.workload)
+    if not groups:
+        return _allow()
+    seen = facts(request.identity, request.source, request.destination, request.port)
+    decision = decide(groups, seen)
+    return Verdict(
+        allow=decision.allow,
+        reason=Reason.CLOSED if decision.allow else Reason.POLICY_DENIED,
+        origin=decision.origin,
+        audits=decision.audits,
+        dry_run=decision.dry_run,
+    )
+
+
+CHECKS: Final[tuple[Check, ...]] = (
+    _destination,
+    _trust_domain,
+    _peer_authentication,
+    _authorization,
+)
 
 
 def authorize(state: State, request: Request) -> Verdict:
-    """Return the verdict on `request`: that of the first check that refuses, else of the last."""
+    """Return the verdict on `request`: that of the first check that refuses, else of the last.
+
+    Where the last names no policy, the one before it that does has let the caller in.
+    """
     verdict = _refuse(Reason.POLICY_MISSING)
+    mode: Mode | None = None
+    origin = ""
     for check in CHECKS:
         verdict = check(state, request)
+        mode = verdict.mode or mode
         if not verdict.allow:
-            return verdict
-    return verdict
+            origin = verdict.origin
+            break
+        origin = verdict.origin or origin
+    return msgspec.structs.replace(
+        verdict, origin=origin, mode=mode, client=_client(request, allow=verdict.allow)
+    )
+
+
+def _client(request: Request, *, allow: bool) -> Client:
+    if request.identity is None:
+        return Client.WITHOUT_IDENTITY
+    return Client.ALLOWED if allow else Client.NOT_ALLOWED

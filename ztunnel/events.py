@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ztunnel.identities import Identities
     from ztunnel.judge import Judge
     from ztunnel.pods import Pods
+    from ztunnel.policy import DryRun, Match
     from ztunnel.state import State
 
 __all__ = ["Events", "Side"]
@@ -46,6 +47,9 @@ MAX_EXPLAINED: Final = 1024
 
 MAX_SPELLED: Final = 4096
 """Addresses whose text is kept: those that a node talks to, again and again."""
+
+MAX_UNREAD: Final = 3
+"""Fields of one rule that a line names as not looked at."""
 
 _REASONS: Final = tuple(Reason)
 _FAILURE: Final = tuple(reasons.RESPONSE_FLAGS[each] != reasons.NO_FLAG for each in Reason)
@@ -199,6 +203,8 @@ class Events:
             error=reasons.explain(reason, hbone=hbone),
             policy=_policy(record),
         )
+        if record is not None and isinstance(record.outcome, Verdict):
+            line = _judged(line, record.outcome)
         if record is None or not isinstance(record.outcome, HandOver):
             return [line]
         # One connection, but two pods of this node: each side says what it would across nodes.
@@ -208,9 +214,9 @@ class Events:
             direction="inbound",
             destination=f"{_host(over.target)}:{over.port}",
             labels=record.mirror_labels,
-            policy=_policy(record) or record.outcome.origin,
+            policy=_policy(record) or record.outcome.verdict.origin,
         )
-        return [line, there]
+        return [line, _judged(there, record.outcome.verdict)]
 
     def _failed(self, state: State, event: Failed) -> list[Line]:
         """A handshake that failed: its line has no bytes and no duration."""
@@ -285,6 +291,35 @@ def _policy(record: Record | None) -> str:
     if record.killed:
         return record.cut_by
     return record.outcome.origin if isinstance(record.outcome, Verdict) else ""
+
+
+def _judged(line: Line, verdict: Verdict) -> Line:
+    """Return `line` with what `verdict` says beyond the policy that decided."""
+    return msgspec.structs.replace(
+        line,
+        client=verdict.client.value if verdict.client is not None else "",
+        audit_flag=_named(verdict.audits),
+        dry_run=_would(verdict.dry_run) if verdict.dry_run is not None else "",
+    )
+
+
+def _would(dry_run: DryRun) -> str:
+    outcome = "allowed" if dry_run.allow else "denied"
+    by = f" by {dry_run.origin}" if dry_run.origin else ""
+    audited = f"; audited by {_named(dry_run.audits)}" if dry_run.audits else ""
+    return f"{outcome}{by}{audited}"
+
+
+def _named(audits: Sequence[Match]) -> str:
+    """Return the rules that match, and what of them was not looked at."""
+    return "; ".join(match.origin + _without(match.unread) for match in audits)
+
+
+def _without(unread: Sequence[str]) -> str:
+    if not unread:
+        return ""
+    more = f" and {len(unread) - MAX_UNREAD} more" if len(unread) > MAX_UNREAD else ""
+    return f" without {', '.join(unread[:MAX_UNREAD])}{more}"
 
 
 @functools.lru_cache(maxsize=MAX_SPELLED)

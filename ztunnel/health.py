@@ -9,8 +9,8 @@ Questions that ztunnel answers (`Query.what`):
              end, and how far a drain is (`upgrade.Upgrade.status`).
 `drain`      hand over: the process whose id is the argument `successor` serves from now on.
              Answered once nothing is accepted any more (by the daemon, not here).
-`decisions`  what the core was told: an array of at most MAX_LISTED decisions; the argument `pod`
-             (a pod's uid) selects.
+`decisions`  what the core was told: an array of at most MAX_LISTED decisions and MAX_LISTED_BYTES;
+             the argument `pod` (a pod's uid) selects.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ STALL_SECONDS: Final = 5.0
 
 MAX_LISTED: Final = 1000
 """Decisions in one answer: a few hundred KB of JSON, far below the seam's frame."""
+
+MAX_LISTED_BYTES: Final = 2 * 1024 * 1024
+"""The same in bytes: names of policies and files are as long as their authors like."""
 
 MOST_TOLD: Final = 5
 """Pods without a certificate that are named in one line: most often all have one cause."""
@@ -130,7 +133,7 @@ class Health:
             case "status":
                 return msgspec.json.encode(self._status())
             case "decisions":
-                return msgspec.json.encode(self._decisions(args.get("pod", "")))
+                return self._decisions(args.get("pod", ""))
         raise KeyError(what)
 
     def _status(self) -> dict[str, Any]:
@@ -155,6 +158,7 @@ class Health:
             "internal_errors": tunnel.internal_errors,
             "workloads": len(tunnel.state.workloads),
             "services": len(tunnel.state.services),
+            "authorizations": len(tunnel.state.authorizations),
             "trust_domains": sorted(tunnel.state.bundles),
             "pods": [self._pod(held) for held in tunnel.pods],
             "certificates": {
@@ -178,15 +182,18 @@ class Health:
             "problem": self._certificate_of(held),
         }
 
-    def _decisions(self, pod: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    def _decisions(self, pod: str) -> bytes:
+        found: list[bytes] = []
+        room = MAX_LISTED_BYTES
         for record in self._tunnel.decisions:
             if pod and record.pod != pod:
                 continue
-            found.append(_decision(record))
-            if len(found) == MAX_LISTED:
+            entry = msgspec.json.encode(_decision(record))
+            room -= len(entry)
+            if room < 0 or len(found) == MAX_LISTED:
                 break
-        return found
+            found.append(entry)
+        return b"[%s]" % b",".join(found)
 
 
 def _decision(record: Record) -> dict[str, Any]:
@@ -203,7 +210,7 @@ def _decision(record: Record) -> dict[str, Any]:
         case Verdict() as verdict:
             entry["action"] = "deliver" if verdict.allow else "refuse"
             entry["reason"] = "" if verdict.allow else verdict.reason.value
-            entry["policy"] = verdict.origin
+            entry |= _judged(verdict)
         case Refuse() as refusal:
             entry["action"] = "refuse"
             entry["reason"] = refusal.reason.value
@@ -219,9 +226,18 @@ def _decision(record: Record) -> dict[str, Any]:
             entry["action"] = "hand over (same node, direct: not encrypted)"
             entry["target"] = over.way.authority
             entry["identity"], entry["expected"] = str(over.proofs[0].id), [str(over.proofs[1].id)]
-            entry["policy"] = over.origin
+            entry |= _judged(over.verdict)
         case tunnel:
             entry["action"] = "tunnel"
             entry["target"] = tunnel.authority
             entry["expected"] = sorted(tunnel.expected)
     return entry
+
+
+def _judged(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "policy": verdict.origin,
+        "client": verdict.client,
+        "audits": msgspec.to_builtins(verdict.audits),
+        "dry_run": msgspec.to_builtins(verdict.dry_run),
+    }

@@ -9,11 +9,12 @@ may not wait, read a clock or answer upcalls.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import labels as label_sets
-from ztunnel.authorize import Request, Verdict, authorize
+from ztunnel.authorize import Client, Request, Verdict, authorize
 from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
 from ztunnel.protocol import Service, Workload
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
     from ztunnel.pods import Held, Pods
     from ztunnel.state import State
 
-__all__ = ["NUMBER_OF", "Cut", "Judge", "still_allowed"]
+__all__ = ["NUMBER_OF", "Cut", "Judge", "Judged", "still_allowed"]
 
 NUMBER_OF: Final = {reason: number for number, reason in enumerate(Reason)}
 """Reason to the core's number for it; `reasons.check` has made sure that the core agrees."""
 
 _MAX_WEIGHT: Final = 2**32 - 1
 """The core keeps a weight in 32 bits."""
+
+
+class Judged(NamedTuple):
+    """What is counted of a verdict. `would` is that of the dry run, the verdict's own without."""
+
+    client: Client
+    allow: bool
+    audited: bool
+    would: bool
 
 
 class Judge:
@@ -52,6 +62,8 @@ class Judge:
         self._decisions = decisions
         self._series = series
         self._peers = peers
+        self.judged: Counter[Judged] = Counter()
+        """Verdicts on who wanted in; of one verdict many connections may live."""
         self._services_of: Mapping[str, Service] | None = None
         self._pods_of: Mapping[str, object] | None = None
         self._inbound: dict[tuple[str, int], Service] = {}
@@ -111,6 +123,8 @@ class Judge:
                 self._peers.release(record.peer, now)
             raise
         self._decisions.add(record)
+        if isinstance(route, HandOver):
+            self._count(route.verdict)
         return record
 
     def _tell(self, record: Record, route: Refuse | Passthrough | Way) -> None:
@@ -153,7 +167,14 @@ class Judge:
         record.proven = proven
         record.proofs = (proven,) if proven is not None else ()
         self._decisions.add(record)
+        self._count(verdict)
         return record
+
+    def _count(self, verdict: Verdict) -> None:
+        if verdict.client is None:
+            return
+        would = verdict.allow if verdict.dry_run is None else verdict.dry_run.allow
+        self.judged[Judged(verdict.client, verdict.allow, bool(verdict.audits), would)] += 1
 
     def outbound_labels(
         self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Way

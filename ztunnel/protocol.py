@@ -217,7 +217,7 @@ class WorkloadPolicy(_Base, frozen=True, tag="workload_policy"):
     port_origins: dict[int, str] = {}
 
 
-class Condition(_Base, frozen=True, tag="condition"):
+class Condition(_Base, frozen=True, gc=False, tag="condition"):
     """Holds if `values` is empty or one of them matches, and none of `not_values` does.
 
     Text is written as in AuthorizationPolicy: exact, "prefix*", "*suffix", or "*" for anything but
@@ -230,7 +230,7 @@ class Condition(_Base, frozen=True, tag="condition"):
     not_values: tuple[str, ...] = ()
 
 
-class Rule(_Base, frozen=True, tag="rule"):
+class Rule(_Base, frozen=True, gc=False, tag="rule"):
     """Matches when one of `sources`, one of `operations` and all `conditions` hold.
 
     A source or operation is a list of conditions that must all hold; without any, any caller or
@@ -245,7 +245,7 @@ class Rule(_Base, frozen=True, tag="rule"):
     unread: tuple[str, ...] = ()
 
 
-class Authorization(_Base, frozen=True, tag="authorization"):
+class Authorization(_Base, frozen=True, gc=False, tag="authorization"):
     """One policy on who may call. DENY is asked first, then ALLOW; AUDIT changes no verdict.
 
     `uid` is "kind/namespace/name" of its document, `origin` names that for people. `namespace` is

@@ -72,13 +72,28 @@ class Recheck:
             and before.settings == state.settings
             and is_direct(before) is is_direct(state)
         ):
-            await self._allowed(state)
+            await self._allowed(state, lambda _record: True)
+        elif before.scopes is not state.scopes:
+            await self._allowed(state, lambda record: self._judged_anew(before, state, record))
 
-    async def _allowed(self, state: State) -> None:
+    def _judged_anew(self, before: State, state: State, record: Record) -> bool:
+        """True where other authorizations count than before for whom `record` leads to."""
+        over = record.outcome
+        held = (
+            self._pods.by_number(over.pod)
+            if isinstance(over, HandOver)
+            else self._pods.get(record.pod)
+        )
+        if held is None:
+            return True
+        workload = held.pod.workload
+        return before.scopes.of(workload) != state.scopes.of(workload)
+
+    async def _allowed(self, state: State, concerned: Callable[[Record], bool]) -> None:
         for count, record in enumerate(self._decisions, start=1):
             if count % PORTION == 0:
                 await asyncio.sleep(0)
-            if record.killed:
+            if record.killed or not concerned(record):
                 continue
             cut = still_allowed(state, self._pods, record)
             if cut is not None:

@@ -40,6 +40,7 @@ from ztunnel.reasons import Reason
 from ztunnel.state import HBONE_PORT, OWN_PORTS, LocalPod, State
 
 if TYPE_CHECKING:
+    from ztunnel.authorize import Verdict
     from ztunnel.identities import Proven
 
 __all__ = [
@@ -107,14 +108,13 @@ class Tunnel(msgspec.Struct, frozen=True):
 class HandOver(msgspec.Struct, frozen=True):
     """Into the namespace of `pod`, the core's number of it, which is where `way` would have led.
 
-    `proofs` are the client's certificate and the server's, `origin` names the policy that lets the
-    client in.
+    `proofs` are the client's certificate and the server's, `verdict` lets the client in.
     """
 
     way: Tunnel
     pod: int
     proofs: tuple[Proven, Proven]
-    origin: str = ""
+    verdict: Verdict
 
 
 Choice = Plain | Tunnel

@@ -45,16 +45,20 @@ def admit(state: State, client: Held, identity: SpiffeId, server: Held, way: Tun
 
     The client may call from any of its addresses: each is judged, and the first refusal counts.
     """
+    verdicts = _verdicts(state, client, identity, server, way)
+    return next((verdict for verdict in verdicts if not verdict.allow), verdicts[0])
+
+
+def _verdicts(
+    state: State, client: Held, identity: SpiffeId, server: Held, way: Tunnel
+) -> list[Verdict]:
     family = address.is_ipv4(way.target)
     sources = sorted(own for own in client.pod.addresses if address.is_ipv4(own) is family)
-    verdict: Verdict | None = None
-    for source in sources or sorted(client.pod.addresses):
-        asked = Request(server.pod, identity, source, way.target, way.port)
-        verdict = authorize(state, asked)
-        if not verdict.allow:
-            break
-    assert verdict is not None  # noqa: S101 - a pod has an address, state._local_pod
-    return verdict
+    # One at least: a pod has an address, state._local_pod.
+    return [
+        authorize(state, Request(server.pod, identity, source, way.target, way.port))
+        for source in sources or sorted(client.pod.addresses)
+    ]
 
 
 class Join:
@@ -96,10 +100,11 @@ class Join:
         )
         if proofs[0] is None or proofs[1] is None:
             return way
-        verdict = admit(state, client, proofs[0].id, server, way)
-        if not verdict.allow:
+        verdict, *others = _verdicts(state, client, proofs[0].id, server, way)
+        # From another address another rule may count: HBONE knows the one that was called from.
+        if not verdict.allow or any(other != verdict for other in others):
             return way
-        return HandOver(way, server.number, (proofs[0], proofs[1]), verdict.origin)
+        return HandOver(way, server.number, (proofs[0], proofs[1]), verdict)
 
     def _proof(self, state: State, held: Held, expected: frozenset[str]) -> Proven | None:
         """Return whom the pod's certificate proves now, None if not one of `expected`."""

@@ -12,6 +12,7 @@ is called.
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ztunnel.access_log import AccessLog
     from ztunnel.control import ControlStatus
     from ztunnel.corelike import CoreLike
+    from ztunnel.judge import Judged
     from ztunnel.tunnel import Tunnel
 
 __all__ = ["Collector", "Picture", "render", "take"]
@@ -59,6 +61,7 @@ class Picture(msgspec.Struct, frozen=True):
     deadlines: tuple[str, ...]
     handshake_failures: dict[tuple[str, Reason], int]
     expiries: dict[str, int]
+    judged: dict[Judged, int]
     own: dict[str, float]
     """Plain numbers by metric name without prefix; a name that ends in `_total` is a counter."""
 
@@ -67,6 +70,7 @@ _OWN_HELP: Final[Mapping[str, str]] = {
     "pods": "Pods in service.",
     "workloads": "Workloads of the mesh that are known.",
     "services": "Services of the mesh that are known.",
+    "authorizations": "Authorization policies in force, those of a dry run among them.",
     "decisions": "Decisions that the core or a connection may still use.",
     "peers": "Pools of HBONE connections, one for each pod and workload that it calls.",
     "series": "Label sets with counters of their own.",
@@ -104,11 +108,13 @@ def take(
         bounds_us=bounds_us,
         deadlines=deadlines,
         handshake_failures=dict(tunnel.events.handshake_failures),
+        judged=dict(tunnel.judged),
         expiries={uid: identity.not_after for uid, identity in state.identities.items()},
         own={
             "pods": len(tunnel.pods),
             "workloads": len(state.workloads),
             "services": len(state.services),
+            "authorizations": len(state.authorizations),
             "decisions": len(tunnel.decisions),
             "peers": len(tunnel.peers),
             "series": len(tunnel.series),
@@ -144,6 +150,7 @@ class Collector(CollectorBase):
         yield from _handshakes(picture)
         yield from _core(picture)
         yield from _pods(picture)
+        yield from _judged(picture)
         yield from _own(picture)
 
 
@@ -351,6 +358,34 @@ def _pods(picture: Picture) -> Iterator[Metric]:
             if count:
                 refused.add_metric([uid, reason.value], count)
     yield refused
+
+
+def _judged(picture: Picture) -> Iterator[Metric]:
+    yield _verdicts(
+        "ztunnel_verdicts",
+        "Judgements who may come in; one serves all connections of the same question.",
+        picture.judged,
+    )
+    yield _verdicts(
+        "ztunnel_verdicts_audited",
+        "Of these, those that an AUDIT rule matched.",
+        {judged: count for judged, count in picture.judged.items() if judged.audited},
+    )
+    yield _verdicts(
+        "ztunnel_verdicts_dry_run_differs",
+        "Of these, those that policies of a dry run would have turned.",
+        {judged: count for judged, count in picture.judged.items() if judged.would != judged.allow},
+    )
+
+
+def _verdicts(name: str, text: str, counts: Mapping[Judged, int]) -> Metric:
+    metric = CounterMetricFamily(name, text, labels=["client", "verdict"])
+    totals: Counter[tuple[str, str]] = Counter()
+    for judged, count in counts.items():
+        totals[judged.client.value, "allow" if judged.allow else "deny"] += count
+    for labels, count in totals.items():
+        metric.add_metric(list(labels), count)
+    return metric
 
 
 def _own(picture: Picture) -> Iterator[Metric]:

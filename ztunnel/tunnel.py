@@ -118,6 +118,7 @@ class Tunnel:
         self._join = Join(self.identities, self.pods, wall)
         self.recheck = Recheck(core, self.decisions, self.identities, self.peers, self.pods, wall)
         self._judge = Judge(core, numbers, self.decisions, self.series, self.peers)
+        self.judged = self._judge.judged
         self.events = Events(self, self._judge, sink, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
         self._peers_evicted = 0

@@ -4,7 +4,7 @@ Invariant: whatever bytes and descriptors come, in pieces of any size, they end 
 than the connection's end (ProtocolError, ChannelError) or a refused change (StateError), the same
 for every way of cutting them; no descriptor stays open; what is held is bounded; what was decoded
 encodes to what decodes to the same; and after every change the indexes are those of a state that
-was built from nothing.
+was built from nothing, and decisions by its policies are those that its policies give at once.
 
 Input: frames as on the wire. The count of descriptors in a frame's header decides how many are sent
 with it; in a frame longer than the limits, its low bits.
@@ -29,13 +29,15 @@ if __name__ == "__main__":
     import atheris
 
     with atheris.instrument_imports(include=["ztunnel"]):
-        from ztunnel import address, control, protocol, state
+        from ztunnel import address, control, policy, protocol, state
         from ztunnel.channel import Channel, ChannelError
         from ztunnel.pods import PodSockets
+        from ztunnel.spiffe import SpiffeId
 else:
-    from ztunnel import address, control, protocol, state
+    from ztunnel import address, control, policy, protocol, state
     from ztunnel.channel import Channel, ChannelError
     from ztunnel.pods import PodSockets
+    from ztunnel.spiffe import SpiffeId
 
 import msgspec
 
@@ -109,8 +111,29 @@ def check_state(now: state.State) -> None:
     assert all(len(set(uids)) == len(uids) for uids in now.by_address.values())
     for workload in now.workloads.values():
         assert workload.identity or workload.data_plane is protocol.DataPlane.TCP
-    for kind in ("workloads", "services", "policies", "identities", "pods"):
+    for kind in ("workloads", "services", "policies", "authorizations", "identities", "pods"):
         assert all(entry.uid == uid for uid, entry in getattr(now, kind).items())
+    check_decisions(now)
+
+
+CALLS: Final = tuple(
+    policy.facts(
+        SpiffeId.parse(f"spiffe://cluster.local/ns/default/sa/{caller}") if caller else None,
+        address.pack(source),
+        address.pack("10.0.0.1"),
+        port,
+    )
+    for caller in ("", "a", "b")
+    for source, port in (("10.0.0.1", 80), ("10.0.0.2", 8080), ("fd00::1", 80))
+)
+
+
+def check_decisions(now: state.State) -> None:
+    anew = policy.updated(policy.NOWHERE, {}, now.authorizations, None)
+    for workload in ("default/a", "default/b", "other/a"):
+        groups, compared = now.scopes.of(workload), anew.of(workload)
+        for seen in CALLS if groups or compared else ():
+            assert policy.decide(groups, seen) == policy.decide(compared, seen)
 
 
 def after(now: state.State, change: state.Change) -> state.State:
@@ -217,6 +240,8 @@ VALUES: Final[tuple[Any, ...]] = (
     *("", "10.0.0.1", "10.0.0.2", "fd00::1", "::ffff:10.0.0.1", "010.0.0.1", "fe80::1%eth0", "\0"),
     *("default/a", "default/b", "spiffe://cluster.local/ns/default/sa/a", "spiffe://x", "a" * 300),
     *("workload", "service", "pod", "HBONE", "TCP", "STRICT", "DISABLE", "stats"),
+    *("*", "a*", "*a", "a*b", "default/*", "10.0.0.0/8", "10.0.0.0/33", "::/0", "080", "80"),
+    *("ALLOW", "DENY", "AUDIT", "source.ip", "source.principal", "destination.port"),
     *(0, 1, -1, 80, 65535, 65536, 2**63, 2**64 - 1, True, False, None, b"", b"der", [], {}),
 )
 
@@ -273,13 +298,50 @@ def other(chance: random.Random) -> Plain:
     return chance.choice(some)
 
 
+def condition(chance: random.Random) -> Plain:
+    attribute, values = chance.choice(
+        (
+            ("source.principal", ("cluster.local/ns/default/sa/a", "*/sa/b", "cluster*", "*")),
+            ("source.namespace", ("default", "def*", "other")),
+            ("source.serviceAccount", ("default/a", "*/b")),
+            ("source.ip", ("10.0.0.1", "10.0.0.0/30", "::/0", "fd00::/8")),
+            ("destination.port", ("80", "8080")),
+        )
+    )
+    chosen = [chance.choice(values) for _ in range(chance.randrange(1, 3))]
+    key = chance.choice(("values", "not_values"))
+    return {"t": "condition", "attribute": attribute, key: chosen}
+
+
+def authorization(chance: random.Random) -> Plain:
+    def alternatives() -> list[Plain]:
+        return [[condition(chance)] for _ in range(chance.randrange(3))]
+
+    name = chance.choice("xyz")
+    rules: list[Plain] = [
+        {"t": "rule", "origin": name, "sources": alternatives(), "conditions": [condition(chance)]},
+        {"t": "rule", "origin": name, "operations": alternatives()},
+    ]
+    return {
+        "t": "authorization",
+        "uid": f"AuthorizationPolicy/default/{name}",
+        "action": chance.choice(("ALLOW", "DENY", "AUDIT")),
+        "rules": rules[: chance.randrange(3)],
+        "origin": f"default/{name}",
+        "namespace": chance.choice(("", "default")),
+        "workloads": chance.choice((None, [], ["default/a"], ["default/a", "default/b"])),
+        "dry_run": chance.random() < 0.2,
+    }
+
+
 def removal(chance: random.Random) -> Plain:
-    kind = chance.choice(("workload", "service", "pod", "credential", "nothing"))
-    return {"t": "removal", "kind": kind, "uid": chance.choice(("default/a", "default/s", "p"))}
+    kind = chance.choice(("workload", "service", "pod", "credential", "authorization", "nothing"))
+    uid = chance.choice(("default/a", "default/s", "p", "AuthorizationPolicy/default/x"))
+    return {"t": "removal", "kind": kind, "uid": uid}
 
 
 def message(chance: random.Random) -> Plain:
-    makers = (workload, service, other)
+    makers = (workload, service, authorization, other)
     upserts = [chance.choice(makers)(chance) for _ in range(chance.randrange(4))]
     update: Plain = {
         "t": "update",

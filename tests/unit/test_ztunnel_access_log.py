@@ -74,6 +74,16 @@ def test_json_has_the_references_keys() -> None:
     }
 
 
+@pytest.mark.parametrize("key", ["policy", "client", "audit_flag", "dry_run"])
+def test_what_was_judged_stands_in_both_forms_and_forges_nothing(key: str) -> None:
+    value = 'shop/a rules[0] (a.yaml:3) without to[0].methods; "x"\n'
+    found = line(**{key: value})
+    assert json.loads(json_line(found))[key] == value
+    assert text_line(found).endswith(f" {key}={json.dumps(value)}")
+    assert key not in json.loads(json_line(line()))
+    assert f" {key}=" not in text_line(line())
+
+
 def test_a_failure_is_an_error_with_its_cause() -> None:
     found = json.loads(json_line(line(reason=Reason.CONNECT_TIMEOUT, error="timed out")))
     assert (found["level"], found["reason"], found["error"]) == (

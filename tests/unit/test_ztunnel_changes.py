@@ -6,13 +6,23 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from support.mesh_state import SETTINGS, pod, policy, service, workload
+from support.mesh_state import (
+    SETTINGS,
+    authorization,
+    pod,
+    policy,
+    principals,
+    service,
+    source,
+    workload,
+)
 from support.tunnel_rig import (
     HTTPBIN,
     MESH,
     POD,
     SLEEP,
     Rig,
+    chain_of,
     credential,
     is_open,
     run,
@@ -21,6 +31,8 @@ from support.tunnel_rig import (
 from ztunnel import _core, tunnel
 from ztunnel.pods import PodSockets
 from ztunnel.protocol import (
+    Action,
+    Authorization,
     Deadlines,
     Limits,
     Mode,
@@ -58,6 +70,86 @@ def test_connections_are_cut_after_the_epoch_and_before_the_acknowledgement(rig:
     assert rig.core.killed == {decision: Reason.POLICY_CHANGED}
     names = rig.core.names()
     assert names.index("advance_epoch") < names.index("kill_decision")
+
+
+HTTPBINS = principals("cluster.local/ns/default/sa/httpbin")
+
+
+@pytest.mark.parametrize(
+    "denied",
+    [
+        authorization("default/no", Action.DENY, source(HTTPBINS)),
+        authorization("istio-system/no", Action.ALLOW, source(principals("*/sa/other"))),
+        authorization("default/no", Action.DENY, source(HTTPBINS), workloads=(SLEEP.uid,)),
+    ],
+)
+def test_an_authorization_cuts_whom_it_denies_and_nobody_else(
+    rig: Rig, denied: Authorization
+) -> None:
+    rig.start()
+    proven, _ = rig.prove(chain_of("httpbin"))
+    other, _ = rig.prove(chain_of("other"))
+    cut = rig.core.answers[rig.inbound("10.2.0.1", proven)]
+    kept = rig.core.answers[rig.inbound("10.4.0.1", other)]
+    rig.core.calls.clear()
+    assert rig.apply(denied) == ""
+    assert rig.core.killed == {cut: Reason.POLICY_CHANGED}
+    names = rig.core.names()
+    assert names.index("advance_epoch") < names.index("kill_decision")
+    # What is asked now is judged anew, and refused.
+    refused = rig.core.answer_to(rig.inbound("10.2.0.1", proven))
+    assert (refused.action, refused.arguments) == ("refuse", (Reason.POLICY_DENIED,))
+    assert rig.core.answers[rig.inbound("10.4.0.1", other)] != kept
+    assert rig.core.answer_to(rig.inbound("10.4.0.1", other)).action == "deliver"
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        authorization("default/x", Action.DENY, source(principals("*/sa/somebody"))),
+        authorization("default/x", Action.DENY, source(HTTPBINS), workloads=(HTTPBIN.uid,)),
+        authorization("elsewhere/x", Action.DENY, source(HTTPBINS)),
+        authorization("default/x", Action.AUDIT, source(HTTPBINS)),
+        authorization("default/x", Action.DENY, source(HTTPBINS), dry_run=True),
+        authorization("default/x", Action.ALLOW, source(HTTPBINS)),
+    ],
+)
+def test_an_authorization_that_still_allows_cuts_nothing(rig: Rig, harmless: Authorization) -> None:
+    rig.start()
+    proven, _ = rig.prove(chain_of("httpbin"))
+    rig.inbound("10.2.0.1", proven)
+    assert rig.apply(harmless) == ""
+    assert not rig.core.killed
+
+
+def test_a_policy_that_stops_allowing_cuts(rig: Rig) -> None:
+    rig.start(authorization("default/x", Action.ALLOW, source(HTTPBINS)))
+    proven, _ = rig.prove(chain_of("httpbin"))
+    decision = rig.core.answers[rig.inbound("10.2.0.1", proven)]
+    assert rig.apply(authorization("default/x", Action.ALLOW)) == ""
+    assert rig.core.killed == {decision: Reason.POLICY_CHANGED}
+    # Open again once nothing is said.
+    gone = Removal("authorization", "AuthorizationPolicy/default/x")
+    assert rig.apply(removals=(gone,)) == ""
+    assert rig.core.answer_to(rig.inbound("10.2.0.1", proven)).action == "deliver"
+
+
+def test_a_selector_that_comes_to_select_cuts(rig: Rig) -> None:
+    denied = authorization("default/x", Action.DENY, source(HTTPBINS), workloads=())
+    rig.start(denied)
+    proven, _ = rig.prove(chain_of("httpbin"))
+    decision = rig.core.answers[rig.inbound("10.2.0.1", proven)]
+    assert rig.apply(msgspec.structs.replace(denied, workloads=(SLEEP.uid,))) == ""
+    assert rig.core.killed == {decision: Reason.POLICY_CHANGED}
+
+
+def test_an_authorization_that_cannot_be_read_leaves_all_as_it_was(rig: Rig) -> None:
+    rig.start(authorization("default/x", Action.ALLOW, source(HTTPBINS)))
+    before = rig.tunnel.state
+    bad = authorization("default/y", Action.DENY, source(principals("a*b")))
+    gone = Removal("authorization", "AuthorizationPolicy/default/x")
+    assert "is no pattern" in rig.apply(bad, removals=(gone,))
+    assert rig.tunnel.state is before
 
 
 def test_a_decision_that_the_core_has_just_freed_stops_no_change(rig: Rig) -> None:

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from support.fake_core import Decision, record
-from support.mesh_state import identity, ip, policy, service
+from support.mesh_state import authorization, identity, ip, policy, principals, service, source
 from support.tunnel_rig import (
     SLEEP,
     Rig,
@@ -17,8 +17,11 @@ from support.tunnel_rig import (
 from ztunnel import labels
 from ztunnel._core import Failed
 from ztunnel.access_log import Line
+from ztunnel.authorize import Client
 from ztunnel.corelike import Kind
+from ztunnel.judge import Judged
 from ztunnel.protocol import (
+    Action,
     Endpoint,
     Mode,
 )
@@ -132,6 +135,52 @@ def test_a_connection_that_was_cut_names_the_policy_that_cut_it(rig: Rig) -> Non
     rig.apply(strict)
     line = ended(rig, decision, Kind.INBOUND_PLAINTEXT, Reason.POLICY_CHANGED)
     assert line.policy == "default/strict"
+
+
+def test_lines_of_a_policy_say_what_was_decided_audited_and_tried(rig: Rig) -> None:
+    rig.start()
+    unread = tuple(f"to[{number}].methods" for number in range(5))
+    rig.apply(
+        authorization("default/all", Action.ALLOW, source()),
+        authorization(
+            "default/audit",
+            Action.AUDIT,
+            source(unread=unread),
+        ),
+        authorization("istio-system/audit", Action.AUDIT, source()),
+        authorization("default/tried", Action.DENY, source(principals("*")), dry_run=True),
+    )
+    plain = rig.core.answers[rig.inbound("10.3.0.1")]
+    line = ended(rig, plain, Kind.INBOUND_PLAINTEXT, Reason.CLOSED, destination=ip("10.1.0.1"))
+    assert line.policy == "default/all rules[0] (policy.yaml:1)"
+    assert line.client == "without_identity"
+    assert line.audit_flag == (
+        "default/audit rules[0] (policy.yaml:1) "
+        "without to[0].methods, to[1].methods, to[2].methods and 2 more; "
+        "istio-system/audit rules[0] (policy.yaml:1)"
+    )
+    assert line.dry_run == "allowed by default/all rules[0] (policy.yaml:1)"
+    assert rig.tunnel.judged == {
+        Judged(Client.WITHOUT_IDENTITY, allow=True, audited=True, would=True): 1
+    }
+    # So the core says it of every good end, and Python of none.
+    assert rig.described == [[constant(line)]]
+    number, _ = rig.prove(chain_of("httpbin"))
+    proven = rig.core.answers[rig.inbound("10.2.0.1", number)]
+    line = ended(rig, proven, Kind.INBOUND_HBONE, Reason.CLOSED, destination=ip("10.1.0.1"))
+    assert line.client == "identity_allowed"
+    assert line.dry_run == "denied by default/tried rules[0] (policy.yaml:1)"
+    assert rig.tunnel.judged[Judged(Client.ALLOWED, allow=True, audited=True, would=False)] == 1
+
+
+def test_a_refusal_by_default_names_the_policies_behind_it(rig: Rig) -> None:
+    rig.start()
+    rig.apply(authorization("default/none", Action.ALLOW))
+    number, _ = rig.prove(chain_of("httpbin"))
+    decision = rig.core.answers[rig.inbound("10.2.0.1", number)]
+    line = ended(rig, decision, Kind.INBOUND_HBONE, Reason.POLICY_DENIED)
+    assert line.policy == "default deny: no rule matches of default/none (policy.yaml:1)"
+    assert line.client == "identity_not_allowed"
 
 
 def test_a_peer_is_named_by_its_proof_and_not_by_its_address(rig: Rig) -> None:

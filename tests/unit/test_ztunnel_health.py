@@ -9,15 +9,25 @@ import pytest
 
 from support.certificates import NOW
 from support.fake_core import FakeCore
-from support.mesh_state import bundle, change, identity, ip, pod, policy, workload
+from support.mesh_state import (
+    authorization,
+    bundle,
+    change,
+    identity,
+    ip,
+    pod,
+    policy,
+    source,
+    workload,
+)
 from ztunnel.access_log import Line
 from ztunnel.admin import Check
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
-from ztunnel.health import STALL_SECONDS, Health
+from ztunnel.health import MAX_LISTED_BYTES, STALL_SECONDS, Health
 from ztunnel.pods import Pair, PodSockets
-from ztunnel.protocol import Credential, Mode, Removal, Resource
-from ztunnel.tunnel import Tunnel
+from ztunnel.protocol import Action, Credential, Mode, Removal, Resource
+from ztunnel.tunnel import UPCALLS_A_TURN, Tunnel
 
 SLEEP = workload("sleep", "10.1.0.1")
 POD = pod("pod-sleep", SLEEP.uid, "10.1.0.1")
@@ -163,7 +173,29 @@ def test_the_decisions_answer_tells_what_the_core_was_told(rig: Rig) -> None:
     assert found[0]["expected"] == [identity("httpbin")]
     assert found[2]["reason"] == "strict_requires_mtls"
     assert found[2]["policy"] == "istio-system/default"
+    assert found[2]["client"] == "without_identity"
+    assert (found[2]["audits"], found[2]["dry_run"]) == ([], None)
     assert json.loads(asyncio.run(rig.health.answer("decisions", {"pod": "another"}))) == []
+
+
+def test_decisions_by_policies_with_long_names_fit_into_one_answer(rig: Rig) -> None:
+    long = authorization(f"default/{'x' * 8000}", Action.DENY, source(), dry_run=True)
+    rig.apply(*MESH[1:], policy(SLEEP.uid, Mode.PERMISSIVE), SLEEP, long, with_pod=True)
+    held = rig.tunnel.pods.get(POD.uid)
+    assert held is not None
+    for number in range(400):
+        rig.core.ask(
+            Kind.INBOUND_PLAINTEXT,
+            held.number,
+            source=ip(f"10.9.{number // 200}.{number % 200}"),
+            destination=ip("10.1.0.1"),
+            port=80,
+        )
+    for _ in range(400 // UPCALLS_A_TURN + 1):
+        rig.tunnel.pump()
+    body = asyncio.run(rig.health.answer("decisions", {}))
+    assert 100 < len(json.loads(body)) < 400
+    assert len(body) < MAX_LISTED_BYTES + 1000
 
 
 def test_other_questions_are_not_known(rig: Rig) -> None:

@@ -11,11 +11,27 @@ import pytest
 from support.certificates import NOW, authority
 from support.certificates import workload as leaf
 from support.fake_core import Decision
-from support.mesh_state import SETTINGS, bundle, identity, ip, pod, policy, service, workload
+from support.mesh_state import (
+    SETTINGS,
+    authorization,
+    bundle,
+    identity,
+    ip,
+    pod,
+    policy,
+    principals,
+    service,
+    source,
+    workload,
+)
 from support.tunnel_rig import ROOT, Rig, ended, sockets
 from ztunnel.corelike import Kind
 from ztunnel.labels import value
 from ztunnel.protocol import (
+    Action,
+    Attribute,
+    Authorization,
+    Condition,
     Credential,
     Endpoint,
     Mode,
@@ -259,6 +275,52 @@ def test_a_change_of_mode_that_still_allows_it_leaves_it_alone(rig: Node, joined
     assert not rig.core.killed
 
 
+SLEEPS = principals("cluster.local/ns/default/sa/sleep")
+FROM_NOWHERE_ELSE = Condition(Attribute.SOURCE_IP, (), ("10.1.0.1", "fd00::1"))
+
+
+@pytest.mark.parametrize(
+    "denied",
+    [
+        authorization("default/near", Action.DENY, source(SLEEPS), workloads=(NEAR.uid,)),
+        authorization("default/near", Action.ALLOW, workloads=(NEAR.uid,)),
+        authorization("istio-system/all", Action.ALLOW, source(FROM_NOWHERE_ELSE)),
+    ],
+)
+def test_an_authorization_keeps_out_and_cuts_as_it_does_in_the_tunnel(
+    rig: Node, joined: int, denied: Authorization
+) -> None:
+    rig.apply(denied)
+    assert rig.core.killed == {joined: Reason.POLICY_CHANGED}
+    # HBONE is refused by the pod's own judgement, and reports it.
+    assert rig.ask().action == "tunnel"
+    rig.apply(removals=(Removal("authorization", denied.uid),))
+    assert rig.ask().action == "hand_over"
+
+
+def test_an_authorization_of_the_client_or_one_that_allows_leaves_it_alone(
+    rig: Node, joined: int
+) -> None:
+    rig.apply(
+        authorization("default/sleep", Action.ALLOW, workloads=(SLEEP.uid,)),
+        authorization("default/near", Action.ALLOW, source(SLEEPS), workloads=(NEAR.uid,)),
+    )
+    assert not rig.core.killed
+    assert rig.ask().action == "hand_over"
+
+
+def test_a_client_whose_addresses_are_judged_differently_is_tunnelled() -> None:
+    two = workload("sleep", "10.1.0.1", "10.1.0.9")
+    rig = Node(DIRECT)
+    parts = mesh(sleep=two, client=pod("pod-sleep", two.uid, *two.addresses))
+    rig.begin(parts)
+    assert rig.ask().action == "hand_over"
+    of_one = source(Condition(Attribute.SOURCE_IP, ("10.1.0.9",)))
+    rig.apply(authorization("default/near", Action.AUDIT, of_one, workloads=(NEAR.uid,)))
+    assert rig.ask().action == "tunnel"
+    rig.close()
+
+
 @pytest.mark.parametrize("side", ["sleep", "near"])
 def test_trust_that_is_withdrawn_cuts_it(side: str) -> None:
     """Each side's chain hangs on a root of its own."""
@@ -379,6 +441,17 @@ def test_both_sides_report_what_it_is(rig: Node, joined: int) -> None:
         msgspec.structs.replace(each, start=0, duration_us=0, source="", received=0, sent=0)
         for each in (source, destination)
     ]
+
+
+def test_the_servers_side_reports_what_was_audited_there(rig: Node) -> None:
+    audit = authorization("default/near", Action.AUDIT, source(SLEEPS), workloads=(NEAR.uid,))
+    rig.begin(mesh(audit=audit))
+    decision = rig.core.answers[rig.outbound("10.1.0.2")]
+    ended(rig, decision, Kind.OUTBOUND, Reason.CLOSED, destination=ip("10.1.0.2"))
+    there, here = rig.lines
+    assert (there.audit_flag, there.client) == ("", "")
+    assert here.audit_flag == "default/near rules[0] (policy.yaml:1)"
+    assert here.client == "identity_allowed"
 
 
 def test_a_cut_names_the_policy_at_both_sides(rig: Node, joined: int) -> None:

@@ -20,6 +20,7 @@ from support.mesh_state import (
 from ztunnel.protocol import (
     Action,
     Attribute,
+    Authorization,
     Condition,
     Credential,
     DataPlane,
@@ -128,6 +129,9 @@ def _bad_workload(**fields: object) -> Workload:
         authorization("shop/a", Action.ALLOW, Rule("", operations=((),))),
         authorization("shop/a", Action.ALLOW, Rule("", conditions=(principals(""),))),
         authorization("shop/a", Action.ALLOW, source(), workloads=("shop/x", "default/x")),
+        authorization("istio-system/a", Action.ALLOW, source(), workloads=("shop",)),
+        authorization("shop/" + "a" * 9000, Action.ALLOW),
+        Authorization("AuthorizationPolicy/shop/a", Action.DENY, (), "a", "shop/pay"),
     ],
 )
 def test_what_no_judgement_can_use_is_refused_by_name(resource: Resource) -> None:

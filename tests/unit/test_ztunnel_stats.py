@@ -11,6 +11,8 @@ from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
 from ztunnel import labels
 from ztunnel._core import PodCounters, SeriesCounters, Stats
+from ztunnel.authorize import Client
+from ztunnel.judge import Judged
 from ztunnel.reasons import Reason
 from ztunnel.stats import Picture, render
 
@@ -66,6 +68,11 @@ def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[S
         deadlines=("connect", "idle"),
         handshake_failures={("client", Reason.CERT_EXPIRED): 3},
         expiries={identity("sleep"): NOW},
+        judged={
+            Judged(Client.ALLOWED, allow=True, audited=False, would=True): 4,
+            Judged(Client.ALLOWED, allow=True, audited=True, would=False): 2,
+            Judged(Client.WITHOUT_IDENTITY, allow=False, audited=True, would=False): 1,
+        },
         own={"pods": 4, "internal_errors_total": 1},
     )
     found: dict[str, list[Sample]] = {}
@@ -162,6 +169,26 @@ def test_the_tunnels_own_metrics_are_there(core: FakeCore) -> None:
     assert reported.labels == {"side": "client", "reason": "certificate_expired"}
 
 
+def test_verdicts_are_counted_by_caller_and_those_that_were_noted_besides(core: FakeCore) -> None:
+    found = samples(core)
+
+    def counts(name: str) -> dict[tuple[str, str], float]:
+        return {
+            (each.labels["client"], each.labels["verdict"]): each.value
+            for each in found.get(f"ztunnel_{name}_total", ())
+        }
+
+    assert counts("verdicts") == {
+        ("identity_allowed", "allow"): 6,
+        ("without_identity", "deny"): 1,
+    }
+    assert counts("verdicts_audited") == {
+        ("identity_allowed", "allow"): 2,
+        ("without_identity", "deny"): 1,
+    }
+    assert counts("verdicts_dry_run_differs") == {("identity_allowed", "allow"): 2}
+
+
 def test_what_a_pod_takes_and_was_refused(core: FakeCore) -> None:
     found = samples(core)
     assert [each.value for each in found["ztunnel_descriptors"]] == [5]
@@ -194,6 +221,7 @@ def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
         core.stats(),
         BOUNDS_US,
         ("connect", "idle"),
+        {},
         {},
         {},
         {},

@@ -17,6 +17,7 @@ matches the namespace "prod-test".
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple
 
@@ -106,6 +107,12 @@ class Probe(NamedTuple):
         return _CUT[self.kind](seen[self.fact], self.length)
 
 
+@functools.lru_cache(maxsize=4096)
+def _probe(attribute: Attribute, kind: _Kind, length: int = 0) -> Probe:
+    """Return the one object of this probe: very many patterns share a few."""
+    return Probe(_ORDER[attribute], kind, length)
+
+
 def _network(value: Piece, length: int) -> Piece:
     if not isinstance(value, int):
         return _NO_PIECE
@@ -142,7 +149,7 @@ Patterns = tuple[tuple[Probe, frozenset[Piece]], ...]
 """Pieces by the probe that must give one of them, in the order of the probes."""
 
 
-class Test(msgspec.Struct, frozen=True, cache_hash=True):
+class Test(msgspec.Struct, frozen=True, cache_hash=True, gc=False):
     """A condition, ready: one of `wanted` (if there are any), and none of `unwanted`."""
 
     wanted: Patterns
@@ -181,19 +188,18 @@ def _frozen(patterns: dict[Probe, set[Piece]]) -> Patterns:
 
 
 def _pattern(attribute: Attribute, spelling: str) -> tuple[Probe, Piece]:
-    number = _ORDER[attribute]
     match attribute:
         case Attribute.SOURCE_IP | Attribute.DESTINATION_IP:
-            return _address(attribute, number, spelling)
+            return _address(attribute, spelling)
         case Attribute.DESTINATION_PORT:
-            return Probe(number, _Kind.EXACT, 0), _port(attribute, spelling)
+            return _probe(attribute, _Kind.EXACT), _port(attribute, spelling)
         case Attribute.PRINCIPAL | Attribute.NAMESPACE | Attribute.SERVICE_ACCOUNT:
-            return _text(attribute, number, spelling)
+            return _text(attribute, spelling)
 
 
-def _text(attribute: Attribute, number: int, spelling: str) -> tuple[Probe, Piece]:
+def _text(attribute: Attribute, spelling: str) -> tuple[Probe, Piece]:
     if spelling == "*":
-        return Probe(number, _Kind.PRESENT, 0), True
+        return _probe(attribute, _Kind.PRESENT), True
     if spelling.endswith("*"):
         kind, piece = _Kind.START, spelling[:-1]
     elif spelling.startswith("*"):
@@ -214,10 +220,10 @@ def _text(attribute: Attribute, number: int, spelling: str) -> tuple[Probe, Piec
         raise _bad(attribute, spelling, f"write it without {_SCHEME}")
     if attribute is Attribute.SERVICE_ACCOUNT and kind is _Kind.EXACT and piece.count("/") != 1:
         raise _bad(attribute, spelling, "write NAMESPACE/NAME")
-    return Probe(number, kind, 0 if kind is _Kind.EXACT else len(piece)), piece
+    return _probe(attribute, kind, 0 if kind is _Kind.EXACT else len(piece)), piece
 
 
-def _address(attribute: Attribute, number: int, spelling: str) -> tuple[Probe, Piece]:
+def _address(attribute: Attribute, spelling: str) -> tuple[Probe, Piece]:
     text, slash, suffix = spelling.partition("/")
     try:
         packed = address.pack(text)
@@ -233,7 +239,7 @@ def _address(attribute: Attribute, number: int, spelling: str) -> tuple[Probe, P
     if address.is_ipv4(packed) and length < _IPV4_START:
         raise _bad(attribute, spelling, "an IPv4-mapped network has a length of at least 96")
     value = int.from_bytes(packed)
-    return Probe(number, _Kind.NETWORK, length), value >> (_ADDRESS_BITS - length)
+    return _probe(attribute, _Kind.NETWORK, length), value >> (_ADDRESS_BITS - length)
 
 
 def _port(attribute: Attribute, spelling: str) -> int:

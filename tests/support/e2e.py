@@ -171,10 +171,12 @@ def running(described: LabSpec) -> Iterator[Lab]:
 
 
 @contextlib.contextmanager
-def watched(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
+def watched(
+    lab: Lab, request: pytest.FixtureRequest, pods: Mapping[str, str] = PODS
+) -> Iterator[Mesh]:
     """Give a test its view of a lab that it shares, and show the lab's state if it fails."""
     failed = request.session.testsfailed
-    with Mesh(lab) as mesh:
+    with Mesh(lab, pods) as mesh:
         yield mesh
         if request.session.testsfailed > failed:
             show(lab)
@@ -212,12 +214,13 @@ def authority(address: str, port: int) -> str:
 
 
 class Mesh:
-    """The lab as one test sees it."""
+    """The lab as one test sees it. `pods` are the names that the test calls its pods by."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, pods: Mapping[str, str] = PODS) -> None:
         self.lab = lab
+        self._pods = pods
         self._cleanup = contextlib.ExitStack()
-        self._nodes = {name: lab.pod(uid).pod.node for name, uid in PODS.items() if self._has(uid)}
+        self._nodes = {name: lab.pod(uid).pod.node for name, uid in pods.items() if self._has(uid)}
 
     def _has(self, uid: str) -> bool:
         return any(pod.uid == uid for pod in self.lab.state.plan.pods)
@@ -301,15 +304,15 @@ class Mesh:
     # --- names and addresses ----------------------------------------------------------------------
 
     def uid(self, pod: str) -> str:
-        return PODS[pod]
+        return self._pods[pod]
 
     def space(self, pod: str) -> Path:
-        return self.lab.namespace(PODS[pod])
+        return self.lab.namespace(self._pods[pod])
 
     def address(self, pod: str, family: int = 4) -> str:
         return next(
             text
-            for text in self.lab.addresses(PODS[pod])
+            for text in self.lab.addresses(self._pods[pod])
             if ipaddress.ip_address(text).version == family
         )
 
@@ -323,11 +326,11 @@ class Mesh:
     def run(self, pod: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[Any]:  # noqa: ANN401 - subprocess's own
         """Run a program in a pod as the pod's own, to its end."""
         options.setdefault("timeout", DEADLINE * 2)
-        return self.lab.run(PODS[pod], argv, capabilities=False, **options)
+        return self.lab.run(self._pods[pod], argv, capabilities=False, **options)
 
     def popen(self, pod: str, *argv: str, **options: Any) -> subprocess.Popen[Any]:  # noqa: ANN401 - as above
         """Start a program in a pod as the pod's own; it ends with the test."""
-        program = self.lab.popen(PODS[pod], argv, capabilities=False, **options)
+        program = self.lab.popen(self._pods[pod], argv, capabilities=False, **options)
         self._cleanup.callback(_end, program)
         return program
 
@@ -426,7 +429,8 @@ class Mesh:
         path = self.apply(*documents, name=name)
 
         def applied(state: dict[str, Any]) -> bool:
-            row = next(each for each in state["pods"] if each["workload"] == PODS[pod])
+            uid = self._pods[pod]
+            row = next(each for each in state["pods"] if each["workload"] == uid)
             return row["mode"] == mode and _mentions(row, path.name)
 
         self.settled(self.node_of(pod), applied)

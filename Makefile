@@ -121,6 +121,10 @@ format: setup ## Rewrite Python and C in the project's style
 	$(BIN)/ruff format .
 	clang-format -i $(C_SOURCES) $(BPF_SOURCES) $(TEST_C_SOURCES)
 
+.PHONY: schemas
+schemas: setup ## Write the JSON Schemas and the CRDs of the resources anew from their types
+	$(BIN)/python schemas/generate.py
+
 .PHONY: test
 test: setup lint ## Run everything: lint, unit, namespace and interop tests (root)
 	$(PYTEST) $(PYTEST_ARGS)

@@ -167,6 +167,9 @@ class Agent:
         found = await asyncio.to_thread(mesh.build, state.documents, self.settings)
         for warning in set(found.warnings) - set(self._mesh.warnings):
             log.warning("configuration", warning=warning)
+        for problem in found.problems:
+            if problem not in self._mesh.problems:
+                log.error("configuration", problem=str(problem))
         wanted = reconcile.wanted_pods(
             {uid: binding.netns for uid, binding in found.bindings.items()},
             found.workloads,
@@ -380,7 +383,9 @@ class Agent:
             source=self.parts.source_name,
             documents=self._documents,
             warnings=self._mesh.warnings,
+            unresolved=self._mesh.problems,
             policies=self._mesh.policies,
+            authorizations=self._mesh.authorizations,
             pods=self._views(),
             identities=self.identities.status(),
             ztunnel=self.control.status,

@@ -16,6 +16,7 @@ import msgspec
 
 from nodeagent.admin.model import (
     SCHEMA,
+    AuthorizationReport,
     CertificateReport,
     ConfigReport,
     DrainReport,
@@ -26,6 +27,7 @@ from nodeagent.admin.model import (
     Status,
     ZtunnelReport,
 )
+from nodeagent.api import ConfigError
 from nodeagent.control import ZtunnelStatus
 from nodeagent.identity import IdentityPhase, IdentityState, IdentityStatus
 from nodeagent.podkeeper import PodView
@@ -66,7 +68,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     documents: SourceState | None
     warnings: tuple[str, ...]
+    unresolved: tuple[ConfigError, ...] = ()
     policies: Mapping[str, protocol.WorkloadPolicy]
+    authorizations: Mapping[str, protocol.Authorization] = {}
     pods: Mapping[str, PodView]
     identities: IdentityStatus
     ztunnel: ZtunnelStatus
@@ -119,6 +123,7 @@ def _ztunnel_lacks(ztunnel: ZtunnelStatus, own: OwnStatus) -> list[str]:
 def build(facts: Facts, now: Now) -> Status:
     """Return the whole picture."""
     lacks = missing(facts)
+    authorizations = _Authorizations(facts.authorizations.values())
     certificates = {each.identity: _certificate(each) for each in facts.identities.identities}
     return Status(
         schema=SCHEMA,
@@ -135,7 +140,7 @@ def build(facts: Facts, now: Now) -> Status:
         ztunnel=_ztunnel(facts.ztunnel, facts.own, now),
         config=_config(facts),
         pods=tuple(
-            _pod(workload, view, facts, certificates, now)
+            _pod(workload, view, facts, certificates, authorizations, now)
             for workload, view in sorted(facts.pods.items())
         ),
         certificates=tuple(certificates.values()),
@@ -186,7 +191,19 @@ def _config(facts: Facts) -> ConfigReport:
     found = facts.documents
     if found is None:
         return ConfigReport(source=facts.source, loaded=False)
-    problems = tuple(
+    return ConfigReport(
+        source=facts.source,
+        loaded=facts.loaded,
+        version=found.version,
+        documents=len(found.documents),
+        problems=_problems(found.problems),
+        unresolved=_problems(facts.unresolved),
+        warnings=(*map(str, found.warnings), *facts.warnings),
+    )
+
+
+def _problems(errors: Iterable[ConfigError]) -> tuple[Problem, ...]:
+    return tuple(
         Problem(
             file=each.file,
             line=each.line,
@@ -194,16 +211,32 @@ def _config(facts: Facts) -> ConfigReport:
             field=each.field,
             reason=each.reason,
         )
-        for each in found.problems
+        for each in errors
     )
-    return ConfigReport(
-        source=facts.source,
-        loaded=facts.loaded,
-        version=found.version,
-        documents=len(found.documents),
-        problems=problems,
-        warnings=(*map(str, found.warnings), *facts.warnings),
-    )
+
+
+class _Authorizations:
+    """The policies on who may call, by what they are for."""
+
+    def __init__(self, policies: Iterable[protocol.Authorization]) -> None:
+        self._found: dict[str, list[protocol.Authorization]] = {}
+        for each in policies:
+            # A namespace holds no slash, a workload's uid does, and the mesh is neither.
+            for scope in (each.namespace,) if each.workloads is None else each.workloads:
+                self._found.setdefault(scope, []).append(each)
+
+    def of(self, workload: str) -> tuple[AuthorizationReport, ...]:
+        """Return the policies for a workload, in the order in which they are asked."""
+        scopes = ("", workload.partition("/")[0], workload)
+        found = [each for scope in scopes for each in self._found.get(scope, ())]
+        order = (protocol.Action.DENY, protocol.Action.ALLOW, protocol.Action.AUDIT)
+        found.sort(key=lambda each: (order.index(each.action), each.uid))
+        return tuple(
+            AuthorizationReport(
+                policy=each.uid, action=each.action.value, origin=each.origin, dry_run=each.dry_run
+            )
+            for each in found
+        )
 
 
 def _pod(
@@ -211,6 +244,7 @@ def _pod(
     view: PodView,
     facts: Facts,
     certificates: Mapping[str, CertificateReport],
+    authorizations: _Authorizations,
     now: Now,
 ) -> PodReport:
     wanted, enrolled = view.wanted, view.enrolled
@@ -235,6 +269,7 @@ def _pod(
             )
             for port, mode in ports
         ),
+        authorizations=authorizations.of(workload),
         certificate=certificates.get(wanted.identity) if wanted else None,
         error=view.error,
         deviations=view.deviations,

@@ -16,6 +16,7 @@ import msgspec
 
 __all__ = [
     "SCHEMA",
+    "AuthorizationReport",
     "CertificateReport",
     "ConfigReport",
     "PodReport",
@@ -62,6 +63,15 @@ class PortMode(msgspec.Struct, frozen=True, kw_only=True):
     origin: str
 
 
+class AuthorizationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy on who may call. `policy` is "kind/namespace/name", `origin` has file and line."""
+
+    policy: str
+    action: str
+    origin: str
+    dry_run: bool = False
+
+
 class CertificateReport(msgspec.Struct, frozen=True, kw_only=True):
     """One identity of this node. `error` is the last renewal's, empty after a success."""
 
@@ -93,6 +103,8 @@ class PodReport(msgspec.Struct, frozen=True, kw_only=True):
     repaired: int = 0
     drops: dict[str, int] = {}
     """What the capture has refused since enrolment, by reason."""
+    authorizations: tuple[AuthorizationReport, ...] = ()
+    """In the order in which they are asked."""
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +143,8 @@ class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
     documents: int = 0
     problems: tuple[Problem, ...] = ()
     warnings: tuple[str, ...] = ()
+    unresolved: tuple[Problem, ...] = ()
+    """References of documents in force that lead nowhere: what depends on them is closed."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):

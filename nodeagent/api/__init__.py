@@ -7,15 +7,42 @@ pure: it reads no files, clocks or sockets, and compares no documents of differe
 
 Theory of operation: bytes become a bounded tree of marked nodes (`_tree`), typed by what the schema
 expects at each place (`_walk`, `_scalars`, `values`, `_types`), checked between fields (`_rules`),
-and put into envelopes (`_loader`). `_claims` names what only one document may hold.
+and put into envelopes (`_loader`). `_claims` names what only one document may hold; `patterns` is
+the grammar of what policies compare with, and `_schema` tells editors as much of all this as a JSON
+Schema can.
 """
 
-from nodeagent.api import values
+from nodeagent.api import patterns, values
+from nodeagent.api._authorization import (
+    CONDITION_KEYS,
+    DRY_RUN,
+    AuthorizationPolicySpec,
+    AuthorizationRule,
+    Condition,
+    From,
+    IdentitySetSpec,
+    Operation,
+    PolicyAction,
+    Source,
+    TargetReference,
+    To,
+    layer7,
+)
+from nodeagent.api._base import (
+    DEFAULT_NAMESPACE,
+    DEFAULT_SERVICE_ACCOUNT,
+    BaseDocument,
+    Mark,
+    ObjectMeta,
+    WorkloadSelector,
+)
 from nodeagent.api._binding import (
     ANNOTATION_ADDRESSES,
+    ANNOTATION_CALLERS,
     ANNOTATION_NETNS,
     NetnsBinding,
     addresses,
+    callers,
     netns_binding,
     opted_out,
     speaks_hbone,
@@ -23,13 +50,13 @@ from nodeagent.api._binding import (
 from nodeagent.api._claims import claims, conflict
 from nodeagent.api._errors import ConfigError, ConfigWarning, Origin
 from nodeagent.api._loader import Loaded, load, read_struct
+from nodeagent.api._schema import custom_resource_definitions, json_schemas
 from nodeagent.api._types import (
-    DEFAULT_NAMESPACE,
-    DEFAULT_SERVICE_ACCOUNT,
+    AuthorizationPolicy,
     Document,
+    IdentitySet,
     MtlsMode,
     MutualTls,
-    ObjectMeta,
     PeerAuthentication,
     PeerAuthenticationSpec,
     PortProtocol,
@@ -42,27 +69,40 @@ from nodeagent.api._types import (
     WorkloadEntry,
     WorkloadEntrySpec,
     WorkloadLabels,
-    WorkloadSelector,
 )
 from nodeagent.api._walk import Check
 
 __all__ = [
     "ANNOTATION_ADDRESSES",
+    "ANNOTATION_CALLERS",
     "ANNOTATION_NETNS",
+    "CONDITION_KEYS",
     "DEFAULT_NAMESPACE",
     "DEFAULT_SERVICE_ACCOUNT",
+    "DRY_RUN",
+    "AuthorizationPolicy",
+    "AuthorizationPolicySpec",
+    "AuthorizationRule",
+    "BaseDocument",
     "Check",
+    "Condition",
     "ConfigError",
     "ConfigWarning",
     "Document",
+    "From",
+    "IdentitySet",
+    "IdentitySetSpec",
     "Loaded",
+    "Mark",
     "MtlsMode",
     "MutualTls",
     "NetnsBinding",
     "ObjectMeta",
+    "Operation",
     "Origin",
     "PeerAuthentication",
     "PeerAuthenticationSpec",
+    "PolicyAction",
     "PortProtocol",
     "Resolution",
     "ServiceEntry",
@@ -70,16 +110,24 @@ __all__ = [
     "ServiceEntryPort",
     "ServiceEntrySpec",
     "ServiceLocation",
+    "Source",
+    "TargetReference",
+    "To",
     "WorkloadEntry",
     "WorkloadEntrySpec",
     "WorkloadLabels",
     "WorkloadSelector",
     "addresses",
+    "callers",
     "claims",
     "conflict",
+    "custom_resource_definitions",
+    "json_schemas",
+    "layer7",
     "load",
     "netns_binding",
     "opted_out",
+    "patterns",
     "read_struct",
     "speaks_hbone",
     "values",

@@ -1,8 +1,8 @@
 """The annotations and labels that say how a workload takes part: ours, and Istio's.
 
 This module owns the prefix `nodeagent.io/` and the reading of a WorkloadEntry's binding, further
-addresses and data plane. It promises one reading for the loader, which refuses mistakes, and for
-the mesh, which uses the result. It may not look whether a namespace or node exists.
+addresses, callers and data plane. It promises one reading for the loader, which refuses mistakes,
+and for the mesh, which uses the result. It may not look whether a namespace or node exists.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.api import values
+from nodeagent.api import patterns, values
 from nodeagent.api._errors import quote
 from nodeagent.api._types import WorkloadEntry
 
 __all__ = [
     "ANNOTATION_ADDRESSES",
+    "ANNOTATION_CALLERS",
     "ANNOTATION_NETNS",
     "ANNOTATION_PREFIX",
     "LABEL_TUNNEL",
     "NetnsBinding",
     "addresses",
+    "callers",
     "check_annotation",
     "check_label",
     "netns_binding",
@@ -33,6 +35,9 @@ __all__ = [
 ANNOTATION_PREFIX: Final = "nodeagent.io/"
 ANNOTATION_NETNS: Final = "nodeagent.io/netns"
 ANNOTATION_ADDRESSES: Final = "nodeagent.io/addresses"
+ANNOTATION_CALLERS: Final = "nodeagent.io/callers"
+
+_KNOWN: Final = (ANNOTATION_ADDRESSES, ANNOTATION_CALLERS, ANNOTATION_NETNS)
 
 _REDIRECTION: Final = "ambient.istio.io/redirection"
 LABEL_TUNNEL: Final = "networking.istio.io/tunnel"
@@ -98,8 +103,10 @@ def check_annotation(key: str, value: str) -> None:
         parse_netns(value)
     elif key == ANNOTATION_ADDRESSES:
         parse_addresses(value)
+    elif key == ANNOTATION_CALLERS:
+        patterns.callers(value)
     elif key.startswith(ANNOTATION_PREFIX):
-        raise ValueError(f"unknown annotation; known: {ANNOTATION_NETNS}, {ANNOTATION_ADDRESSES}")
+        raise ValueError(f"unknown annotation; known: {', '.join(_KNOWN)}")
     else:
         _check_value(value, _ANNOTATION_VALUES.get(key))
 
@@ -127,6 +134,12 @@ def addresses(entry: WorkloadEntry) -> tuple[str, ...]:
     value = entry.metadata.annotations.get(ANNOTATION_ADDRESSES)
     further = () if value is None else parse_addresses(value)
     return tuple(dict.fromkeys((entry.spec.address, *further)))
+
+
+def callers(entry: WorkloadEntry) -> tuple[str, ...] | None:
+    """Return who may call `entry` by its own annotation, None if that is not its business."""
+    value = entry.metadata.annotations.get(ANNOTATION_CALLERS)
+    return None if value is None else patterns.callers(value)
 
 
 def opted_out(entry: WorkloadEntry) -> bool:

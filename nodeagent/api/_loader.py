@@ -12,14 +12,17 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from nodeagent.api._authorization import AuthorizationPolicySpec, IdentitySetSpec
+from nodeagent.api._base import ObjectMeta
 from nodeagent.api._claims import own_conflicts
 from nodeagent.api._errors import ConfigError, ConfigWarning, Origin, quote
-from nodeagent.api._rules import check
+from nodeagent.api._rules import check, marked
 from nodeagent.api._scalars import is_null, read_string
 from nodeagent.api._tree import MAX_ERRORS, Mapping, Node, Scalar, Sequence, join, read_tree
 from nodeagent.api._types import (
+    AuthorizationPolicy,
     Document,
-    ObjectMeta,
+    IdentitySet,
     PeerAuthentication,
     PeerAuthenticationSpec,
     ServiceEntry,
@@ -29,7 +32,7 @@ from nodeagent.api._types import (
 )
 from nodeagent.api._walk import Walker
 
-__all__ = ["Loaded", "load", "read_struct"]
+__all__ = ["KINDS", "Loaded", "load", "read_struct"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -40,15 +43,19 @@ _NETWORKING: Final = (
     "networking.istio.io/v1alpha3",
 )
 
-_KINDS: Final[dict[str, tuple[tuple[str, ...], type[Document], type[msgspec.Struct]]]] = {
+_OWN: Final = ("nodeagent.io/v1alpha1",)
+
+KINDS: Final[dict[str, tuple[tuple[str, ...], type[Document], type[msgspec.Struct]]]] = {
     "PeerAuthentication": (_SECURITY, PeerAuthentication, PeerAuthenticationSpec),
     "WorkloadEntry": (_NETWORKING, WorkloadEntry, WorkloadEntrySpec),
     "ServiceEntry": (_NETWORKING, ServiceEntry, ServiceEntrySpec),
+    "AuthorizationPolicy": (_SECURITY, AuthorizationPolicy, AuthorizationPolicySpec),
+    "IdentitySet": (_OWN, IdentitySet, IdentitySetSpec),
 }
+"""The kinds that are read: their versions, and the types of the document and its spec."""
 
 # Kinds whose authors expect protection. They are refused by name, so that nobody relies on them.
 _NOT_ENFORCED: Final = {
-    "AuthorizationPolicy": "this version does not enforce AuthorizationPolicy",
     "RequestAuthentication": "RequestAuthentication is for layer 7, which this agent does not read",
 }
 
@@ -126,7 +133,7 @@ def _read_document(walker: Walker, root: Mapping, path: str) -> Document | None:
     if reason:
         walker.error(root.entries["kind"][1], join(path, "kind"), reason)
         return None
-    _, cls, spec_cls = _KINDS[kind]
+    _, cls, spec_cls = KINDS[kind]
     _check_envelope(walker, root, _ENVELOPE, path)
     metadata = _part(walker, root, "metadata", ObjectMeta, path)
     spec = _part(walker, root, "spec", spec_cls, path)
@@ -136,7 +143,9 @@ def _read_document(walker: Walker, root: Mapping, path: str) -> Document | None:
     make: Any = cls
     document: Document = make(metadata=metadata, spec=spec, origin=origin)
     check(walker, document, root, path)
-    return document if len(walker.errors) == before else None
+    if len(walker.errors) != before:
+        return None
+    return marked(walker, document, root, path)
 
 
 def _refusal(version: str, kind: str) -> str:
@@ -145,12 +154,12 @@ def _refusal(version: str, kind: str) -> str:
         return (
             f"{_NOT_ENFORCED[kind]}; it is refused so that nobody relies on it: remove the document"
         )
-    if kind not in _KINDS:
-        known = ", ".join(sorted(_KINDS))
+    if kind not in KINDS:
+        known = ", ".join(sorted(KINDS))
         return (
             f"the kind {quote(kind)} is not read by this version; known: {known} and List of them"
         )
-    versions = _KINDS[kind][0]
+    versions = KINDS[kind][0]
     if version not in versions:
         return f"{kind} is not read in apiVersion {quote(version)}; known: {', '.join(versions)}"
     return ""

@@ -5,17 +5,30 @@ refusals of what this version would otherwise leave without effect. It promises 
 breach at the node that causes it, and to be the same for every source. It may not compare
 resources with one another.
 
-Source: istio/istio pkg/config/validation (ValidatePeerAuthentication, ValidateServiceEntry).
+Source: istio/istio pkg/config/validation (ValidatePeerAuthentication, ValidateServiceEntry);
+`_authorization_rules` for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import msgspec
 
-from nodeagent.api import _binding
-from nodeagent.api._tree import Mapping, Node, Sequence, join
+from nodeagent.api import _binding, patterns
+from nodeagent.api._authorization import DRY_RUN
+from nodeagent.api._authorization_rules import (
+    EMPTY_SELECTOR,
+    check_authorization_policy,
+    check_identity_set,
+    policy_marks,
+    set_marks,
+)
+from nodeagent.api._base import Mark
+from nodeagent.api._place import Place
+from nodeagent.api._tree import Mapping
 from nodeagent.api._types import (
+    AuthorizationPolicy,
     Document,
+    IdentitySet,
     PeerAuthentication,
     PortProtocol,
     Resolution,
@@ -25,12 +38,13 @@ from nodeagent.api._types import (
 )
 from nodeagent.api._walk import Walker
 
-__all__ = ["check"]
+__all__ = ["check", "marked"]
 
 
 def check(walker: Walker, document: Document, root: Mapping, path: str) -> None:
     """Report to `walker` what is wrong with `document`, which was read from `root` at `path`."""
-    place = _Place(walker, root, path)
+    place = Place(walker, root, path)
+    _foreign_annotations(place, document)
     match document:
         case PeerAuthentication():
             _peer_authentication(place, document)
@@ -38,59 +52,55 @@ def check(walker: Walker, document: Document, root: Mapping, path: str) -> None:
             _workload_entry(place, document)
         case ServiceEntry():
             _service_entry(place, document.spec)
+        case AuthorizationPolicy():
+            check_authorization_policy(place, document)
+        case IdentitySet():
+            check_identity_set(place, document)
 
 
-class _Place:
-    """A document's nodes by path, so that a rule can point at the line that breaks it."""
-
-    def __init__(self, walker: Walker, root: Mapping, path: str) -> None:
-        self._walker = walker
-        self._root = root
-        self._path = path
-
-    def _find(self, keys: tuple[str | int, ...]) -> tuple[Node, str]:
-        """Return the deepest node that exists on the way, and the path that was asked for."""
-        node: Node | None = self._root
-        deepest: Node = self._root
-        path = self._path
-        for key in keys:
-            path = join(path, key)
-            if isinstance(node, Mapping) and isinstance(key, str):
-                node = node.get(key)
-            elif isinstance(node, Sequence) and isinstance(key, int):
-                node = node.items[key]
-            else:
-                node = None
-            deepest = node or deepest
-        return deepest, path
-
-    def has(self, *keys: str | int) -> bool:
-        """Return whether the author wrote the field at all."""
-        parent, _ = self._find(keys[:-1])
-        return isinstance(parent, Mapping) and keys[-1] in parent.entries
-
-    def attempt(
-        self, function: Callable[[str, str], None], key: str, value: str, *keys: str | int
-    ) -> None:
-        """Report as an error what `function` says of `key` and `value`."""
-        try:
-            function(key, value)
-        except ValueError as error:
-            self.error(str(error), *keys)
-
-    def error(self, reason: str, *keys: str | int) -> None:
-        node, path = self._find(keys)
-        self._walker.error(node, path, reason)
-
-    def warn(self, reason: str, *keys: str | int) -> None:
-        node, path = self._find(keys)
-        self._walker.warn(node, path, reason)
+def _foreign_annotations(place: Place, document: Document) -> None:
+    """Report annotations that mean something on another kind only."""
+    for key in document.metadata.annotations:
+        at = ("metadata", "annotations", key)
+        if key.startswith(_binding.ANNOTATION_PREFIX) and not isinstance(document, WorkloadEntry):
+            place.error("has a meaning on a WorkloadEntry only: move it there", *at)
+        if key == DRY_RUN and not isinstance(document, AuthorizationPolicy):
+            place.warn("has no effect: only an AuthorizationPolicy can be a dry run", *at)
 
 
-def _peer_authentication(place: _Place, document: PeerAuthentication) -> None:
+def marked(walker: Walker, document: Document, root: Mapping, path: str) -> Document:
+    """Return `document` with the places of its parts that somebody may have to name later."""
+    place = Place(walker, root, path)
+    marks: tuple[Mark, ...] = ()
+    match document:
+        case AuthorizationPolicy():
+            marks = policy_marks(place, document)
+        case IdentitySet():
+            marks = set_marks(place, document)
+        case WorkloadEntry():
+            marks = _callers_marks(place, document)
+        case _:
+            pass
+    return msgspec.structs.replace(document, marks=marks) if marks else document
+
+
+def _callers_marks(place: Place, document: WorkloadEntry) -> tuple[Mark, ...]:
+    found = _binding.callers(document)
+    if found is None:
+        return ()
+    at = ("metadata", "annotations", _binding.ANNOTATION_CALLERS)
+    references = (
+        patterns.qualified(value, document.metadata.namespace)
+        for value in found
+        if patterns.set_of(value)
+    )
+    return (place.mark(*at), *(place.mark(*at, refers=name) for name in references))
+
+
+def _peer_authentication(place: Place, document: PeerAuthentication) -> None:
     spec = document.spec
     if spec.selector is not None and not spec.selector.match_labels:
-        place.error(_EMPTY_SELECTOR, "spec", "selector", "matchLabels")
+        place.error(EMPTY_SELECTOR, "spec", "selector", "matchLabels")
     if spec.port_level_mtls and spec.selector is None:
         reason = (
             "needs a selector with matchLabels: ports belong to workloads, and without a selector "
@@ -101,13 +111,7 @@ def _peer_authentication(place: _Place, document: PeerAuthentication) -> None:
         place.error("is empty: name at least one port, or delete it", "spec", "portLevelMtls")
 
 
-_EMPTY_SELECTOR = (
-    "is empty and would select every workload: name at least one label; to mean all, "
-    "delete the whole selector"
-)
-
-
-def _workload_entry(place: _Place, document: WorkloadEntry) -> None:
+def _workload_entry(place: Place, document: WorkloadEntry) -> None:
     for key, value in document.metadata.annotations.items():
         place.attempt(_binding.check_annotation, key, value, "metadata", "annotations", key)
     for key, value in document.metadata.labels.items():
@@ -116,6 +120,12 @@ def _workload_entry(place: _Place, document: WorkloadEntry) -> None:
         place.attempt(_binding.check_label, key, value, "spec", "labels", key)
         if document.metadata.labels.get(key, value) != value:
             place.warn("has no effect: metadata.labels gives it too", "spec", "labels", key)
+    if _binding.ANNOTATION_CALLERS in document.metadata.annotations:
+        if not _binding.speaks_hbone(document):
+            place.warn(
+                "has no effect: the workload is outside the mesh, so nobody enforces it",
+                "metadata", "annotations", _binding.ANNOTATION_CALLERS,
+            )  # fmt: skip
     if _binding.ANNOTATION_NETNS in document.metadata.annotations and _binding.opted_out(document):
         place.warn(
             "has no effect: the label istio.io/dataplane-mode: none takes the workload out",
@@ -123,19 +133,19 @@ def _workload_entry(place: _Place, document: WorkloadEntry) -> None:
         )  # fmt: skip
 
 
-def _service_entry(place: _Place, spec: ServiceEntrySpec) -> None:
+def _service_entry(place: Place, spec: ServiceEntrySpec) -> None:
     _hosts_and_addresses(place, spec)
     _ports(place, spec)
     _resolution(place, spec)
     _endpoints(place, spec)
     if spec.workload_selector is not None and not spec.workload_selector.labels:
-        place.error(_EMPTY_SELECTOR, "spec", "workloadSelector", "labels")
+        place.error(EMPTY_SELECTOR, "spec", "workloadSelector", "labels")
     if any(scope != "*" for scope in spec.export_to):
         place.warn("has no effect: at layer 4 a service is seen by all namespaces",
                    "spec", "exportTo")  # fmt: skip
 
 
-def _hosts_and_addresses(place: _Place, spec: ServiceEntrySpec) -> None:
+def _hosts_and_addresses(place: Place, spec: ServiceEntrySpec) -> None:
     if not spec.hosts:
         place.error("is empty: name at least one host", "spec", "hosts")
     for field, values in (("hosts", spec.hosts), ("addresses", spec.addresses)):
@@ -149,7 +159,7 @@ def _hosts_and_addresses(place: _Place, spec: ServiceEntrySpec) -> None:
                 place.error(reason, "spec", "hosts", index)
 
 
-def _ports(place: _Place, spec: ServiceEntrySpec) -> None:
+def _ports(place: Place, spec: ServiceEntrySpec) -> None:
     if not spec.ports:
         place.error("is empty: name at least one port", "spec", "ports")
     numbers: set[tuple[int, bool]] = set()
@@ -168,7 +178,7 @@ def _ports(place: _Place, spec: ServiceEntrySpec) -> None:
         names.add(port.name)
 
 
-def _resolution(place: _Place, spec: ServiceEntrySpec) -> None:
+def _resolution(place: Place, spec: ServiceEntrySpec) -> None:
     match spec.resolution:
         case Resolution.STATIC:
             if spec.endpoints and spec.workload_selector is not None:
@@ -192,7 +202,7 @@ def _resolution(place: _Place, spec: ServiceEntrySpec) -> None:
             place.error(reason, "spec", "resolution")
 
 
-def _endpoints(place: _Place, spec: ServiceEntrySpec) -> None:
+def _endpoints(place: Place, spec: ServiceEntrySpec) -> None:
     names = {port.name for port in spec.ports}
     seen: set[str] = set()
     for index, endpoint in enumerate(spec.endpoints):

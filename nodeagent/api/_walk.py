@@ -23,7 +23,16 @@ from nodeagent.api._errors import ConfigError, ConfigWarning, quote
 from nodeagent.api._scalars import is_null, read_boolean, read_integer, read_string
 from nodeagent.api._tree import Broken, Mapping, Node, Scalar, Sequence, join
 
-__all__ = ["IGNORED", "NULLABLE", "Check", "Unused", "Walker"]
+__all__ = [
+    "IGNORED",
+    "NULLABLE",
+    "Check",
+    "Field",
+    "Unused",
+    "Walker",
+    "fields_of",
+    "unwrap",
+]
 
 T = TypeVar("T")
 
@@ -65,17 +74,20 @@ class _Bad:
 _BAD: Final = _Bad()
 
 
-class _Field(typing.NamedTuple):
+class Field(typing.NamedTuple):
+    """A field of a struct: its attribute, its type with markers, and whether it must be there."""
+
     name: str
     kind: object
     required: bool
 
 
 @functools.cache
-def _fields(cls: type[msgspec.Struct]) -> dict[str, _Field]:
+def fields_of(cls: type[msgspec.Struct]) -> dict[str, Field]:
+    """Return the fields of a struct, by the names that authors write."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
-        info.encode_name: _Field(info.name, hints[info.name], info.required)
+        info.encode_name: Field(info.name, hints[info.name], info.required)
         for info in msgspec.structs.fields(cls)
     }
 
@@ -100,7 +112,7 @@ class Walker:
         return None if isinstance(value, _Bad) else cast("T", value)
 
     def _value(self, node: Node, kind: object, path: str) -> object:
-        base, markers = _unwrap(kind)
+        base, markers = unwrap(kind)
         if isinstance(node, Broken):
             return _BAD
         if IGNORED in markers:
@@ -155,7 +167,7 @@ class Walker:
         if not isinstance(node, Mapping):
             self.error(node, path, f"must be a mapping, not {_name(node)}")
             return _BAD
-        fields = _fields(cls)
+        fields = fields_of(cls)
         values: dict[str, object] = {}
         good = True
         for text, (key, child) in node.entries.items():
@@ -194,7 +206,7 @@ class Walker:
         return result if good else _BAD
 
     def _key(self, key: Scalar, kind: object, path: str) -> object:
-        base, _ = _unwrap(kind)
+        base, _ = unwrap(kind)
         if base is int:
             # JSON and the Kubernetes API can only write such a key as text: both are the number.
             key = Scalar(key.line, key.column, key.text, plain=True)
@@ -208,7 +220,7 @@ class Walker:
         return _BAD if any(isinstance(value, _Bad) for value in values) else tuple(values)
 
 
-def _unwrap(kind: object) -> tuple[object, tuple[object, ...]]:
+def unwrap(kind: object) -> tuple[object, tuple[object, ...]]:
     """Return the type below `Annotated` and `| None`, and the markers from the inside out."""
     markers: tuple[object, ...] = ()
     while True:

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.admin.model import CertificateReport, PodReport, PodState, Status
+from nodeagent.admin.model import CertificateReport, PodReport, PodState, Problem, Status
 from ztunnel.protocol import SameNode
 
 __all__ = [
@@ -35,7 +35,9 @@ _TWO_UNITS_BELOW: Final = 10
 """Below ten of a unit the next smaller one still matters: "3m20s", but "15m"."""
 
 _HEADINGS: Final = ("WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE")
-_WIDE_HEADINGS: Final = ("NETNS", "ADDRESSES", "POLICY", "CERT-UNTIL", "REPAIRED")
+_WIDE_HEADINGS: Final = (
+    "NETNS", "ADDRESSES", "POLICY", "CERT-UNTIL", "REPAIRED", "AUTHORIZATION"
+)  # fmt: skip
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -117,12 +119,18 @@ def _config(status: Status) -> list[Finding]:
     found = [
         Finding(
             "config-refused",
-            f"{problem.file}:{problem.line}:{problem.column}: "
-            + (f"{problem.field}: " if problem.field else "")
-            + problem.reason,
+            _place(problem),
             "correct the file; its last good version stays in force until then",
         )
         for problem in status.config.problems
+    ]
+    found += [
+        Finding(
+            "config-unresolved",
+            _place(problem),
+            "correct it; the file is in force, and what depends on this is closed until then",
+        )
+        for problem in status.config.unresolved
     ]
     if not status.config.loaded:
         found.insert(
@@ -134,6 +142,11 @@ def _config(status: Status) -> list[Finding]:
             ),
         )
     return found
+
+
+def _place(problem: Problem) -> str:
+    where = f"{problem.file}:{problem.line}:{problem.column}: "
+    return where + (f"{problem.field}: " if problem.field else "") + problem.reason
 
 
 def _ztunnel(status: Status) -> list[Finding]:
@@ -252,6 +265,7 @@ def pod_rows(
                 pod.mode_origin or "<none>",
                 _moment(pod.certificate.not_after if pod.certificate else None, zone),
                 str(pod.repaired),
+                _authorizations(pod),
             )
         rows.append(Row(cells, pod.state is PodState.ENROLLED))
     return headings, tuple(rows)
@@ -264,6 +278,15 @@ def _short_identity(identity: str, trust_domain: str) -> str:
 def _mode(pod: PodReport) -> str:
     # A port that differs must not hide behind the workload's mode.
     return (pod.mode or "<unknown>") + ("*" if pod.port_modes else "")
+
+
+def _authorizations(pod: PodReport) -> str:
+    """Return how many policies of each kind are asked who may call, such as "1 DENY, 2 ALLOW"."""
+    counts: dict[str, int] = {}
+    for each in pod.authorizations:
+        action = f"{each.action} (dry run)" if each.dry_run else each.action
+        counts[action] = counts.get(action, 0) + 1
+    return ", ".join(f"{count} {action}" for action, count in counts.items()) or "<none>"
 
 
 def _moment(moment: datetime | None, zone: tzinfo | None) -> str:

@@ -11,7 +11,14 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from nodeagent import api, policy
-from nodeagent.api import Document, PeerAuthentication, ServiceEntry, WorkloadEntry
+from nodeagent.api import (
+    AuthorizationPolicy,
+    Document,
+    IdentitySet,
+    PeerAuthentication,
+    ServiceEntry,
+    WorkloadEntry,
+)
 from nodeagent.mesh._notes import Notes
 from nodeagent.mesh._services import read_services
 from nodeagent.mesh._state import MeshState
@@ -20,7 +27,7 @@ from nodeagent.settings import Settings
 
 __all__ = ["build"]
 
-D = TypeVar("D", PeerAuthentication, WorkloadEntry, ServiceEntry)
+D = TypeVar("D", PeerAuthentication, WorkloadEntry, ServiceEntry, AuthorizationPolicy, IdentitySet)
 
 
 def build(documents: Iterable[Document], settings: Settings) -> MeshState:
@@ -35,17 +42,29 @@ def build(documents: Iterable[Document], settings: Settings) -> MeshState:
         settings,
         notes,
     )
+    subjects = _subjects(workloads)
     resolution = policy.resolve(
         _ordered([each for each in found if isinstance(each, PeerAuthentication)], notes),
-        _subjects(workloads),
+        subjects,
         settings.root_namespace,
     )
     notes.extend(resolution.warnings)
+    authorizations = policy.authorize(
+        _ordered([each for each in found if isinstance(each, AuthorizationPolicy)], notes),
+        _ordered([each for each in found if isinstance(each, IdentitySet)], notes),
+        entries,
+        subjects,
+        workloads.bindings,
+        settings.root_namespace,
+    )
+    notes.extend(authorizations.warnings)
     return MeshState(
         workloads=workloads.resources,
         services=services,
         policies={uid: resolution.policies[uid] for uid in workloads.bindings},
+        authorizations=authorizations.policies,
         bindings=workloads.bindings,
+        problems=authorizations.problems,
         warnings=notes.texts(),
     )
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nodeagent.mesh._state import MeshState
-from ztunnel.protocol import Removal, Service, Workload, WorkloadPolicy
+from ztunnel.protocol import Authorization, Removal, Service, Workload, WorkloadPolicy
 
 __all__ = ["diff"]
 
-_Resource = Workload | Service | WorkloadPolicy
+_Resource = Workload | Service | WorkloadPolicy | Authorization
 
 
 def diff(
@@ -28,6 +28,7 @@ def diff(
         ("workload", before.workloads, new.workloads),
         ("service", before.services, new.services),
         ("workload_policy", before.policies, new.policies),
+        ("authorization", before.authorizations, new.authorizations),
     )
     for kind, had, has in pairs:
         upserts += [has[uid] for uid in sorted(has) if had.get(uid) != has[uid]]

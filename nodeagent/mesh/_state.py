@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from ztunnel.protocol import Service, Workload, WorkloadPolicy
+from nodeagent.api import ConfigError
+from ztunnel.protocol import Authorization, Service, Workload, WorkloadPolicy
 
 __all__ = ["Binding", "MeshState"]
 
@@ -27,11 +28,15 @@ class MeshState(msgspec.Struct, frozen=True):
     """Everything that this node knows of the mesh; all keys are uids.
 
     `policies` and `bindings` are of this node's bound workloads only, and have the same keys.
-    `warnings` name what has no effect or was decided in a conflict, with file and line.
+    `authorizations` are those that are for any of them. `problems` are references in documents in
+    force that lead nowhere: what depends on them is closed. `warnings` name what has no
+    effect or was decided in a conflict, with file and line.
     """
 
     workloads: dict[str, Workload] = {}
     services: dict[str, Service] = {}
     policies: dict[str, WorkloadPolicy] = {}
+    authorizations: dict[str, Authorization] = {}
     bindings: dict[str, Binding] = {}
+    problems: tuple[ConfigError, ...] = ()
     warnings: tuple[str, ...] = ()

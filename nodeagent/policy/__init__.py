@@ -1,10 +1,14 @@
-"""Policy: which mutual TLS mode is in force for each workload and port, and who decided it.
+"""Policy: which mutual TLS mode is in force for each workload and port, and who may call it.
 
-This package owns the meaning of PeerAuthentication. It promises one answer for one set of
-documents, whatever their order, with the place of the document that decided each part; and never
-UNSET: inheritance is resolved here. It is pure, and knows nothing of nodes, sources or the tunnel.
+This package owns the meaning of PeerAuthentication, AuthorizationPolicy, IdentitySet and the
+annotation of callers. It promises one answer for one set of documents, whatever their order, with
+the place of the document that decided each part; never UNSET, for inheritance is resolved here; and
+that what cannot be resolved lets nobody in. It is pure, and knows nothing of nodes, sources or the
+tunnel.
 """
 
+from nodeagent.policy._authorization import Authorizations, authorize
+from nodeagent.policy._identity_sets import IdentitySets
 from nodeagent.policy._peer_authentication import Resolution, Subject, resolve
 
-__all__ = ["Resolution", "Subject", "resolve"]
+__all__ = ["Authorizations", "IdentitySets", "Resolution", "Subject", "authorize", "resolve"]

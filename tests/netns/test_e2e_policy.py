@@ -179,9 +179,13 @@ BAD: dict[str, tuple[str, int, str, str]] = {
         HEAD.format("PeerAuthentication") + "spec:\n  mtlss: {mode: STRICT}\n",
         *(5, "spec.mtlss", ""),
     ),
+    "action that nobody enforces": (
+        HEAD.format("AuthorizationPolicy") + "spec:\n  action: CUSTOM\n",
+        *(5, "spec.action", "CUSTOM"),
+    ),
     "kind that nobody enforces": (
-        HEAD.format("AuthorizationPolicy") + "spec: {}\n",
-        *(2, "kind", "AuthorizationPolicy"),
+        HEAD.format("RequestAuthentication") + "spec: {}\n",
+        *(2, "kind", "RequestAuthentication"),
     ),
 }
 

@@ -7,12 +7,12 @@ are right, `refuse` that they are not.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nodeagent.api import ConfigError, Document, load
 
-__all__ = ["docs", "peer", "read", "refuse", "service", "workload"]
+__all__ = ["authorization", "docs", "identities", "peer", "read", "refuse", "service", "workload"]
 
 
 def _document(
@@ -44,6 +44,36 @@ def peer(
         spec["portLevelMtls"] = {str(port): {"mode": value} for port, value in ports.items()}
     metadata = {} if created is None else {"creationTimestamp": created}
     return _document("security.istio.io/v1", "PeerAuthentication", uid, spec, metadata)
+
+
+def authorization(
+    uid: str,
+    action: str | None = None,
+    rules: Sequence[Any] | None = None,
+    *,
+    selector: Mapping[str, str] | None = None,
+    annotations: Mapping[str, str] | None = None,
+    created: str | None = None,
+    **spec: Any,  # noqa: ANN401 - whatever a test puts into the spec
+) -> str:
+    """Return an AuthorizationPolicy."""
+    full: dict[str, Any] = dict(spec)
+    if selector is not None:
+        full["selector"] = {"matchLabels": dict(selector)}
+    if action is not None:
+        full["action"] = action
+    if rules is not None:
+        full["rules"] = list(rules)
+    metadata: dict[str, Any] = {} if created is None else {"creationTimestamp": created}
+    if annotations is not None:
+        metadata["annotations"] = dict(annotations)
+    return _document("security.istio.io/v1", "AuthorizationPolicy", uid, full, metadata)
+
+
+def identities(uid: str, *members: str) -> str:
+    """Return an IdentitySet."""
+    spec = {"identities": list(members)}
+    return _document("nodeagent.io/v1alpha1", "IdentitySet", uid, spec, {})
 
 
 def workload(

@@ -54,6 +54,14 @@ metadata: {name: default, namespace: istio-system}
 spec: {mtls: {mode: STRICT}}
 """
 
+DENY = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: deny, namespace: istio-system}
+spec: {action: DENY, rules: [{from: [{source: {principals: ["set:default/nobody"]}}]}]}
+"""
+
 
 class FakeCapture:
     def __init__(self) -> None:
@@ -300,6 +308,33 @@ def test_closes_before_and_opens_after_ztunnel(tmp_path: Path) -> None:
         assert world.capture.enforcement == Enforcement(strict_default=True)
         ztunnel.hold.set()
         await world.until(lambda: world.capture.enforcement == Enforcement(strict_default=False))
+
+    run(tmp_path, test)
+
+
+def test_policies_on_who_may_call_come_before_the_pod_and_show_in_the_status(
+    tmp_path: Path,
+) -> None:
+    async def test(world: World) -> None:
+        key = ("authorization", "AuthorizationPolicy/istio-system/deny")
+        await world.start()
+        ztunnel = await world.ztunnel()
+        world.source.say(WORKLOAD + DENY)
+        await world.until(lambda: ("workload", "default/a") in ztunnel.state)
+        # Without it the pod, which comes later, would be open to whom it denies.
+        assert key in ztunnel.state
+        await world.ready()
+        status = await world.agent.status()
+        (report,) = status.pods[0].authorizations
+        assert (report.policy, report.action, report.dry_run) == (key[1], "DENY", False)
+        (unresolved,) = status.config.unresolved
+        assert (unresolved.line, unresolved.field) == (
+            11,
+            "spec.rules[0].from[0].source.principals[0]",
+        )
+        assert status.config.problems == ()
+        world.source.say(WORKLOAD)
+        await world.until(lambda: key not in ztunnel.state)
 
     run(tmp_path, test)
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from nodeagent.admin import AdminServer
 from nodeagent.admin.model import (
     SCHEMA,
+    AuthorizationReport,
     CertificateReport,
     ConfigReport,
     DrainReport,
@@ -109,6 +110,11 @@ PROBLEM = Problem(file="a.yaml", line=3, column=7, field="spec.mtls", reason="un
             "config-refused",
             "a.yaml:3:7: spec.mtls",
         ),
+        (
+            {"config": ConfigReport(source="x", loaded=True, unresolved=(PROBLEM,))},
+            "config-unresolved",
+            "a.yaml:3:7: spec.mtls",
+        ),
         ({"ztunnel": ZtunnelReport(connected=False)}, "ztunnel-not-connected", "not connected"),
         (
             {"ztunnel": ZtunnelReport(connected=True, rejected="full")},
@@ -150,6 +156,22 @@ def test_rows_are_short_or_wide() -> None:
     headings, (row,) = status_view.pod_rows(found, NOW, zone, wide=True)
     assert row.cells[1] == ID
     assert row.cells[headings.index("CERT-UNTIL")] == "2026-01-02T04:54:05+01:00"
+
+
+def test_wide_rows_count_the_policies_that_are_asked() -> None:
+    policies = tuple(
+        AuthorizationReport(
+            policy=f"AuthorizationPolicy/a/{i}", action=action, origin="", dry_run=dry
+        )
+        for i, (action, dry) in enumerate(
+            [("DENY", False), ("ALLOW", False), ("ALLOW", True), ("ALLOW", False)]
+        )
+    )
+    found = picture(pods=(pod(authorizations=policies), pod(workload="default/b")))
+    headings, (first, second) = status_view.pod_rows(found, NOW, UTC, wide=True)
+    at = headings.index("AUTHORIZATION")
+    assert first.cells[at] == "1 DENY, 2 ALLOW, 1 ALLOW (dry run)"
+    assert second.cells[at] == "<none>"
 
 
 # --- the command against a real socket -----------------------------------------------------------

@@ -11,15 +11,32 @@ from hypothesis import strategies as st
 from nodeagent import mesh
 from nodeagent.api import ConfigError, load
 from nodeagent.settings import Settings
-from support.resources import docs, peer, service, workload
+from support.resources import authorization, docs, identities, peer, read, service, workload
+from ztunnel.policy import rules
 
 SEEDS = [
     docs(peer("a/b", "STRICT", selector={"app": "web"}, ports={80: "DISABLE"})),
     docs(workload("a/w", "10.0.0.1", netns="n1:w", addresses="fd00::1", labels={"app": "web"})),
     docs(service("a/s", addresses=["10.96.0.1"], workloadSelector={"labels": {"app": "web"}})),
     docs(service("a/s", endpoints=[{"address": "10.0.0.1", "ports": {"http": 1}}])),
+    docs(
+        authorization(
+            "a/p",
+            "DENY",
+            [
+                {
+                    "from": [{"source": {"principals": ["td/*", "set:s"], "ipBlocks": ["::1"]}}],
+                    "to": [{"operation": {"ports": ["80"], "methods": ["GET"]}}],
+                    "when": [{"key": "source.principal", "values": ["set:b/c"]}],
+                }
+            ],
+            selector={"app": "web"},
+        )
+    ),
+    docs(identities("a/s", "td/x", "set:t", "*/sa/y")),
     b"a: &x [1, 2]\nb: *x\n<<: {c: !!str d}\n",
 ]
+WORKLOADS = read(workload("a/w", "10.0.0.2", netns="w", labels={"app": "web"}))
 ALPHABET = "{}[]:,-?&*!|>'\"%@`#\n\t \\ax0~.<=\u00e9\u2028\ufeff\x00"
 
 
@@ -31,8 +48,10 @@ def check(data: bytes) -> None:
         assert error.line >= 0
         assert "\n" not in str(error)
         assert str(error).isprintable()
-    # Whatever was read can also be used.
-    mesh.build(loaded.documents, Settings(node="n1"))
+    # Whatever was read can also be used, here and by the tunnel.
+    found = mesh.build((*WORKLOADS, *loaded.documents), Settings(node="n1"))
+    for policy in found.authorizations.values():
+        rules.check(policy)
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,12 +87,13 @@ PATHS = [
     ("spec",), ("spec", "selector"), ("spec", "mtls"), ("spec", "portLevelMtls"),
     ("spec", "address"),
     ("spec", "ports"), ("spec", "endpoints"), ("spec", "hosts"), ("spec", "workloadSelector"),
-    ("kind",), ("apiVersion",),
+    ("kind",), ("apiVersion",), ("spec", "rules"), ("spec", "action"), ("spec", "identities"),
+    ("spec", "targetRefs"),
 ]  # fmt: skip
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from(SEEDS[:4]), st.sampled_from(PATHS), JSON)
+@given(st.sampled_from(SEEDS[:6]), st.sampled_from(PATHS), JSON)
 def test_config_any_value_anywhere_is_answered(
     seed: bytes, path: tuple[str, ...], value: object
 ) -> None:

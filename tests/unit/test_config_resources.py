@@ -72,11 +72,11 @@ def test_config_other_versions_are_refused(version: str) -> None:
     assert "known: security.istio.io/v1" in error.reason
 
 
-def test_config_authorization_policy_is_refused_not_ignored() -> None:
-    policy = {**json.loads(peer("a/b")), "kind": "AuthorizationPolicy", "spec": {}}
+def test_config_kind_that_is_not_enforced_is_refused_not_ignored() -> None:
+    policy = {**json.loads(peer("a/b")), "kind": "RequestAuthentication", "spec": {}}
     (error,) = refuse(docs(peer("a/a", "STRICT"), json.dumps(policy)))
     assert error.field == "kind"
-    assert "does not enforce AuthorizationPolicy" in error.reason
+    assert "RequestAuthentication is for layer 7" in error.reason
 
 
 @pytest.mark.parametrize("kind", ["DestinationRule", "Gateway", "Pod", "peerauthentication", "X"])

@@ -20,7 +20,18 @@ ROOT = Path(__file__).parents[2]
 MAX_LINES = {".bpf.c": 400, ".c": 800, ".h": 800, ".py": 500}
 """A file above this has outgrown one concept. The first suffix that fits counts."""
 
-SOURCES = ("nodeagent", "ztunnel", "bpf", "tests", "bench", "systemd", "vagrant", "docs", ".ci")
+SOURCES = (
+    "nodeagent",
+    "ztunnel",
+    "bpf",
+    "tests",
+    "bench",
+    "systemd",
+    "vagrant",
+    "docs",
+    "schemas",
+    ".ci",
+)
 PLAIN = ("Makefile", "README.md", "setup.py", "pyproject.toml", "requirements.lock")
 
 NOT_TEXT = {".so", ".o", ".pyc", ".partial", ".png", ".gz", ".bin"}

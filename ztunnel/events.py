@@ -312,7 +312,7 @@ def _would(dry_run: DryRun) -> str:
 
 def _named(audits: Sequence[Match]) -> str:
     """Return the rules that match, and what of them was not looked at."""
-    return "; ".join(match.origin + _without(match.unread) for match in audits)
+    return "; ".join(audit.origin + _without(audit.unread) for audit in audits)
 
 
 def _without(unread: Sequence[str]) -> str:

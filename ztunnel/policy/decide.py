@@ -69,7 +69,7 @@ def decide(groups: Sequence[Group], seen: Facts) -> Decision:
     dry_run = None
     if any(kind.dry_run for group in groups for kind in group.indexes):
         would = _outcome(groups, seen, (False, True))
-        further = tuple(match for match in would.audits if match not in audits)
+        further = tuple(audit for audit in would.audits if audit not in audits)
         dry_run = DryRun(would.allow, would.origin, further)
     return Decision(allow, origin, audits, dry_run)
 

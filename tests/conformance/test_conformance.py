@@ -6,11 +6,16 @@ says what they mean, each case a connection and what must become of it.
 
 from __future__ import annotations
 
+from typing import Final
+
 import pytest
 
 from support.conformance import (
     Case,
+    DryRun,
     Scenario,
+    by,
+    client,
     decide,
     load_policies,
     scenarios,
@@ -19,11 +24,20 @@ from support.conformance import (
 )
 from ztunnel.protocol import Mode
 
+LEAST: Final = 500
+"""Cases: a table that is not found, or lost half of its topics, must not pass."""
+
 CASES = [
     pytest.param(scenario, case, id=f"{topic}: {scenario.title} #{number}")
     for topic, found in scenarios().items()
     for scenario in found
     for number, case in enumerate(scenario.cases, 1)
+]
+WARNED = [
+    pytest.param(scenario, id=f"{topic}: {scenario.title}")
+    for topic, found in scenarios().items()
+    for scenario in found
+    if scenario.warns
 ]
 REFUSED = [
     pytest.param(scenario, id=f"{topic}: {scenario.title}")
@@ -37,11 +51,29 @@ REFUSED = [
 def test_conformance(scenario: Scenario, case: Case) -> None:
     verdict = decide(scenario, case)
     assert verdict.allow is case.allow, verdict
+    assert verdict.client is client(scenario, case)
     if case.mode:
         assert verdict.mode is Mode(case.mode)
+    if case.by:
+        assert by(verdict.origin, scenario, allow=verdict.allow) == case.by
     if case.level:
         assert unplaced(verdict.origin, scenario) == case.level
+    assert [unplaced(match.origin, scenario) for match in verdict.audits] == list(case.audit)
+    assert sorted(each for match in verdict.audits for each in match.unread) == list(case.unread)
+    would = verdict.dry_run
+    if would is not None:
+        assert case.dry_run == DryRun(
+            allow=would.allow, by=by(would.origin, scenario, allow=would.allow)
+        )
+    assert (would is None) == (case.dry_run is None)
     assert decide(scenario, case, backwards=True) == verdict, "the order of documents matters"
+
+
+@pytest.mark.parametrize("scenario", WARNED)
+def test_conformance_warned(scenario: Scenario) -> None:
+    """What is accepted, and has not the effect that its author may expect, is warned of."""
+    warned = {warning.field for warning in load_policies(scenario).warnings}
+    assert warned >= set(scenario.warns)
 
 
 @pytest.mark.parametrize("scenario", REFUSED)
@@ -56,6 +88,7 @@ def test_conformance_refused(scenario: Scenario) -> None:
 def test_conformance_table_is_whole() -> None:
     """Enough cases, each with a place to look it up, no two with one name."""
     known = sources()
+    assert len(CASES) >= LEAST
     for topic, found in scenarios().items():
         titles = [scenario.title for scenario in found]
         assert len(set(titles)) == len(titles), topic

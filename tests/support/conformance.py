@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import yaml
 
 from nodeagent import mesh, published
 from nodeagent.api import Document, Loaded, load
 from nodeagent.settings import Settings, for_tunnel
 from ztunnel import address, protocol, state
-from ztunnel.authorize import Request, Verdict, authorize
+from ztunnel.authorize import Client, Request, Verdict, authorize
+from ztunnel.policy import DEFAULT_DENY
 from ztunnel.spiffe import SpiffeId
 from ztunnel.state import State
 
 __all__ = [
     "Case",
+    "DryRun",
     "Refused",
     "Scenario",
+    "by",
+    "client",
     "decide",
     "load_policies",
     "scenarios",
@@ -45,6 +50,13 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     pass
 
 
+class DryRun(_Row, frozen=True, kw_only=True):
+    """What would become of a connection if policies of a dry run were enforced; see `Case`."""
+
+    allow: bool
+    by: str
+
+
 class Case(_Row, frozen=True, kw_only=True):
     """A connection, and what becomes of it.
 
@@ -52,7 +64,8 @@ class Case(_Row, frozen=True, kw_only=True):
     gives its own: `identity` as a principal is written, "" for plaintext. A caller without an agent
     speaks plaintext. `by` is what decided: the rule that matched; "no ALLOW policy", or "default
     deny by POLICY, …"; or the PeerAuthentication that refused. `level` is the PeerAuthentication
-    that set `mode`. `audit` and `dry_run` are the rules that marked the connection.
+    that set `mode`. `audit` are the rules that marked the connection, `unread` is what of them is
+    layer 7; `dry_run` is None where no policy of a dry run counts.
     """
 
     caller: str = msgspec.field(name="from", default="foo/sleep")
@@ -66,7 +79,8 @@ class Case(_Row, frozen=True, kw_only=True):
     mode: str = ""
     level: str = ""
     audit: tuple[str, ...] = ()
-    dry_run: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    dry_run: DryRun | None = None
     why: str = ""
 
 
@@ -81,7 +95,7 @@ class Scenario(_Row, frozen=True, kw_only=True):
     """Policies and the connections that they decide. `cites` is where this is documented.
 
     `differs` says where the reference does something else, and why. `trusts` are the trust domains
-    whose roots are known, beside the node's own.
+    whose roots are known, beside the node's own. `warns` are the fields that the loader warns of.
     """
 
     title: str
@@ -91,6 +105,7 @@ class Scenario(_Row, frozen=True, kw_only=True):
     trust_domain: str = "cluster.local"
     trusts: tuple[str, ...] = ()
     root_namespace: str = "istio-system"
+    warns: tuple[str, ...] = ()
     cases: tuple[Case, ...] = ()
     refused: Refused | None = None
 
@@ -143,7 +158,7 @@ def _told(resources: Iterable[protocol.Resource], settings: Settings) -> State:
 
 
 @functools.lru_cache(maxsize=8)
-def _state(scenario: Scenario, backwards: bool) -> State:
+def _state(scenario: Scenario, *, backwards: bool) -> State:
     loaded = load_policies(scenario)
     assert not loaded.errors, loaded.errors
     documents = [*_workloads(), *loaded.documents]
@@ -159,24 +174,48 @@ def _state(scenario: Scenario, backwards: bool) -> State:
     return _told([*resources, *bundles, *pods], settings)
 
 
+def _identity(found: State, case: Case) -> str:
+    if case.identity is not None:
+        return f"spiffe://{case.identity}" if case.identity else ""
+    return found.workloads[case.caller].identity
+
+
 def decide(scenario: Scenario, case: Case, *, backwards: bool = False) -> Verdict:
     """Return the verdict on the connection; `backwards` takes the documents in reverse order."""
-    found = _state(scenario, backwards)
-    pod = found.pods[case.to]
-    caller = found.workloads.get(case.caller)
-    source = case.source or (caller.addresses[0] if caller else "")
-    identity = case.identity
-    if identity is None:
-        identity = caller.identity.removeprefix("spiffe://") if caller else ""
+    found = _state(scenario, backwards=backwards)
+    identity = _identity(found, case)
+    source = case.source or found.workloads[case.caller].addresses[0]
     destination = case.destination or found.workloads[case.to].addresses[0]
     request = Request(
-        pod=pod,
-        identity=SpiffeId.parse(f"spiffe://{identity}") if identity else None,
+        pod=found.pods[case.to],
+        identity=SpiffeId.parse(identity) if identity else None,
         source=address.pack(source),
         destination=address.pack(destination),
         port=case.port,
     )
     return authorize(found, request)
+
+
+def client(scenario: Scenario, case: Case) -> Client:
+    """Return the kind of caller that the case is about."""
+    if not _identity(_state(scenario, backwards=False), case):
+        return Client.WITHOUT_IDENTITY
+    return Client.ALLOWED if case.allow else Client.NOT_ALLOWED
+
+
+@functools.lru_cache(maxsize=8)
+def _places(scenario: Scenario) -> dict[str, int]:
+    """Return the lines in which documents and rules start, read by another reader."""
+    places: dict[str, int] = {}
+    for root in yaml.compose_all(scenario.policies, Loader=yaml.SafeLoader):
+        document = {key.value: value for key, value in root.value}
+        metadata = {key.value: value.value for key, value in document["metadata"].value}
+        spec = {key.value: value for key, value in document["spec"].value}
+        uid = f"{metadata.get('namespace', 'default')}/{metadata['name']}"
+        places[uid] = root.start_mark.line + 1
+        for number, rule in enumerate(spec["rules"].value if "rules" in spec else ()):
+            places[f"{uid} rules[{number}]"] = rule.start_mark.line + 1
+    return places
 
 
 _ORIGIN: Final = re.compile(rf"(.+) \({POLICIES}:([1-9][0-9]*)\)")
@@ -187,13 +226,14 @@ def unplaced(origin: str, scenario: Scenario) -> str:
     found = _ORIGIN.fullmatch(origin)
     if found is None:
         return origin
-    line = scenario.policies.splitlines()[int(found[2]) - 1]
-    name = found[1].split(" ")[0]
-    assert line.strip() not in {"", "---"}, f"{origin} is at {line!r}"
-    document = next(
-        each
-        for each in reversed(load_policies(scenario).documents)
-        if each.origin.line <= int(found[2])
-    )
-    assert document.uid == name, f"{origin} is in {document.uid}"
+    assert _places(scenario)[found[1]] == int(found[2]), origin
     return found[1]
+
+
+def by(origin: str, scenario: Scenario, *, allow: bool) -> str:
+    """Return what a decision rests on, as `Case.by` says it."""
+    if origin.startswith(DEFAULT_DENY):
+        names = origin.removeprefix(DEFAULT_DENY).split(", ")
+        return "default deny by " + ", ".join(unplaced(name, scenario) for name in names)
+    name = unplaced(origin, scenario)
+    return "no ALLOW policy" if allow and " rules[" not in name else name

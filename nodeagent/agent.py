@@ -174,6 +174,7 @@ class Agent:
             {uid: binding.netns for uid, binding in found.bindings.items()},
             found.workloads,
             found.policies,
+            found.authorizations.values(),
         )
         # From here to the end ztunnel has an older state in force than what is wanted.
         self._in_force = None

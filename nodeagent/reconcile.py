@@ -113,18 +113,32 @@ def wanted_pods(
     bindings: Mapping[str, str],
     workloads: Mapping[str, protocol.Workload],
     policies: Mapping[str, protocol.WorkloadPolicy],
+    authorizations: Iterable[protocol.Authorization],
 ) -> dict[str, Wanted]:
     """Join the bindings (workload uid to namespace) with what else a pod needs.
 
-    A workload without a resolved policy is strict: nothing is open because something is missing.
+    A workload without a resolved policy is strict: nothing is open because something is missing. So
+    is one whose callers a policy chooses: a connection that nobody judged is none that was chosen.
     """
+    chosen = _chosen(authorizations)
     pods: dict[str, Wanted] = {}
     for uid, netns in bindings.items():
         workload = workloads.get(uid)
         if workload is not None:
-            closed = closed_by(policies.get(uid))
+            judged = not chosen.isdisjoint(("", workload.namespace, uid))
+            closed = Closed(default=True) if judged else closed_by(policies.get(uid))
             pods[uid] = Wanted(uid, netns, workload.identity, workload.addresses, closed)
     return pods
+
+
+def _chosen(authorizations: Iterable[protocol.Authorization]) -> set[str]:
+    """Return whose callers are chosen: workloads, namespaces (without a slash), or "" for all."""
+    return {
+        scope
+        for each in authorizations
+        if each.action is not protocol.Action.AUDIT and not each.dry_run
+        for scope in ((each.namespace,) if each.workloads is None else each.workloads)
+    }
 
 
 def closed_by(policy: protocol.WorkloadPolicy | None) -> Closed:

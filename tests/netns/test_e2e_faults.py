@@ -13,9 +13,10 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -226,8 +227,20 @@ def test_with_both_killed_no_plaintext_leaks(own: Mesh, tmp_path: Path) -> None:
 # --- pods come and go -----------------------------------------------------------------------------
 
 
-def test_a_connection_older_than_the_enrolment_does_not_reach_a_strict_application(
-    own: Mesh,
+def only_client() -> dict[str, Any]:
+    """Return a policy that lets `client` call, however others are asked to prove themselves."""
+    principal = spiffe("client").removeprefix("spiffe://")
+    return {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": "only-client", "namespace": "shop"},
+        "spec": {"rules": [{"from": [{"source": {"principals": [principal]}}]}]},
+    }
+
+
+@pytest.mark.parametrize("closed", [strict, only_client], ids=["STRICT", "ALLOW"])
+def test_a_connection_older_than_the_enrolment_does_not_reach_a_closed_application(
+    own: Mesh, closed: Callable[[], dict[str, Any]]
 ) -> None:
     mesh, lab = own, own.lab
     lab.enrol(PODS["far"], enrolled=False)
@@ -239,7 +252,7 @@ def test_a_connection_older_than_the_enrolment_does_not_reach_a_strict_applicati
         app, _ = mesh.accept(listener)
         mesh.carries(sock, app)
         older.append((sock, app))
-    mesh.apply(strict())
+    mesh.apply(closed())
     lab.enrol(PODS["far"])
     mesh.settled("node-2", lambda s: [p["state"] for p in s["pods"]] == ["Enrolled"])
     for sock, app in older:

@@ -84,20 +84,52 @@ def test_between_two_states_everything_is_closed_that_either_closes(
         assert between.is_strict(port) == (old.is_strict(port) or new.is_strict(port))
 
 
+WORKLOAD = protocol.Workload(
+    "default/a",
+    "a",
+    "default",
+    "a",
+    "x",
+    "spiffe://x/ns/default/sa/a",
+    A,
+    protocol.DataPlane.HBONE,
+)
+
+
 def test_wanted_pods_need_a_workload() -> None:
-    workload = protocol.Workload(
-        "default/a",
-        "a",
-        "default",
-        "a",
-        "x",
-        "spiffe://x/ns/default/sa/a",
-        A,
-        protocol.DataPlane.HBONE,
-    )
-    pods = reconcile.wanted_pods({"default/a": "a", "default/b": "b"}, {"default/a": workload}, {})
+    bindings = {"default/a": "a", "default/b": "b"}
+    pods = reconcile.wanted_pods(bindings, {"default/a": WORKLOAD}, {}, ())
     assert set(pods) == {"default/a"}
     assert pods["default/a"].closed.is_strict(80)
+
+
+ALLOW, DENY, AUDIT = protocol.Action.ALLOW, protocol.Action.DENY, protocol.Action.AUDIT
+
+
+@pytest.mark.parametrize(
+    "action,namespace,workloads,dry_run,closed",
+    [
+        (ALLOW, "", None, False, True),
+        (DENY, "default", None, False, True),
+        (DENY, "default", ("default/a",), False, True),
+        (DENY, "default", ("default/b",), False, False),
+        (ALLOW, "other", None, False, False),
+        (ALLOW, "default", None, True, False),
+        (AUDIT, "default", None, False, False),
+    ],
+)
+def test_a_pod_whose_callers_are_chosen_is_closed_to_what_nobody_judged(
+    action: protocol.Action,
+    namespace: str,
+    workloads: tuple[str, ...] | None,
+    dry_run: bool,
+    closed: bool,
+) -> None:
+    chooses = protocol.Authorization("x", action, (), "x", namespace, workloads, dry_run)
+    pods = reconcile.wanted_pods(
+        {"default/a": "a"}, {"default/a": WORKLOAD}, {"default/a": policy(PERMISSIVE)}, (chooses,)
+    )
+    assert pods["default/a"].closed.is_strict(80) == closed
 
 
 def test_workload_of_a_pod() -> None:

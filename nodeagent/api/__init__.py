@@ -47,7 +47,7 @@ from nodeagent.api._binding import (
     opted_out,
     speaks_hbone,
 )
-from nodeagent.api._claims import claims, conflict
+from nodeagent.api._claims import claims, conflict, own_conflicts
 from nodeagent.api._errors import ConfigError, ConfigWarning, Origin
 from nodeagent.api._loader import Loaded, load, read_struct
 from nodeagent.api._schema import custom_resource_definitions, json_schemas
@@ -127,6 +127,7 @@ __all__ = [
     "load",
     "netns_binding",
     "opted_out",
+    "own_conflicts",
     "patterns",
     "read_struct",
     "speaks_hbone",

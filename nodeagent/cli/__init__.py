@@ -70,6 +70,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
     context_settings=CONTEXT,
     lazy={
         "lab": "nodeagent.cli.lab:lab",
+        "policy": "nodeagent.cli.policy:policy",
         "run": "nodeagent.cli.run:run",
         "status": "nodeagent.cli.status:status",
         "uninstall": "nodeagent.cli.run:uninstall",
@@ -89,6 +90,7 @@ def cli() -> None:
     \b
     nodeagent run --settings /etc/nodeagent/nodeagent.yaml   the daemon
     nodeagent status                                         what it does
+    nodeagent policy check FILE...                           would these be in force?
     nodeagent lab demo                                       see it work, on this machine alone
 
     \b

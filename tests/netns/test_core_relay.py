@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from support.corelab import CLIENT_V4, CLIENT_V6, PORT, SERVER_V4, SERVER_V6, Pair, pair
+from support.e2e import reset
 from support.netns import wait_until
 from support.pump import exchange, turned
 from ztunnel import _core
@@ -281,3 +282,41 @@ def test_both_directions_full_at_once_move_again_when_read() -> None:
             sock.setblocking(True)
             while ends[other]:
                 ends[other] -= len(sock.recv(1 << 20))
+
+
+def test_a_child_that_still_holds_closed_descriptors_is_not_heard_of() -> None:
+    """Between fork(2) and exec(2) a successor has copies of all, and epoll goes on to watch them."""
+    with pair() as lab:
+        listener = lab.listen()
+        sock = lab.connect()
+        app, _ = lab.accept(listener)
+        sock.sendall(b"ask")
+        assert app.recv(3) == b"ask"
+        held, release = os.pipe()
+        child = os.fork()
+        if not child:
+            # It keeps what is the tunnels' alone.
+            for descriptor in (sock.fileno(), app.fileno(), release):
+                os.close(descriptor)
+            os.read(held, 1)
+            os._exit(0)
+        try:
+            sock.shutdown(socket.SHUT_WR)
+            assert app.recv(1) == b""
+            app.shutdown(socket.SHUT_WR)
+            assert sock.recv(1) == b""
+            lab.client.wait_ended(1)
+            lab.server.wait_ended(1)
+            # What the tunnels have closed and freed hears of this, through the child's copies.
+            reset(sock)
+            reset(app)
+            for _ in range(20):
+                with lab.connect() as again:
+                    other, _ = lab.accept(listener)
+                    again.sendall(b"x")
+                    assert other.recv(1) == b"x"
+                    other.close()
+        finally:
+            os.close(release)
+            os.close(held)
+            os.waitpid(child, 0)

@@ -462,6 +462,7 @@ static uint32_t error_code_of(enum zt_reason reason) {
 static void close_leg(struct zt_conn *c, struct zt_leg *leg, bool clean) {
     if (leg->io.fd < 0) return;
     zt_hold(c->worker, c->pod, -1);
+    zt_io_forget(c->worker, leg->io.fd);
     if (clean)
         zt_sock_close(leg->io.fd);
     else

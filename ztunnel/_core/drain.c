@@ -71,6 +71,7 @@ static void bury(struct zt_worker *w, struct zt_grave *g) {
 
 static void end(struct zt_worker *w, struct zt_linger *l) {
     if (l->io.fd < 0) return;
+    zt_io_forget(w, l->io.fd);
     close(l->io.fd);
     l->io.fd = -1;
     zt_timer_stop(&l->timer);
@@ -105,6 +106,7 @@ void zt_linger(struct zt_worker *w, struct zt_pod *pod, int fd) {
 
     if (!l || shutdown(fd, SHUT_WR) < 0) {
         free(l);
+        zt_io_forget(w, fd);
         close(fd);
         return;
     }

@@ -140,10 +140,12 @@ void zt_h2_end(struct zt_h2 *h, enum zt_reason reason, const char *detail) {
     if (h->ssl) ossl.SSL_free(h->ssl);
     h->ssl = NULL;
     if (h->io.fd >= 0) zt_hold(w, h->pod, -1);
-    if (h->io.fd >= 0 && was == ZT_H_OPEN && reason == ZT_R_IDLE)
+    if (h->io.fd >= 0 && was == ZT_H_OPEN && reason == ZT_R_IDLE) {
         zt_linger(w, h->pod, h->io.fd);
-    else if (h->io.fd >= 0)
+    } else if (h->io.fd >= 0) {
+        zt_io_forget(w, h->io.fd);
         close(h->io.fd);
+    }
     h->io.fd = -1;
     dialled(h);
     if (h->server) atomic_fetch_sub(&w->load_tls, 1);

@@ -156,6 +156,11 @@ int zt_io_watch(struct zt_worker *w, struct zt_io *io, uint32_t events) {
     return epoll_ctl(w->epfd, EPOLL_CTL_ADD, io->fd, &ev) < 0 ? -errno : 0;
 }
 
+void zt_io_forget(const struct zt_worker *w, int fd) {
+    /* ENOENT: it was closed before it could be watched. */
+    if (epoll_ctl(w->epfd, EPOLL_CTL_DEL, fd, NULL) < 0) return;
+}
+
 /* --- mailbox ------------------------------------------------------------------------------------------ */
 
 static void drop_message(struct zt_msg *m) {

@@ -193,6 +193,10 @@ void zt_timer_stop(struct zt_timer *t);
 void zt_task_add(struct zt_worker *w, struct zt_task *t);
 void zt_bury(struct zt_worker *w, struct zt_grave *g);
 int zt_io_watch(struct zt_worker *w, struct zt_io *io, uint32_t events);
+/* Before a descriptor that is watched is closed: while a program is being started (a successor of this
+ * one) the child has a copy of it, and the kernel would go on to tell of what is freed here (epoll(7),
+ * "Will closing a file descriptor cause it to be removed from all epoll interest lists?"). */
+void zt_io_forget(const struct zt_worker *w, int fd);
 
 /* Sums the workers' counters; last_loop_us has no sum and stays 0. */
 void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out);

@@ -285,7 +285,7 @@ def test_both_directions_full_at_once_move_again_when_read() -> None:
 
 
 def test_a_child_that_still_holds_closed_descriptors_is_not_heard_of() -> None:
-    """Between fork(2) and exec(2) a successor has copies of all, and epoll goes on to watch them."""
+    """Between fork(2) and exec(2) a successor has copies of all, which epoll goes on to watch."""
     with pair() as lab:
         listener = lab.listen()
         sock = lab.connect()

@@ -169,8 +169,10 @@ enum zt_deadline {
 /* The longest that may be set: a week. What is set longer is meant as "never", and leaks. */
 #define ZT_DEADLINE_MAX_US ZT_SECONDS(7 * 24 * 3600)
 /* Memory is given back to the system this long after more than half of at least so many connections
- * of a worker have ended: it stops the worker for a few milliseconds, and the next burst may be near. */
+ * of a worker have ended, or so many bytes that waited for applications have been taken: it stops the
+ * worker for a few milliseconds, and the next burst may be near. */
 #define ZT_TRIM_CONNECTIONS 1000u
+#define ZT_TRIM_BYTES (1024 * 1024)
 #define ZT_TRIM_US ZT_SECONDS(5)
 
 /* How long a worker looks for the next event before it sleeps, after a turn of one event that moved no

@@ -55,6 +55,7 @@ static void hold(struct zt_conn *c, const struct zt_chunk *k, int sign) {
 
     atomic_fetch_add_explicit(&c->pod->held, n, memory_order_relaxed);
     zt_add(&c->worker->stats.held, (uint64_t)n);
+    zt_worker_held(c->worker);
 }
 
 static void free_first(struct zt_conn *c) {

@@ -89,6 +89,16 @@ void zt_worker_count(struct zt_worker *w, int change) {
     }
 }
 
+void zt_worker_held(struct zt_worker *w) {
+    uint64_t held = zt_get(&w->stats.held);
+
+    if (held > w->held_peak) w->held_peak = held;
+    if (w->held_peak >= ZT_TRIM_BYTES && held < w->held_peak / 2) {
+        w->trim_at = w->now + ZT_TRIM_US;
+        w->held_peak = held;
+    }
+}
+
 /* The C library keeps what is freed between pieces that are in use, for ever. */
 static void give_back(struct zt_worker *w) {
     if (!w->trim_at || w->trim_at > w->now) return;

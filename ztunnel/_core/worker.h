@@ -129,6 +129,7 @@ struct zt_worker {
     uint64_t now;       /* microseconds, read once a turn */
     uint64_t peak;      /* most connections open at once since memory was given back */
     uint64_t trim_at;   /* when to give memory back; 0: no need */
+    uint64_t held_peak; /* the most bytes that waited since then */
     struct zt_worker_stats stats;
     /* Read by the others when they balance accepts. */
     _Atomic int load_connections, load_tls;
@@ -168,6 +169,8 @@ void zt_worker_report(struct zt_worker *w, const struct zt_ended *e, const struc
 
 /* A connection has begun (1) or ended (-1). */
 void zt_worker_count(struct zt_worker *w, int change);
+/* What waits for applications has become more or less. */
+void zt_worker_held(struct zt_worker *w);
 
 int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index);
 int zt_worker_start(struct zt_worker *w);

@@ -27,7 +27,7 @@ import msgspec
 import structlog
 
 from nodeagent import mesh, reconcile, report
-from nodeagent.admin import Metrics, Status
+from nodeagent.admin import Configuration, Metrics, Status
 from nodeagent.admin.model import PodState
 from nodeagent.capture import Capture, CaptureError, Enrolment, Listeners, SkLookupCapture
 from nodeagent.channel import close_all
@@ -121,6 +121,7 @@ class Agent:
         """The version with which ztunnel has in force what the keepers want."""
         self._identities: frozenset[SpiffeId] = frozenset()
         self._documents: SourceState | None = None
+        self._applied: SourceState | None = None
         self._own = OwnStatus()
         self._own_at = -OWN_STATUS_SECONDS
         self._asking = asyncio.Lock()
@@ -180,7 +181,7 @@ class Agent:
         self._in_force = None
         await self._tighten(wanted)
         upserts, removals = mesh.diff(self._mesh, found)
-        self._mesh = found
+        self._mesh, self._applied = found, state
         version = self.control.apply(upserts, removals)
         self._want_identities(wanted.values())
         self._want_pods(wanted, complete=not state.problems)
@@ -374,6 +375,10 @@ class Agent:
     def picture(self) -> Status:
         """Return the status without asking anybody."""
         return report.build(self._facts(), Now(datetime.now(UTC), time.monotonic()))
+
+    def configuration(self) -> Configuration | None:
+        """Return what the mesh is made of, as ztunnel was last told; None before the first time."""
+        return report.configuration(self._facts(), self._applied, self._in_force)
 
     def _facts(self) -> Facts:
         return Facts(

@@ -20,7 +20,7 @@ from typing import Final
 
 import structlog
 
-from nodeagent.admin import AdminServer, Status
+from nodeagent.admin import AdminServer, Configuration, Status
 from nodeagent.admin.model import PodState
 from nodeagent.agent import Agent
 from nodeagent.capture import CaptureError
@@ -200,3 +200,6 @@ class _Backend:
 
     def resources(self) -> tuple[protocol.Resource, ...]:
         return tuple(self._agent.control.state.values())
+
+    def configuration(self) -> Configuration | None:
+        return self._agent.configuration()

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
+from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Configuration, Documents
 from nodeagent.admin.model import (
     SCHEMA,
     AuthorizationReport,
@@ -35,7 +36,7 @@ from nodeagent.settings import Settings
 from nodeagent.sources import SourceState
 from ztunnel import protocol
 
-__all__ = ["Facts", "Now", "OwnStatus", "build", "missing"]
+__all__ = ["Facts", "Now", "OwnStatus", "build", "configuration", "missing"]
 
 MAX_NAMED: Final = 10
 """Pods or identities named in an answer of readiness; the rest is counted."""
@@ -145,6 +146,48 @@ def build(facts: Facts, now: Now) -> Status:
         ),
         certificates=tuple(certificates.values()),
     )
+
+
+def configuration(
+    facts: Facts, applied: SourceState | None, in_force: int | None
+) -> Configuration | None:
+    """Return the documents that ztunnel was told of, None before there are any.
+
+    `applied` are those, `in_force` the version of the state that they made; None while it is made.
+    """
+    if applied is None:
+        return None
+    settings = facts.settings
+    return Configuration(
+        schema=CONFIGURATION_SCHEMA,
+        source=facts.source,
+        pending=_pending(facts, applied, in_force),
+        problems=tuple(map(str, applied.problems)),
+        node=settings.node,
+        cluster=settings.cluster,
+        trust_domain=settings.trust_domain,
+        root_namespace=settings.root_namespace,
+        locality=settings.locality,
+        node_addresses=settings.node_addresses,
+        node_plaintext=settings.node_plaintext,
+        trusted=tuple(domain for domain, _ in facts.identities.bundles),
+        documents=Documents.of(applied.documents),
+    )
+
+
+def _pending(facts: Facts, applied: SourceState, in_force: int | None) -> str:
+    ztunnel = facts.ztunnel
+    if not ztunnel.connected:
+        return "ztunnel is not connected: if it runs, it judges by the last state that it had"
+    if ztunnel.rejected is not None:
+        return f"ztunnel refused the newest state: {ztunnel.rejected.error}"
+    if ztunnel.oversized:
+        return f"ztunnel is not told of {', '.join(ztunnel.oversized)}: too large, split it"
+    if facts.documents is not applied:
+        return "a newer configuration has been read and is not in force yet"
+    if in_force is None or ztunnel.acknowledged_version < in_force:
+        return "ztunnel has not put the newest state in force yet"
+    return ""
 
 
 def _certificate(state: IdentityState) -> CertificateReport:

@@ -1,7 +1,8 @@
-"""Writes the files beside it: a JSON Schema for each kind, and the CRDs of our own kinds.
+"""Writes the files beside it: a JSON Schema for each kind and for tables of policy tests, and the
+CRDs of our own kinds.
 
-Owns their names and form. Promises that the files hold what `nodeagent.api` says and nothing else;
-a test fails when they are not current.
+Owns their names and form. Promises that the files hold what the readers' types say and nothing
+else; a test fails when they are not current.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from nodeagent import api
+from nodeagent import api, offline
 
 
 def files() -> dict[str, str]:
@@ -20,6 +21,9 @@ def files() -> dict[str, str]:
         f"{kind}.json": json.dumps(schema, indent=2) + "\n"
         for kind, schema in api.json_schemas().items()
     }
+    found["PolicyTests.json"] = (
+        json.dumps(api.json_schema("PolicyTests", offline.Table), indent=2) + "\n"
+    )
     for name, definition in api.custom_resource_definitions().items():
         found[f"{name}.yaml"] = yaml.safe_dump(definition, sort_keys=False)
     return found

@@ -55,6 +55,7 @@ __all__ = [
     "Tunnel",
     "Way",
     "baggage",
+    "endpoints",
     "route",
 ]
 
@@ -203,30 +204,40 @@ def _to_service(
     here = source.locality or (state.settings.locality if state.settings is not None else "")
     ranked: dict[int, list[tuple[Choice, int]]] = {}
     refusal = Refuse(Reason.NO_ENDPOINTS, service.uid)
-    for endpoint in service.endpoints:
-        for target_port in _target_port(service, endpoint, port):
-            workload, target = _resolve(state, endpoint, vip)
-            if not target:
-                continue
-            found: Choice | Refuse
-            if workload is None:
-                found = _to_unknown(pod, service, target, target_port)
-                locality = ""
-            elif workload.healthy:
-                found = _to_workload(pod, source, workload, target, target_port, service)
-                locality = workload.locality
-            else:
-                continue
-            if isinstance(found, Refuse):
-                refusal = found
-                continue
-            ranked.setdefault(_rank(here, locality), []).append((found, endpoint.weight))
+    for endpoint, workload, target, target_port in endpoints(state, service, vip, port):
+        found: Choice | Refuse
+        if workload is None:
+            found = _to_unknown(pod, service, target, target_port)
+            locality = ""
+        elif workload.healthy:
+            found = _to_workload(pod, source, workload, target, target_port, service)
+            locality = workload.locality
+        else:
+            continue
+        if isinstance(found, Refuse):
+            refusal = found
+            continue
+        ranked.setdefault(_rank(here, locality), []).append((found, endpoint.weight))
     if not ranked:
         return refusal
     best = ranked[max(ranked)]
     if len(best) == 1:
         return best[0][0]
     return Balance(_thinned(pod, best), service.uid)
+
+
+def endpoints(
+    state: State, service: Service, vip: bytes, port: int
+) -> Iterator[tuple[Endpoint, Workload | None, bytes, int]]:
+    """Yield where a port of a service leads: the endpoint, its workload, address and port there.
+
+    `vip` is the virtual address that is called. What no address can be called of is left out.
+    """
+    for endpoint in service.endpoints:
+        for target_port in _target_port(service, endpoint, port):
+            workload, target = _resolve(state, endpoint, vip)
+            if target:
+                yield endpoint, workload, target, target_port
 
 
 def _target_port(service: Service, endpoint: Endpoint, port: int) -> Iterator[int]:

@@ -22,6 +22,7 @@ import msgspec
 import structlog
 from aiohttp import hdrs, web
 
+from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import CONTENT_TYPE
 from nodeagent.admin.model import Status
 from ztunnel import protocol
@@ -39,7 +40,7 @@ MAX_CONNECTIONS: Final = 32
 MAX_LINE: Final = 4096
 """Bytes of the request line and of one header."""
 
-_PRIVATE: Final = frozenset({"/status", "/config_dump"})
+_PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration"})
 """Paths that tell who runs here: on loopback for root (and this daemon's user) alone."""
 
 
@@ -61,6 +62,9 @@ class Backend(Protocol):
     def resources(self) -> tuple[protocol.Resource, ...]:
         """The state that ztunnel is to hold."""
 
+    def configuration(self) -> Configuration | None:
+        """The documents that the state is made of; None before there are any."""
+
 
 class AdminServer:
     """Serves a Backend on any number of listening sockets."""
@@ -74,6 +78,7 @@ class AdminServer:
         app.router.add_get("/healthz/live", self._live)
         app.router.add_get("/status", self._status)
         app.router.add_get("/config_dump", self._config_dump)
+        app.router.add_get("/configuration", self._configuration)
         app.router.add_get("/", _index)
         app.on_response_prepare.append(_close_after)
         self._runner = web.AppRunner(
@@ -148,6 +153,14 @@ class AdminServer:
             dump.setdefault(str(document.pop("t")), []).append(document)
         body = json.dumps({"schema": 1, "resources": dump}, indent=1, sort_keys=True)
         return web.Response(text=body + "\n", content_type="application/json")
+
+    async def _configuration(self, _request: web.Request) -> web.Response:
+        found = self._backend.configuration()
+        if found is None:
+            return web.Response(status=503, text="no configuration is in force yet\n")
+        # Tens of megabytes in a large mesh.
+        body = await asyncio.to_thread(msgspec.json.encode, found)
+        return web.Response(body=body, content_type="application/json")
 
 
 def dump_resource(resource: protocol.Resource) -> dict[str, Any]:
@@ -282,5 +295,6 @@ async def _index(_request: web.Request) -> web.Response:
         "/healthz/live": "200 while the process works",
         "/status": "the whole picture as JSON",
         "/config_dump": "the state that ztunnel is to hold, without keys",
+        "/configuration": "the documents in force, for nodeagent policy",
     }
     return web.Response(text="".join(f"{path:16} {text}\n" for path, text in paths.items()))

@@ -48,9 +48,9 @@ from nodeagent.api._binding import (
     speaks_hbone,
 )
 from nodeagent.api._claims import claims, conflict, own_conflicts
-from nodeagent.api._errors import ConfigError, ConfigWarning, Origin
-from nodeagent.api._loader import Loaded, load, read_struct
-from nodeagent.api._schema import custom_resource_definitions, json_schemas
+from nodeagent.api._errors import ConfigError, ConfigWarning, Origin, quote
+from nodeagent.api._loader import Loaded, load, read_struct, read_struct_of_list
+from nodeagent.api._schema import custom_resource_definitions, json_schema, json_schemas
 from nodeagent.api._types import (
     AuthorizationPolicy,
     Document,
@@ -122,6 +122,7 @@ __all__ = [
     "claims",
     "conflict",
     "custom_resource_definitions",
+    "json_schema",
     "json_schemas",
     "layer7",
     "load",
@@ -129,7 +130,9 @@ __all__ = [
     "opted_out",
     "own_conflicts",
     "patterns",
+    "quote",
     "read_struct",
+    "read_struct_of_list",
     "speaks_hbone",
     "values",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from nodeagent.api._authorization import AuthorizationPolicySpec, IdentitySetSpec
-from nodeagent.api._base import ObjectMeta
+from nodeagent.api._base import Mark, ObjectMeta
 from nodeagent.api._claims import own_conflicts
 from nodeagent.api._errors import ConfigError, ConfigWarning, Origin, quote
 from nodeagent.api._rules import check, marked
@@ -32,7 +32,7 @@ from nodeagent.api._types import (
 )
 from nodeagent.api._walk import Walker
 
-__all__ = ["KINDS", "Loaded", "load", "read_struct"]
+__all__ = ["KINDS", "Loaded", "load", "read_struct", "read_struct_of_list"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -205,13 +205,30 @@ def read_struct(data: bytes, file: str, cls: type[T]) -> T:
     Raises ConfigError with the first error, and the others in `others`. An empty file is an empty
     mapping.
     """
+    return _read_struct(data, file, cls)[0]
+
+
+def read_struct_of_list(
+    data: bytes, file: str, cls: type[T], field: str
+) -> tuple[T, tuple[Mark, ...]]:
+    """Return a struct as `read_struct` does, and where the items of its list `field` stand."""
+    value, root = _read_struct(data, file, cls)
+    found = root.get(field) if isinstance(root, Mapping) else None
+    items = found.items if isinstance(found, Sequence) else []
+    return value, tuple(
+        Mark(join(field, index), item.line, item.column) for index, item in enumerate(items)
+    )
+
+
+def _read_struct(data: bytes, file: str, cls: type[T]) -> tuple[T, Node]:
     roots, errors = read_tree(data, file)
     walker = Walker(file)
     value: T | None = None
+    root: Node = Mapping(1, 1)
     if not errors:
         if len(roots) > 1:
             walker.error(roots[1], "", "a second document: this file holds one")
-        root = roots[0] if roots else Mapping(1, 1)
+        root = roots[0] if roots else root
         if isinstance(root, Scalar) and is_null(root):
             root = Mapping(1, 1)
         value = walker.read(root, cls, "")
@@ -221,4 +238,4 @@ def read_struct(data: bytes, file: str, cls: type[T]) -> T:
         raise ConfigError(
             first.file, first.line, first.column, first.field, first.reason, tuple(rest)
         )
-    return value
+    return value, root

@@ -24,7 +24,7 @@ from nodeagent.api._base import ObjectMeta
 from nodeagent.api._loader import KINDS
 from nodeagent.api._walk import IGNORED, NULLABLE, Check, Unused, fields_of, unwrap
 
-__all__ = ["custom_resource_definitions", "json_schemas"]
+__all__ = ["custom_resource_definitions", "json_schema", "json_schemas"]
 
 Schema = dict[str, Any]
 
@@ -56,6 +56,11 @@ _HINTS: Final[dict[Callable[[Any], Any], Schema]] = {
 def json_schemas() -> dict[str, Schema]:
     """Return the schema of each kind."""
     return {kind: _document(kind) for kind in sorted(KINDS)}
+
+
+def json_schema(title: str, cls: type[msgspec.Struct]) -> Schema:
+    """Return the schema of a file that holds one mapping, read with `read_struct`."""
+    return {"$schema": _DRAFT, "title": title, **_struct(cls)}
 
 
 def custom_resource_definitions() -> dict[str, Schema]:

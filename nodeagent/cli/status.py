@@ -1,16 +1,13 @@
 """`nodeagent status`: is this node all right, in one line, and if not, what to do.
 
-This module owns the command's options, its exit codes and the way to the daemon. It promises the
-same exit code with every output form, one document on standard output and everything else on
-standard error. The words are those of `status_view`.
+This module owns the command's options and its exit codes. It promises the same exit code with every
+output form, one document on standard output and everything else on standard error. The words are
+those of `status_view`.
 """
 
 from __future__ import annotations
 
 import enum
-import http.client
-import os
-import socket
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -25,15 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from nodeagent.admin.model import SCHEMA, Status
-from nodeagent.api import ConfigError
 from nodeagent.cli import status_view
-from nodeagent.rundir import ADMIN_SOCKET
-from nodeagent.settings import Settings, load_settings
+from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, get, report, run_directory
 
 __all__ = ["ExitCode", "status"]
-
-ANSWER_SECONDS: Final = 10.0
-"""The daemon itself waits at most a few seconds for ztunnel's part."""
 
 MAX_ANSWER: Final = 64 * 1024 * 1024
 """Bytes of a status: tens of thousands of pods fit."""
@@ -51,78 +43,12 @@ class ExitCode(enum.IntEnum):
     HEALTHY = 0
     FINDING = 1
     USAGE = 2
-    UNREACHABLE = 3
+    UNREACHABLE = EXIT_UNREACHABLE
 
 
-class UnreachableError(Exception):
-    """The daemon did not answer; the message is the cause, `remedy` what to do."""
-
-    def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(cause)
-        self.remedy = remedy
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=ANSWER_SECONDS)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ANSWER_SECONDS)
-        self.sock.connect(os.fspath(self._path))
-
-
-def fetch(path: Path) -> Status:
-    """Ask the daemon at the admin socket `path`. Raises UnreachableError."""
-    connection = _UnixConnection(path)
-    try:
-        connection.request("GET", "/status")
-        response = connection.getresponse()
-        body = response.read(MAX_ANSWER + 1)
-    except FileNotFoundError as error:
-        raise UnreachableError(
-            f"nodeagent does not run here: no {path}",
-            "start it (systemctl start nodeagent), or name its run directory with --run-dir",
-        ) from error
-    except PermissionError as error:
-        raise UnreachableError(f"{path}: permission denied", "run this command as root") from error
-    except ConnectionRefusedError as error:
-        raise UnreachableError(
-            f"nodeagent has stopped without cleaning up: nobody listens on {path}",
-            "journalctl -u nodeagent; systemctl start nodeagent",
-        ) from error
-    except TimeoutError as error:
-        raise UnreachableError(
-            f"nodeagent did not answer within {ANSWER_SECONDS:g} s",
-            "journalctl -u nodeagent; systemctl restart nodeagent (connections stay)",
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise UnreachableError(f"{path}: {error}", "journalctl -u nodeagent") from error
-    finally:
-        connection.close()
-    if response.status != http.HTTPStatus.OK or len(body) > MAX_ANSWER:
-        raise UnreachableError(
-            f"nodeagent answered {response.status}: {body[:200].decode(errors='replace').strip()}",
-            "journalctl -u nodeagent",
-        )
-    try:
-        schema = msgspec.json.decode(body, type=_SchemaOnly).schema
-        if schema != SCHEMA:
-            raise UnreachableError(
-                f"the daemon speaks status schema {schema}, this command {SCHEMA}",
-                "use the nodeagent command of the daemon's own release",
-            )
-        return msgspec.json.decode(body, type=Status)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UnreachableError(
-            f"nodeagent's answer is not understood: {error}",
-            "use the nodeagent command of the daemon's own release",
-        ) from error
-
-
-class _SchemaOnly(msgspec.Struct):
-    schema: int
+def fetch(directory: Path) -> Status:
+    """Ask the daemon of a run directory. Raises UnreachableError."""
+    return get(directory, "/status", Status, SCHEMA, MAX_ANSWER)
 
 
 @click.command()
@@ -149,11 +75,11 @@ def status(run_dir: Path | None, settings_file: Path | None, output: str) -> NoR
 
     Exits 0 when healthy, 1 with a finding, 2 on wrong usage, 3 when the daemon cannot be reached.
     """
-    directory = _run_directory(run_dir, settings_file)
+    directory = run_directory(run_dir, settings_file)
     try:
-        found = fetch(directory / ADMIN_SOCKET)
+        found = fetch(directory)
     except UnreachableError as error:
-        click.echo(f"error: {error}\n  do: {error.remedy}", err=True)
+        report(error)
         sys.exit(ExitCode.UNREACHABLE)
     now = datetime.now(UTC)
     findings = status_view.findings(found, now)
@@ -163,19 +89,6 @@ def status(run_dir: Path | None, settings_file: Path | None, output: str) -> NoR
         _people(found, findings, now, wide=output == "wide")
     healthy = found.ready and not findings
     sys.exit(ExitCode.HEALTHY if healthy else ExitCode.FINDING)
-
-
-def _run_directory(run_dir: Path | None, settings_file: Path | None) -> Path:
-    if run_dir is not None and settings_file is not None:
-        raise click.UsageError("--run-dir and --settings exclude each other")
-    if run_dir is not None:
-        return run_dir
-    if settings_file is None:
-        return Settings().run_dir
-    try:
-        return load_settings(settings_file).run_dir
-    except ConfigError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def _document(found: Status, findings: tuple[status_view.Finding, ...], output: str) -> None:

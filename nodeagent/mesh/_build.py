@@ -30,8 +30,14 @@ __all__ = ["build"]
 D = TypeVar("D", PeerAuthentication, WorkloadEntry, ServiceEntry, AuthorizationPolicy, IdentitySet)
 
 
-def build(documents: Iterable[Document], settings: Settings) -> MeshState:
-    """Return what `documents` mean for the node of `settings`; their order does not matter."""
+def build(
+    documents: Iterable[Document], settings: Settings, *, everywhere: bool = False
+) -> MeshState:
+    """Return what `documents` mean for the node of `settings`; their order does not matter.
+
+    With `everywhere`, policies are those of all workloads in the mesh, on whichever node they are:
+    for questions about a whole configuration. Bindings stay those of the node.
+    """
     notes = Notes()
     found = list(documents)
     entries = _ordered([each for each in found if isinstance(each, WorkloadEntry)], notes)
@@ -43,6 +49,9 @@ def build(documents: Iterable[Document], settings: Settings) -> MeshState:
         notes,
     )
     subjects = _subjects(workloads)
+    judged = list(workloads.bindings)
+    if everywhere:
+        judged = sorted(subject.uid for subject in subjects if subject.in_mesh)
     resolution = policy.resolve(
         _ordered([each for each in found if isinstance(each, PeerAuthentication)], notes),
         subjects,
@@ -54,15 +63,16 @@ def build(documents: Iterable[Document], settings: Settings) -> MeshState:
         _ordered([each for each in found if isinstance(each, IdentitySet)], notes),
         entries,
         subjects,
-        workloads.bindings,
+        judged,
         settings.root_namespace,
     )
     notes.extend(authorizations.warnings)
     return MeshState(
         workloads=workloads.resources,
         services=services,
-        policies={uid: resolution.policies[uid] for uid in workloads.bindings},
+        policies={uid: resolution.policies[uid] for uid in judged},
         authorizations=authorizations.policies,
+        left_out=authorizations.left_out,
         bindings=workloads.bindings,
         problems=authorizations.problems,
         warnings=notes.texts(),

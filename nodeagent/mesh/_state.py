@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from nodeagent.api import ConfigError
+from nodeagent.policy import LeftOut
 from ztunnel.protocol import Authorization, Service, Workload, WorkloadPolicy
 
 __all__ = ["Binding", "MeshState"]
@@ -27,8 +28,9 @@ class Binding(msgspec.Struct, frozen=True, order=True):
 class MeshState(msgspec.Struct, frozen=True):
     """Everything that this node knows of the mesh; all keys are uids.
 
-    `policies` and `bindings` are of this node's bound workloads only, and have the same keys.
-    `authorizations` are those that are for any of them. `problems` are references in documents in
+    `policies` are of this node's bound workloads, those of `bindings`, unless the state was built
+    for all of the mesh. `authorizations` are those that are for any of them; `left_out` are rules
+    of these, by uid, that no tunnel is told. `problems` are references in documents in
     force that lead nowhere: what depends on them is closed. `warnings` name what has no
     effect or was decided in a conflict, with file and line.
     """
@@ -37,6 +39,7 @@ class MeshState(msgspec.Struct, frozen=True):
     services: dict[str, Service] = {}
     policies: dict[str, WorkloadPolicy] = {}
     authorizations: dict[str, Authorization] = {}
+    left_out: dict[str, tuple[LeftOut, ...]] = {}
     bindings: dict[str, Binding] = {}
     problems: tuple[ConfigError, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -7,8 +7,28 @@ that what cannot be resolved lets nobody in. It is pure, and knows nothing of no
 tunnel.
 """
 
-from nodeagent.policy._authorization import Authorizations, authorize
+from nodeagent.policy._authorization import Authorizations, LeftOut, authorize
 from nodeagent.policy._identity_sets import IdentitySets
-from nodeagent.policy._peer_authentication import Resolution, Subject, resolve
+from nodeagent.policy._peer_authentication import (
+    DEFAULT_ORIGIN,
+    Level,
+    Resolution,
+    Subject,
+    level_of,
+    origin_of,
+    resolve,
+)
 
-__all__ = ["Authorizations", "IdentitySets", "Resolution", "Subject", "authorize", "resolve"]
+__all__ = [
+    "DEFAULT_ORIGIN",
+    "Authorizations",
+    "IdentitySets",
+    "LeftOut",
+    "Level",
+    "Resolution",
+    "Subject",
+    "authorize",
+    "level_of",
+    "origin_of",
+    "resolve",
+]

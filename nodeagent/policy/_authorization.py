@@ -37,7 +37,7 @@ from nodeagent.policy._identity_sets import IdentitySets
 from nodeagent.policy._peer_authentication import Subject
 from ztunnel.protocol import Action, Attribute, Authorization, Condition, Rule
 
-__all__ = ["MAX_VALUES", "Authorizations", "authorize"]
+__all__ = ["MAX_VALUES", "Authorizations", "LeftOut", "authorize"]
 
 MAX_VALUES: Final = 20_000
 """Values of one policy with its identity sets expanded: it is held in the memory of every tunnel
@@ -57,10 +57,21 @@ _NAMED: Final = 5
 """Workloads named in one warning; a mesh-wide policy may concern thousands."""
 
 
+class LeftOut(msgspec.Struct, frozen=True):
+    """A rule that is in a document and that no tunnel is told: it would match nobody."""
+
+    origin: str
+    reason: str
+
+
 class Authorizations(msgspec.Struct, frozen=True):
-    """`policies` by uid; `problems` are references that lead nowhere, with their places."""
+    """`policies` by uid; `problems` are references that lead nowhere, with their places.
+
+    `left_out` has, by the uid of their policy, the rules that are not among its rules.
+    """
 
     policies: dict[str, Authorization]
+    left_out: dict[str, tuple[LeftOut, ...]] = {}
     problems: tuple[ConfigError, ...] = ()
     warnings: tuple[ConfigWarning, ...] = ()
 
@@ -92,6 +103,7 @@ def authorize(
     scopes = _Scopes(subjects, here, root_namespace)
     expander = IdentitySets(sets)
     found: dict[str, Authorization] = {}
+    left_out: dict[str, tuple[LeftOut, ...]] = {}
     problems = expander.problems((*documents, *annotated))
     warnings: list[ConfigWarning] = []
     for document in documents:
@@ -104,16 +116,20 @@ def authorize(
         selected = scopes.selected(document)
         if selected:
             workloads = tuple(each.uid for each in selected) if document.spec.selector else None
-            policy, too_large = _policy(document, expander, scopes.namespace(document), workloads)
+            policy, dropped, too_large = _policy(
+                document, expander, scopes.namespace(document), workloads
+            )
             found[policy.uid] = policy
             problems += too_large
+            if dropped:
+                left_out[policy.uid] = dropped
     for entry in annotated:
         if entry.uid in scopes.here:
             policy, too_large = _callers(entry, expander)
             found[policy.uid] = policy
             problems += too_large
     order = sorted(problems, key=lambda item: (item.file, item.line, item.column, item.field))
-    return Authorizations(found, tuple(order), tuple(sorted(warnings)))
+    return Authorizations(found, left_out, tuple(order), tuple(sorted(warnings)))
 
 
 class _Index:
@@ -177,7 +193,7 @@ def _policy(
     sets: IdentitySets,
     namespace: str,
     workloads: tuple[str, ...] | None,
-) -> tuple[Authorization, list[ConfigError]]:
+) -> tuple[Authorization, tuple[LeftOut, ...], list[ConfigError]]:
     spec = document.spec
     action = Action(spec.action.value)
     origin = f"{document.uid} ({document.origin})"
@@ -189,9 +205,11 @@ def _policy(
         for index, line in enumerate(lines or [document.origin.line] * len(written))
     ]
     problems: list[ConfigError] = []
+    dropped: tuple[LeftOut, ...] = ()
     try:
-        compiled = (compiler.rule(rule, place) for rule, place in zip(written, places, strict=True))
-        rules = tuple(rule for rule in compiled if rule is not None)
+        compiled = [compiler.rule(rule, place) for rule, place in zip(written, places, strict=True)]
+        rules = tuple(each for each in compiled if isinstance(each, Rule))
+        dropped = tuple(each for each in compiled if isinstance(each, LeftOut))
     except _TooLargeError:
         rules, problem = _closed(action, document, "spec.rules", origin)
         problems.append(problem)
@@ -205,7 +223,7 @@ def _policy(
         workloads=workloads,
         dry_run=dry_run and spec.action is not PolicyAction.AUDIT,
     )
-    return policy, problems
+    return policy, dropped, problems
 
 
 def _callers(entry: WorkloadEntry, sets: IdentitySets) -> tuple[Authorization, list[ConfigError]]:
@@ -262,11 +280,12 @@ class _Compiler:
         self._bytes = 0
         self._missing: dict[str, None] = {}
 
-    def rule(self, rule: api.AuthorizationRule, origin: str) -> Rule | None:
-        """Return the rule, None if it matches nobody. Raises _TooLargeError."""
+    def rule(self, rule: api.AuthorizationRule, origin: str) -> Rule | LeftOut:
+        """Return the rule, or why it is left out: it matches nobody. Raises _TooLargeError."""
         unread = tuple(dict.fromkeys(name for _, name in api.layer7(rule)))
         if unread and self._narrow:
-            return None
+            fields = ", ".join(unread)
+            return LeftOut(origin, f"an ALLOW rule with fields of layer 7 lets nobody in: {fields}")
         self._missing = {}
         try:
             sources = self._alternatives([self._source(each.source) for each in rule.sources])
@@ -283,7 +302,7 @@ class _Compiler:
                 if each.key in api.CONDITION_KEYS
             ]
         except _Never:
-            return None
+            return LeftOut(origin, f"it can match nobody: {', '.join(self._missing)}")
         unread = (*unread, *self._missing)
         self._count((origin, *unread))
         return Rule(

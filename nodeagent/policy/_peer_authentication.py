@@ -13,6 +13,7 @@ mode is not UNSET decides; if none does, PERMISSIVE. Port modes come from the wo
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
@@ -21,7 +22,16 @@ import msgspec
 from nodeagent.api import ConfigWarning, MtlsMode, PeerAuthentication
 from ztunnel.protocol import Mode, WorkloadPolicy
 
-__all__ = ["DEFAULT_MODE", "DEFAULT_ORIGIN", "Resolution", "Subject", "resolve"]
+__all__ = [
+    "DEFAULT_MODE",
+    "DEFAULT_ORIGIN",
+    "Level",
+    "Resolution",
+    "Subject",
+    "level_of",
+    "origin_of",
+    "resolve",
+]
 
 DEFAULT_MODE: Final = Mode.PERMISSIVE
 """Istio's: what is enrolled first accepts both, so that enrolling breaks nobody."""
@@ -30,6 +40,24 @@ DEFAULT_ORIGIN: Final = "default"
 
 _NAMED: Final = 5
 """Workloads named in one warning; a mesh-wide policy may concern thousands."""
+
+
+class Level(enum.StrEnum):
+    """Where a mode in force comes from, the narrowest first."""
+
+    PORT = "port"
+    WORKLOAD = "workload"
+    NAMESPACE = "namespace"
+    MESH = "mesh"
+    DEFAULT = "default"
+
+
+def level_of(policy: PeerAuthentication, root_namespace: str) -> Level | None:
+    """Return the level of a policy's mode, None if it has no effect."""
+    in_root = policy.metadata.namespace == root_namespace
+    if policy.spec.selector is None:
+        return Level.MESH if in_root else Level.NAMESPACE
+    return None if in_root else Level.WORKLOAD
 
 
 class Subject(msgspec.Struct, frozen=True):
@@ -58,18 +86,19 @@ class _Levels:
         self.warnings: list[ConfigWarning] = []
         for policy in sorted(policies, key=lambda item: (item.age, item.origin)):
             namespace = policy.metadata.namespace
-            in_root = namespace == root_namespace
-            if policy.spec.selector is None:
-                level = self.mesh if in_root else self.namespaces.setdefault(namespace, [])
-                level.append(policy)
-            elif in_root:
-                reason = (
-                    "has no effect: in the root namespace a policy is for the whole mesh, and one "
-                    "with a selector is ignored; put it into the workloads' namespace"
-                )
-                self.warnings.append(_warning(policy, "spec.selector", reason))
-            else:
-                self.workloads.setdefault(namespace, []).append(policy)
+            match level_of(policy, root_namespace):
+                case Level.MESH:
+                    self.mesh.append(policy)
+                case Level.NAMESPACE:
+                    self.namespaces.setdefault(namespace, []).append(policy)
+                case Level.WORKLOAD:
+                    self.workloads.setdefault(namespace, []).append(policy)
+                case _:
+                    reason = (
+                        "has no effect: in the root namespace a policy is for the whole mesh, and "
+                        "one with a selector is ignored; put it into the workloads' namespace"
+                    )
+                    self.warnings.append(_warning(policy, "spec.selector", reason))
         for level in (self.mesh, *self.namespaces.values()):
             for loser in level[1:]:
                 self.warnings.append(_overruled(loser, level[0], ""))
@@ -117,7 +146,7 @@ def _in_force(
     mode, origin = DEFAULT_MODE, DEFAULT_ORIGIN
     for policy in chain:
         if policy.spec.mtls.mode is not MtlsMode.UNSET:
-            mode, origin = Mode(policy.spec.mtls.mode.value), _origin(policy)
+            mode, origin = Mode(policy.spec.mtls.mode.value), origin_of(policy)
             break
     port_modes: dict[int, Mode] = {}
     port_origins: dict[int, str] = {}
@@ -125,7 +154,7 @@ def _in_force(
         for port, mtls in sorted(policy.spec.port_level_mtls.items()):
             if mtls.mode is not MtlsMode.UNSET:
                 port_modes[port] = Mode(mtls.mode.value)
-                port_origins[port] = _origin(policy)
+                port_origins[port] = origin_of(policy)
     return WorkloadPolicy(subject.uid, mode, origin, port_modes, port_origins)
 
 
@@ -148,7 +177,8 @@ def _matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return bool(selector) and all(labels.get(key) == value for key, value in selector.items())
 
 
-def _origin(policy: PeerAuthentication) -> str:
+def origin_of(policy: PeerAuthentication) -> str:
+    """Return how a mode in force names the policy that it comes from."""
     return f"{policy.uid} ({policy.origin})"
 
 
@@ -164,7 +194,7 @@ def _overruled(
 ) -> ConfigWarning:
     where = f" for workload {subject}" if subject else ""
     reason = (
-        f"has no effect{where}: the older {_origin(winner)} is in force on the same level, and "
+        f"has no effect{where}: the older {origin_of(winner)} is in force on the same level, and "
         "policies of one level are not merged; remove one"
     )
     return _warning(loser, "metadata.name", reason)

@@ -20,7 +20,8 @@ import pytest
 
 from nodeagent.admin import Status
 from nodeagent.admin.model import PodState
-from nodeagent.cli.status import UnreachableError, fetch
+from nodeagent.cli.reach import UnreachableError
+from nodeagent.cli.status import fetch
 from support.netns import DEADLINE, Namespace, namespace, veth, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +153,7 @@ class Node:
 
     def status(self) -> Status | None:
         with contextlib.suppress(UnreachableError):
-            return fetch(self.run_dir / "admin.sock")
+            return fetch(self.run_dir)
         return None
 
     def enrolled(self) -> bool:

@@ -35,9 +35,12 @@ __all__ = [
     "client",
     "decide",
     "load_policies",
+    "request",
     "scenarios",
+    "settings",
     "sources",
     "unplaced",
+    "workloads",
 ]
 
 TABLE: Final = Path(__file__).parents[1] / "conformance"
@@ -127,7 +130,7 @@ def scenarios() -> dict[str, tuple[Scenario, ...]]:
 
 
 @functools.cache
-def _workloads() -> tuple[Document, ...]:
+def workloads() -> tuple[Document, ...]:
     loaded = load((TABLE / "mesh.yaml").read_bytes(), "mesh.yaml", NODE)
     assert not loaded.errors, loaded.errors
     return loaded.documents
@@ -137,13 +140,13 @@ def load_policies(scenario: Scenario) -> Loaded:
     return load(scenario.policies.encode(), POLICIES, NODE)
 
 
-def _settings(scenario: Scenario) -> Settings:
+def settings(scenario: Scenario) -> Settings:
     return Settings(
         node=NODE, trust_domain=scenario.trust_domain, root_namespace=scenario.root_namespace
     )
 
 
-def _told(resources: Iterable[protocol.Resource], settings: Settings) -> State:
+def _told(resources: Iterable[protocol.Resource], own: Settings) -> State:
     """Return the state of a ztunnel that was sent the resources, frame by frame."""
     plan = published.plan(None, {published.key_of(each): each for each in resources}, 1)
     assert not plan.oversized
@@ -153,7 +156,7 @@ def _told(resources: Iterable[protocol.Resource], settings: Settings) -> State:
         (frame,) = decoder.feed(protocol.encode(part.update))
         assert isinstance(frame.message, protocol.Update)
         upserts += frame.message.upserts
-    change = state.Change(1, True, tuple(upserts), (), for_tunnel(settings))
+    change = state.Change(1, True, tuple(upserts), (), for_tunnel(own))
     return state.apply(state.EMPTY, change)
 
 
@@ -161,9 +164,9 @@ def _told(resources: Iterable[protocol.Resource], settings: Settings) -> State:
 def _state(scenario: Scenario, *, backwards: bool) -> State:
     loaded = load_policies(scenario)
     assert not loaded.errors, loaded.errors
-    documents = [*_workloads(), *loaded.documents]
-    settings = _settings(scenario)
-    built = mesh.build(reversed(documents) if backwards else documents, settings)
+    documents = [*workloads(), *loaded.documents]
+    own = settings(scenario)
+    built = mesh.build(reversed(documents) if backwards else documents, own)
     resources, _ = mesh.diff(None, built)
     trusted = (scenario.trust_domain, *scenario.trusts)
     bundles = [protocol.TrustBundle(domain, (b"root",)) for domain in trusted]
@@ -171,7 +174,7 @@ def _state(scenario: Scenario, *, backwards: bool) -> State:
         protocol.Pod(uid, uid, built.workloads[uid].addresses, number)
         for number, uid in enumerate(built.bindings, 1)
     ]
-    return _told([*resources, *bundles, *pods], settings)
+    return _told([*resources, *bundles, *pods], own)
 
 
 def _identity(found: State, case: Case) -> str:
@@ -182,18 +185,24 @@ def _identity(found: State, case: Case) -> str:
 
 def decide(scenario: Scenario, case: Case, *, backwards: bool = False) -> Verdict:
     """Return the verdict on the connection; `backwards` takes the documents in reverse order."""
+    return authorize(
+        _state(scenario, backwards=backwards), request(scenario, case, backwards=backwards)
+    )
+
+
+def request(scenario: Scenario, case: Case, *, backwards: bool = False) -> Request:
+    """Return what the connection of a case asks of the tunnel."""
     found = _state(scenario, backwards=backwards)
     identity = _identity(found, case)
     source = case.source or found.workloads[case.caller].addresses[0]
     destination = case.destination or found.workloads[case.to].addresses[0]
-    request = Request(
+    return Request(
         pod=found.pods[case.to],
         identity=SpiffeId.parse(identity) if identity else None,
         source=address.pack(source),
         destination=address.pack(destination),
         port=case.port,
     )
-    return authorize(found, request)
 
 
 def client(scenario: Scenario, case: Case) -> Client:

@@ -37,7 +37,7 @@ def judge(policies: Iterable[Authorization], call: Call, *, dry_run: bool = Fals
         (
             policy
             for policy in policies
-            if _selects(policy, call) and (dry_run or not policy.dry_run)
+            if selects(policy, call) and (dry_run or not policy.dry_run)
         ),
         key=lambda policy: policy.uid,
     )
@@ -62,7 +62,19 @@ def judge(policies: Iterable[Authorization], call: Call, *, dry_run: bool = Fals
     return Opinion(not closed, (), audits)
 
 
-def _selects(policy: Authorization, call: Call) -> bool:
+def lacking(rule: Rule, call: Call) -> int:
+    """Return how many conditions would have to hold, at least, for `rule` to match."""
+
+    def fewest(alternatives: tuple[tuple[Condition, ...], ...]) -> int:
+        return min((failing(conditions) for conditions in alternatives), default=0)
+
+    def failing(conditions: tuple[Condition, ...]) -> int:
+        return sum(not holds(condition, call) for condition in conditions)
+
+    return fewest(rule.sources) + fewest(rule.operations) + failing(rule.conditions)
+
+
+def selects(policy: Authorization, call: Call) -> bool:
     if policy.workloads is not None:
         return call.workload in policy.workloads
     return policy.namespace in ("", call.workload.split("/")[0])
@@ -71,17 +83,17 @@ def _selects(policy: Authorization, call: Call) -> bool:
 def _matches(rule: Rule, call: Call) -> bool:
     def one_of(alternatives: tuple[tuple[Condition, ...], ...]) -> bool:
         return not alternatives or any(
-            all(_holds(condition, call) for condition in conditions) for conditions in alternatives
+            all(holds(condition, call) for condition in conditions) for conditions in alternatives
         )
 
     return (
         one_of(rule.sources)
         and one_of(rule.operations)
-        and all(_holds(condition, call) for condition in rule.conditions)
+        and all(holds(condition, call) for condition in rule.conditions)
     )
 
 
-def _holds(condition: Condition, call: Call) -> bool:
+def holds(condition: Condition, call: Call) -> bool:
     def fits(pattern: str) -> bool:
         return _fits(condition.attribute, pattern, call)
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import typing
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.admin import Metrics, Status, server
+from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Configuration, Documents
 from nodeagent.admin.model import (
     SCHEMA,
     CertificateReport,
@@ -25,6 +27,9 @@ from nodeagent.admin.model import (
     Problem,
     ZtunnelReport,
 )
+from nodeagent.api import Document
+from support import conformance
+from support.resources import identities, read, service
 from ztunnel import protocol
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -71,6 +76,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.lacking: tuple[str, ...] = ()
         self.reason = ""
+        self.documents: Configuration | None = None
         self._metrics = Metrics("1", lambda: picture(self.lacking))
 
     async def status(self) -> Status:
@@ -93,6 +99,9 @@ class FakeBackend:
                 "default/a", protocol.Mode.STRICT, "x", {80: protocol.Mode.DISABLE}
             ),
         )
+
+    def configuration(self) -> Configuration | None:
+        return self.documents
 
 
 class Site:
@@ -194,6 +203,47 @@ def test_config_dump_holds_no_key(tmp_path: Path) -> None:
     run(test, tmp_path)
 
 
+def configuration() -> Configuration:
+    """Every document of the conformance table, and of other kinds, as the daemon serves them."""
+    further = read(
+        service("shop/pay", endpoints=[{"address": "10.0.0.1"}]), identities("shop/s", "td/x")
+    )
+    documents = [*conformance.workloads(), *further]
+    for found in conformance.scenarios().values():
+        for scenario in found:
+            documents += conformance.load_policies(scenario).documents
+    return Configuration(
+        schema=CONFIGURATION_SCHEMA,
+        source="/etc/x",
+        pending="",
+        problems=(),
+        node="n",
+        cluster="c",
+        trust_domain="td",
+        root_namespace="istio-system",
+        locality="",
+        node_addresses=("192.0.2.1",),
+        node_plaintext=True,
+        trusted=("td",),
+        documents=Documents.of(documents),
+    )
+
+
+def test_the_documents_in_force_come_back_as_they_are(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        assert (await site.get("/configuration", unix=True))[0] == 503
+        site.backend.documents = configuration()
+        code, body = await site.get("/configuration", unix=True)
+        assert code == 200
+        found = msgspec.json.decode(body, type=Configuration)
+        assert found == site.backend.documents
+        kinds = {type(document) for document in found.documents.all()}
+        assert kinds == set(typing.get_args(Document))
+        assert all(document.origin.line for document in found.documents.all())
+
+    run(test, tmp_path)
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "127.0.0.1.evil.example:15000", "", "localhost@x"]
 )
@@ -229,6 +279,7 @@ def test_other_users_get_no_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     async def test(site: Site) -> None:
         assert (await site.get("/status"))[0] == 403
         assert (await site.get("/config_dump"))[0] == 403
+        assert (await site.get("/configuration"))[0] == 403
         assert (await site.get("/metrics"))[0] == 200
         assert (await site.get("/status", unix=True))[0] == 200
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from nodeagent.admin import AdminServer
+from nodeagent.admin import AdminServer, Configuration
 from nodeagent.admin.model import (
     SCHEMA,
     AuthorizationReport,
@@ -195,6 +195,9 @@ class Backend:
 
     def resources(self) -> tuple[protocol.Resource, ...]:
         return ()
+
+    def configuration(self) -> Configuration | None:
+        return None
 
 
 def invoke(tmp_path: Path, answer: Status, *arguments: str) -> Result:

@@ -8,7 +8,7 @@ grammars of addresses and SPIFFE IDs.
 
 `conditions` reads single patterns, `rules` whole rules; `index` finds those that match among very
 many, `scopes` knows which count for a workload and carries both from change to change, `decide`
-draws the conclusion.
+draws the conclusion; `explain`, which the daemon does not load, says how it came about.
 """
 
 from ztunnel.policy.conditions import Facts, facts

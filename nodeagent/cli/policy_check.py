@@ -1,0 +1,106 @@
+"""`nodeagent policy check`: would the agent take these documents?
+
+This module owns the command's options and the words of the answer. It promises that a file is
+judged exactly as the agent judges it, all files together; that every finding names its file, line
+and field; the same exit code in every output form; and that nothing is changed. It may not talk to
+a daemon.
+
+Exit codes: 0, all documents would be in force as they stand; 1, at least one would not, or refers
+to what is not there; 2, wrong usage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import click
+import msgspec
+
+from nodeagent import mesh, offline
+from nodeagent.api import ConfigError
+from nodeagent.cli import RefusedInputError
+from nodeagent.cli.policy import many, settings_of, settings_option, write_json
+from nodeagent.settings import Settings
+
+__all__ = ["check"]
+
+SCHEMA: Final = 1
+"""Of the JSON: fields are only added."""
+
+EXIT_FINDING: Final = 1
+
+
+class _Finding(msgspec.Struct, frozen=True):
+    """What is wrong where; `line` and `column` count from 1, and are 0 for a whole file."""
+
+    file: str
+    line: int
+    column: int
+    field: str
+    reason: str
+
+
+class _Report(msgspec.Struct, frozen=True):
+    files: int
+    documents: int
+    errors: tuple[_Finding, ...]
+    warnings: tuple[str, ...]
+    schema: int = SCHEMA
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@settings_option
+@click.option(
+    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
+)
+def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> None:
+    """Validate documents: would the agent take them, and what would have no effect?
+
+    FILE is a file, a directory (its *.yaml, *.yml and *.json), or - for standard input. All of them
+    are read as one configuration: two documents that fight over a name are found in two files too.
+
+    \b
+    Exit codes: 0 every document would be in force; 1 an error, or a reference that leads nowhere;
+    2 wrong usage. Warnings alone are no error.
+    """
+    report = _check(files, settings_of(settings_file))
+    if output == "json":
+        write_json(report)
+    else:
+        _print(report)
+    sys.exit(EXIT_FINDING if report.errors else 0)
+
+
+def _check(names: Sequence[str], settings: Settings) -> _Report:
+    try:
+        found = offline.read(names, settings.node)
+    except offline.NoFilesError as error:
+        raise RefusedInputError(str(error)) from None
+    # For the workloads of all nodes: a file is written for the mesh.
+    built = mesh.build(found.documents, settings, everywhere=True)
+    errors = dict.fromkeys((*found.errors, *built.problems))
+    return _Report(
+        files=found.files,
+        documents=len(found.documents),
+        errors=tuple(
+            _Finding(each.file, each.line, each.column, each.field, each.reason) for each in errors
+        ),
+        warnings=tuple(dict.fromkeys((*found.warnings, *built.warnings))),
+    )
+
+
+def _print(report: _Report) -> None:
+    for found in report.errors:
+        error = ConfigError(found.file, found.line, found.column, found.field, found.reason)
+        click.echo(f"error: {error}")
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}")
+    verdict = "would not be taken as they are" if report.errors else "would be in force"
+    click.echo(
+        f"{many(report.documents, 'document')} in {many(report.files, 'file')}: {verdict}; "
+        f"{many(len(report.errors), 'error')}, {many(len(report.warnings), 'warning')}"
+    )

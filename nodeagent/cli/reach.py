@@ -1,0 +1,129 @@
+"""The way from a command to the running daemon, over its admin socket.
+
+This module owns one HTTP request on a unix socket and what can go wrong with it. It promises that
+every failure says its cause and what to do, and that neither a silent daemon nor an endless answer
+keeps a command for ever. It may not know what is asked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+from pathlib import Path
+from typing import Final, TypeVar
+
+import click
+import msgspec
+
+from nodeagent.api import ConfigError
+from nodeagent.rundir import ADMIN_SOCKET
+from nodeagent.settings import Settings, load_settings
+
+__all__ = ["EXIT_UNREACHABLE", "UnreachableError", "get", "report", "run_directory"]
+
+EXIT_UNREACHABLE: Final = 3
+
+ANSWER_SECONDS: Final = 10.0
+"""The daemon itself waits at most a few seconds for ztunnel's part."""
+
+A = TypeVar("A")
+
+
+class UnreachableError(Exception):
+    """The daemon did not answer; the message is the cause, `remedy` what to do."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause)
+        self.remedy = remedy
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ANSWER_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(ANSWER_SECONDS)
+        self.sock.connect(os.fspath(self._path))
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int
+
+
+def get(directory: Path, resource: str, kind: type[A], schema: int, most: int) -> A:
+    """Ask the daemon of a run directory for `resource`, a JSON document with a `schema`.
+
+    `most` is how many bytes the answer may have. Raises UnreachableError.
+    """
+    body = _request(directory / ADMIN_SOCKET, resource, most)
+    try:
+        spoken = msgspec.json.decode(body, type=_SchemaOnly).schema
+        if spoken != schema:
+            what = resource.strip("/")
+            raise UnreachableError(
+                f"the daemon speaks {what} schema {spoken}, this command {schema}",
+                "use the nodeagent command of the daemon's own release",
+            )
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UnreachableError(
+            f"nodeagent's answer is not understood: {error}",
+            "use the nodeagent command of the daemon's own release",
+        ) from error
+
+
+def _request(path: Path, resource: str, most: int) -> bytes:
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", resource)
+        response = connection.getresponse()
+        body = response.read(most + 1)
+    except FileNotFoundError as error:
+        raise UnreachableError(
+            f"nodeagent does not run here: no {path}",
+            "start it (systemctl start nodeagent), or name its run directory with --run-dir",
+        ) from error
+    except PermissionError as error:
+        raise UnreachableError(f"{path}: permission denied", "run this command as root") from error
+    except ConnectionRefusedError as error:
+        raise UnreachableError(
+            f"nodeagent has stopped without cleaning up: nobody listens on {path}",
+            "journalctl -u nodeagent; systemctl start nodeagent",
+        ) from error
+    except TimeoutError as error:
+        raise UnreachableError(
+            f"nodeagent did not answer within {ANSWER_SECONDS:g} s",
+            "journalctl -u nodeagent; systemctl restart nodeagent (connections stay)",
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise UnreachableError(f"{path}: {error}", "journalctl -u nodeagent") from error
+    finally:
+        connection.close()
+    if response.status != http.HTTPStatus.OK or len(body) > most:
+        raise UnreachableError(
+            f"nodeagent answered {response.status}: {body[:200].decode(errors='replace').strip()}",
+            "journalctl -u nodeagent",
+        )
+    return body
+
+
+def report(error: UnreachableError) -> None:
+    """Say on standard error why the daemon did not answer, and what to do."""
+    click.echo(f"error: {error}\n  do: {error.remedy}", err=True)
+
+
+def run_directory(run_dir: Path | None, settings_file: Path | None) -> Path:
+    """Return the daemon's run directory by the options of a command, one of them at most."""
+    if run_dir is not None and settings_file is not None:
+        raise click.UsageError("--run-dir and --settings exclude each other")
+    if run_dir is not None:
+        return run_dir
+    if settings_file is None:
+        return Settings().run_dir
+    try:
+        return load_settings(settings_file).run_dir
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error

@@ -1,0 +1,98 @@
+"""Files, directories and standard input as one configuration.
+
+This module owns the reading of what a person names on a command line. It promises that each file is
+judged by the agent's own loader, and all of them together for conflicts, as the agent would; that
+every error names its file; and that no file is read further than the loader's limit. It may not say
+what the documents mean.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from nodeagent import api
+from nodeagent.api import ConfigError, Document
+
+__all__ = ["STDIN", "Documents", "NoFilesError", "read", "read_bytes"]
+
+STDIN: Final = "-"
+
+SUFFIXES: Final = (".yaml", ".yml", ".json")
+"""Of the files of a directory, as the agent reads its own."""
+
+MOST_BYTES: Final = 1024 * 1024 + 1
+"""Bytes read of one file: one more than the reader of documents accepts, so that it says so."""
+
+
+class NoFilesError(Exception):
+    """A directory holds no documents, or cannot be read: a mistake, and no empty configuration."""
+
+
+class Documents(msgspec.Struct, frozen=True):
+    """What so many `files` hold together. With any error they are no configuration."""
+
+    files: int
+    documents: tuple[Document, ...]
+    errors: tuple[ConfigError, ...]
+    warnings: tuple[str, ...]
+
+
+def read(names: Sequence[str], node: str) -> Documents:
+    """Return what the files hold: paths, directories, or STDIN. `node` is the node's name.
+
+    Raises NoFilesError.
+    """
+    files = _expand(names)
+    documents: list[Document] = []
+    errors: dict[ConfigError, None] = {}
+    warnings: dict[str, None] = {}
+    for name in files:
+        shown = "standard input" if name == STDIN else name
+        try:
+            loaded = api.load(read_bytes(name), shown, node)
+        except (OSError, ValueError) as error:
+            # ValueError: a name that no file can have, such as one with a NUL.
+            reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            errors[ConfigError(shown, 0, 0, "", reason)] = None
+            continue
+        documents += loaded.documents
+        errors.update(dict.fromkeys(loaded.errors))
+        warnings.update(dict.fromkeys(map(str, loaded.warnings)))
+    errors.update(dict.fromkeys(api.own_conflicts(documents, node)))
+    return Documents(len(files), tuple(documents), tuple(errors), tuple(warnings))
+
+
+def _expand(names: Sequence[str]) -> list[str]:
+    """Return the files that are meant, each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        if name == STDIN or not path.is_dir():
+            found[name] = None
+            continue
+        try:
+            entries = sorted(path.iterdir())
+        except OSError as error:
+            raise NoFilesError(f"{name} cannot be read: {error.strerror or error}") from None
+        inside = [
+            str(entry)
+            for entry in entries
+            if entry.suffix in SUFFIXES and not entry.name.startswith(".")
+        ]
+        if not inside:
+            raise NoFilesError(f"{name} holds no file that ends in {', '.join(SUFFIXES)}")
+        found.update(dict.fromkeys(inside))
+    return list(found)
+
+
+def read_bytes(name: str) -> bytes:
+    """Return what a file or STDIN holds, MOST_BYTES at most. Raises OSError, ValueError."""
+    if name == STDIN:
+        return sys.stdin.buffer.read(MOST_BYTES)
+    with Path(name).open("rb") as stream:
+        return stream.read(MOST_BYTES)

@@ -1,0 +1,167 @@
+"""A configuration, ready to be asked: what would become of a connection to any of its workloads?
+
+This module owns the evaluator. It promises verdicts that are ztunnel's own, on a state that ztunnel
+itself has taken, for every workload of the mesh and not only for those of one node; and that it
+says so where nobody judges. It is pure: values in, values out.
+
+Each node judges by its own settings. Here those of one node stand for all of them, which matters
+for `node_plaintext` and the trust domain only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from nodeagent import mesh, policy
+from nodeagent.api import Document, PeerAuthentication
+from nodeagent.mesh import MeshState
+from nodeagent.policy import Level
+from nodeagent.settings import Settings, for_tunnel
+from ztunnel import address, state
+from ztunnel.authorize import Request, Verdict, authorize
+from ztunnel.policy import facts
+from ztunnel.policy.explain import Trace, trace
+from ztunnel.policy.scopes import Kind
+from ztunnel.protocol import Action, Authorization, DataPlane, Mode, TrustBundle, Workload
+from ztunnel.spiffe import SpiffeId
+from ztunnel.state import LocalPod, State
+
+__all__ = ["ModeInForce", "Offline", "UnusableError"]
+
+
+class UnusableError(Exception):
+    """The tunnel would refuse this configuration as a whole; the message says why."""
+
+
+class ModeInForce(msgspec.Struct, frozen=True):
+    """The mutual TLS mode of a port, where it comes from, and the PeerAuthentication behind it."""
+
+    mode: Mode
+    level: Level
+    origin: str
+
+
+class Offline:
+    """Made by `of`. Workloads are named by their uids, "namespace/name"."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        found: MeshState,
+        told: State,
+        levels: Mapping[str, Level],
+    ) -> None:
+        self.settings = settings
+        self.mesh = found
+        self.state = told
+        self._levels = levels
+
+    @classmethod
+    def of(
+        cls, documents: Iterable[Document], settings: Settings, trusted: Iterable[str] = ()
+    ) -> Offline:
+        """Return the evaluator of `documents`. Raises UnusableError.
+
+        `trusted` are the trust domains whose roots the node holds, beside its own.
+        """
+        known = tuple(documents)
+        found = mesh.build(known, settings, everywhere=True)
+        resources, _ = mesh.diff(None, found)
+        domains = sorted({settings.trust_domain, *trusted})
+        bundles = tuple(TrustBundle(domain, ()) for domain in domains)
+        change = state.Change(1, True, (*resources, *bundles), (), for_tunnel(settings))
+        try:
+            told = state.apply(state.EMPTY, change)
+        except state.StateError as error:
+            raise UnusableError(str(error)) from None
+        levels = {
+            policy.origin_of(each): level
+            for each in known
+            if isinstance(each, PeerAuthentication)
+            and (level := policy.level_of(each, settings.root_namespace)) is not None
+        }
+        return cls(settings, found, told, levels)
+
+    @property
+    def workloads(self) -> Mapping[str, Workload]:
+        return self.state.workloads
+
+    def workload_at(self, packed: bytes) -> Workload | None:
+        """Return the workload that has this address (`ztunnel.address.pack`)."""
+        return self.state.workload_at(packed)
+
+    def judged(self, uid: str) -> bool:
+        """Return whether any agent judges who calls this workload: whether it is in the mesh."""
+        workload = self.workloads.get(uid)
+        return workload is not None and workload.data_plane is DataPlane.HBONE
+
+    def judge(
+        self,
+        uid: str,
+        port: int,
+        identity: SpiffeId | None,
+        source: bytes,
+        destination: bytes | None = None,
+    ) -> Verdict | None:
+        """Return the verdict on a connection to a workload, None if nobody judges it.
+
+        `identity` is None for plaintext. `source` is the caller's address, `destination` the one
+        that it calls, by default the workload's first, both packed (`ztunnel.address`).
+        """
+        request = self._request(uid, port, identity, source, destination)
+        return None if request is None else authorize(self.state, request)
+
+    def trace(
+        self,
+        uid: str,
+        port: int,
+        identity: SpiffeId | None,
+        source: bytes,
+        destination: bytes | None = None,
+    ) -> Trace:
+        """Return how AuthorizationPolicy comes to its part of the verdict. Arguments as `judge`."""
+        to = self._destination(uid) if destination is None else destination
+        return trace(self.state.scopes.of(uid), facts(identity, source, to, port))
+
+    def closing(self, uid: str) -> tuple[Authorization, ...]:
+        """Return the ALLOW policies that close a workload to whoever none of them names, by uid."""
+        wanted = Kind(Action.ALLOW, dry_run=False)
+        found = [
+            policy
+            for group in self.state.scopes.of(uid)
+            if wanted in group.indexes
+            for policy in group.indexes[wanted].policies.values()
+        ]
+        return tuple(sorted(found, key=lambda policy: policy.uid))
+
+    def mode(self, uid: str, port: int) -> ModeInForce | None:
+        """Return the mode in force for a port of a workload, None if nobody judges it."""
+        found = self.state.policies.get(uid)
+        if found is None:
+            return None
+        if port in found.port_modes:
+            return ModeInForce(found.port_modes[port], Level.PORT, found.port_origins[port])
+        level = self._levels.get(found.origin, Level.DEFAULT)
+        return ModeInForce(found.mode, level, found.origin)
+
+    def _request(
+        self,
+        uid: str,
+        port: int,
+        identity: SpiffeId | None,
+        source: bytes,
+        destination: bytes | None,
+    ) -> Request | None:
+        if not self.judged(uid):
+            return None
+        packed = frozenset(map(address.pack, self.workloads[uid].addresses))
+        pod = LocalPod(uid, uid, packed, 0)
+        to = self._destination(uid) if destination is None else destination
+        return Request(pod, identity, source, to, port)
+
+    def _destination(self, uid: str) -> bytes:
+        """Return the first address of a workload; what is no address if it has lost all."""
+        addresses = self.workloads[uid].addresses
+        return address.pack(addresses[0]) if addresses else address.ANY

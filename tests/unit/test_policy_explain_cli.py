@@ -1,0 +1,458 @@
+"""`nodeagent policy explain`: what it says, and with which exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from nodeagent.admin import AdminServer, Configuration, Status
+from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
+from nodeagent.cli import cli
+from nodeagent.cli.policy_explain_view import WIDTH
+from support.resources import read
+from ztunnel import protocol
+
+MESH = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: web
+  namespace: shop
+  labels: {app: web}
+  annotations: {nodeagent.io/netns: web}
+spec: {address: 10.1.0.2, serviceAccount: web}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: pay
+  namespace: shop
+  labels: {app: pay}
+  annotations: {nodeagent.io/netns: "other:pay", nodeagent.io/addresses: "fd00::3"}
+spec: {address: 10.1.0.3, serviceAccount: pay}
+---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: legacy, namespace: shop}
+spec: {address: 10.1.0.9}
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: pay, namespace: shop}
+spec:
+  hosts: [pay.shop.example]
+  addresses: [10.9.0.1]
+  ports: [{number: 80, name: http, targetPort: 8080}]
+  resolution: STATIC
+  location: MESH_INTERNAL
+  workloadSelector: {labels: {app: pay}}
+"""
+CALLERS = """\
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: callers, namespace: shop}
+spec:
+  selector: {matchLabels: {app: pay}}
+  rules:
+  - from: [{source: {principals: ["cluster.local/ns/shop/sa/till"]}}]
+    to: [{operation: {ports: ["443"]}}]
+  - from: [{source: {principals: ["cluster.local/ns/shop/sa/web"]}}]
+    to: [{operation: {ports: ["443", "8443"]}}]
+"""
+DENY = """\
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: no-web, namespace: shop}
+spec:
+  action: DENY
+  rules:
+  - from: [{source: {namespaces: [shop]}}]
+    to: [{operation: {ports: ["443"], methods: [GET]}}]
+"""
+STRICT = """\
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: shop}
+spec: {mtls: {mode: STRICT}}
+"""
+
+
+def explain(*arguments: str, given: str = "") -> Result:
+    return CliRunner().invoke(cli, ["policy", "explain", *arguments], input=given)
+
+
+def told(*arguments: str, given: str) -> dict[str, Any]:
+    result = explain(*arguments, "-o", "json", given=given)
+    assert result.stdout, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found["schema"] == 1
+    assert result.exit_code == (0 if found["allowed"] else 1)
+    return found
+
+
+def test_a_default_deny_names_its_policies_and_the_nearest_rule() -> None:
+    result = explain("shop/web", "shop/pay:8080", "-", given=MESH + STRICT + CALLERS)
+    assert result.exit_code == 1
+    assert (
+        result.stdout
+        == """\
+shop/web -> shop/pay:8080: REFUSED
+  by       default deny, no rule of the ALLOW policy for it matches
+           - shop/callers (standard input:40)
+  caller   spiffe://cluster.local/ns/shop/sa/web from 10.1.0.2, HBONE
+  to       shop/pay at 10.1.0.3:8080, shop/pay at [fd00::3]:8080
+  class    identity_not_allowed: with identity, but not an allowed one
+  mTLS     STRICT, set for the namespace by shop/default (standard input:35)
+  config   1 file
+
+ALLOW, 1 policy, the nearest rule first:
+  shop/callers rules[1] (standard input:48): 1 condition short
+    to destination.port: wants 443 or 8443; is 8080
+  shop/callers rules[0] (standard input:46): 2 conditions short
+    from source.principal: wants cluster.local/ns/shop/sa/till; is
+      cluster.local/ns/shop/sa/web
+    to destination.port: wants 443; is 8080
+
+Without its identity (plaintext): REFUSED: strict_requires_mtls, shop/default
+  (standard input:35): plaintext refused: PeerAuthentication says STRICT; is the
+  client in the mesh?
+"""
+    )
+
+
+def test_a_deny_rule_decides_and_says_what_it_left_unread() -> None:
+    found = told("shop/web", "shop/pay:443", "-", given=MESH + CALLERS + DENY)
+    (answer,) = found["answers"]
+    assert answer["by"] == {
+        "name": "shop/no-web rules[0]",
+        "file": "standard input",
+        "line": 52,
+        "text": "shop/no-web rules[0] (standard input:52)",
+    }
+    assert (answer["reason"], answer["client"]) == ("policy_denied", "identity_not_allowed")
+    decided = [rule for rule in answer["rules"] if rule["decided"]]
+    assert [rule["unread"] for rule in decided] == [["methods"]]
+    text = explain("shop/web", "shop/pay:443", "-", given=MESH + CALLERS + DENY).stdout
+    assert "without methods (not read at layer 4)" in " ".join(text.split())
+    assert text.index("\nDENY, 1 policy") < text.index("\nALLOW, 1 policy")
+
+
+def test_an_allow_rule_decides() -> None:
+    result = explain("shop/web", "shop/pay:8443", "-", given=MESH + CALLERS)
+    assert result.exit_code == 0
+    assert "shop/web -> shop/pay:8443: ALLOWED\n" in result.stdout
+    assert "by       ALLOW shop/callers rules[1] (standard input:43)" in result.stdout
+    assert "mTLS     PERMISSIVE, no PeerAuthentication sets it" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "source, destination, allowed, way",
+    [
+        ("shop/web", "shop/pay:80", True, "hbone"),
+        ("10.1.0.2", "shop/pay:80", True, "hbone"),
+        ("spiffe://cluster.local/ns/shop/sa/web", "shop/pay:80", True, "hbone"),
+        ("cluster.local/ns/shop/sa/web", "shop/pay:80", True, "hbone"),
+        ("spiffe://cluster.local/ns/far/sa/nobody", "shop/pay:80", True, "hbone"),
+        ("spiffe://other.example/ns/shop/sa/web", "shop/pay:80", False, "hbone"),
+        ("shop/legacy", "shop/pay:80", False, "plaintext"),
+        ("192.0.2.1", "shop/pay:80", False, "plaintext"),
+        ("plaintext", "shop/pay:80", False, "plaintext"),
+        ("shop/web", "pay.shop.example:80", True, "hbone"),
+        ("shop/web", "shop/pay.shop.example:80", True, "hbone"),
+        ("shop/web", "10.9.0.1:80", True, "hbone"),
+        ("shop/web", "10.1.0.3:80", True, "hbone"),
+        ("shop/web", "[fd00::3]:80", True, "hbone"),
+        ("shop/web", "shop/legacy:80", True, "plaintext"),
+        ("shop/web", "shop/pay:15008", False, "hbone"),
+    ],
+)
+def test_whoever_and_whatever_can_be_named(
+    source: str, destination: str, allowed: bool, way: str
+) -> None:
+    found = told(source, destination, "-", given=MESH + STRICT)
+    assert found["allowed"] is allowed
+    assert {answer["way"] for answer in found["answers"]} == {way}
+
+
+def test_a_service_leads_to_its_workloads_on_their_ports() -> None:
+    (answer,) = told("shop/web", "10.9.0.1:80", "-", given=MESH)["answers"]
+    assert answer["destinations"] == [{"workload": "shop/pay", "address": "10.1.0.3", "port": 8080}]
+
+
+def test_who_is_outside_the_mesh_is_not_judged() -> None:
+    result = explain("shop/web", "shop/legacy:80", "-", given=MESH + STRICT)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("shop/web -> shop/legacy:80: NOT JUDGED\n")
+
+
+def test_the_callers_identity_can_be_taken_away() -> None:
+    found = told("--plaintext", "shop/web", "shop/pay:80", "-", given=MESH + STRICT)
+    (answer,) = found["answers"]
+    assert (answer["reason"], answer["client"]) == ("strict_requires_mtls", "without_identity")
+    assert answer["by"]["name"] == "shop/default"
+    assert answer["asked_policy"] is False
+    assert found["without_identity"] == []
+
+
+def test_a_further_trust_domain_can_be_trusted() -> None:
+    stranger = "spiffe://other.example/ns/shop/sa/web"
+    assert not told(stranger, "shop/pay:80", "-", given=MESH)["allowed"]
+    assert told("--trust", "other.example", stranger, "shop/pay:80", "-", given=MESH)["allowed"]
+
+
+BY_ADDRESS = DENY.replace("namespaces: [shop]", "ipBlocks: [192.0.2.0/24]")
+
+
+def test_an_address_that_the_answer_depends_on_must_be_given() -> None:
+    result = explain("plaintext", "shop/pay:443", "-", given=MESH + BY_ADDRESS)
+    assert result.exit_code == 2
+    assert "shop/no-web rules[0] (standard input:41)" in result.stderr
+    assert "--from-address" in result.stderr
+    asked = ("--from-address", "192.0.2.7", "plaintext", "shop/pay:443", "-")
+    assert not told(*asked, given=MESH + BY_ADDRESS)["allowed"]
+
+
+def test_addresses_of_one_workload_that_are_judged_differently_are_told_apart() -> None:
+    policy = DENY.replace(
+        '  - from: [{source: {namespaces: [shop]}}]\n    to: [{operation: {ports: ["443"], '
+        "methods: [GET]}}]\n",
+        '  - when: [{key: destination.ip, values: ["fd00::3"]}]\n',
+    )
+    found = told("shop/web", "shop/pay:80", "-", given=MESH + policy)
+    assert [(each["allowed"], each["destinations"][0]["address"]) for each in found["answers"]] == [
+        (True, "10.1.0.3"), (False, "fd00::3"),
+    ]  # fmt: skip
+    text = explain("shop/web", "shop/pay:80", "-", given=MESH + policy)
+    assert text.exit_code == 1
+    assert text.stdout.count("shop/web -> shop/pay:80: ") == 2
+
+
+def test_dry_runs_and_audits_are_told() -> None:
+    tried = CALLERS.replace(
+        "namespace: shop}\nspec:\n  selector",
+        'namespace: shop, annotations: {istio.io/dry-run: "true"}}\nspec:\n  selector',
+    )
+    audit = DENY.replace("action: DENY", "action: AUDIT").replace('"443"', '"80"')
+    found = told("shop/web", "shop/pay:80", "-", given=MESH + tried + audit)
+    (answer,) = found["answers"]
+    assert answer["allowed"]
+    assert answer["dry_run"]["allowed"] is False
+    assert [each["rule"]["name"] for each in answer["audits"]] == ["shop/no-web rules[0]"]
+    text = explain("shop/web", "shop/pay:80", "-", given=MESH + tried + audit).stdout
+    assert "audit    marked by shop/no-web rules[0]" in text
+    assert "dry run  would be REFUSED by default deny" in text
+    assert "2 conditions short (dry run)" in text
+
+
+def test_rules_that_no_tunnel_is_told_are_not_forgotten() -> None:
+    layer7 = CALLERS.replace('["443"]', '["443"], paths: [/pay]')
+    (answer,) = told("shop/web", "shop/pay:80", "-", given=MESH + layer7)["answers"]
+    assert [each["rule"]["name"] for each in answer["left_out"]] == ["shop/callers rules[0]"]
+    text = explain("shop/web", "shop/pay:80", "-", given=MESH + layer7).stdout
+    assert "Left out:\n  shop/callers rules[0]" in text
+    unresolved = CALLERS.replace("cluster.local/ns/shop/sa/web", "set:friends")
+    result = explain("shop/web", "shop/pay:80", "-", given=MESH + unresolved)
+    assert "identity set shop/friends does not exist" in " ".join(result.stdout.split())
+    assert "closed until it is mended: standard input:43:" in result.stderr
+
+
+def test_a_policy_without_rules_lets_nobody_in() -> None:
+    nobody = CALLERS.partition("spec:")[0] + "spec: {}\n"
+    result = explain("shop/web", "shop/pay:80", "-", given=MESH + nobody)
+    assert result.exit_code == 1
+    assert "shop/callers (standard input:35): has no rule that could match" in result.stdout
+
+
+def test_lines_have_eighty_columns_as_far_as_names_allow() -> None:
+    for arguments in (("shop/web", "shop/pay:8080"), ("plaintext", "shop/pay:8080")):
+        result = explain(*arguments, "-", given=MESH + STRICT + CALLERS + DENY)
+        assert max(map(len, result.stdout.splitlines())) <= WIDTH
+
+
+def many(count: int) -> str:
+    rules = "\n".join(
+        f"  - from: [{{source: {{principals: [cluster.local/ns/shop/sa/a{number}]}}}}]"
+        for number in range(count)
+    )
+    return CALLERS.partition("  rules:")[0] + f"  rules:\n{rules}\n"
+
+
+def test_very_many_rules_are_counted_and_not_shown() -> None:
+    given = MESH + many(3000)
+    result = explain("shop/web", "shop/pay:80", "-", given=given)
+    assert result.exit_code == 1
+    assert "  and 2995 more, none of them nearer: --all shows them\n" in result.stdout
+    assert len(result.stdout.splitlines()) < 40
+    everything = explain("--all", "shop/web", "shop/pay:80", "-", given=given)
+    assert everything.stdout.count("1 condition short") == 3000
+
+
+def test_a_long_list_is_cut_short() -> None:
+    values = ", ".join(f'"cluster.local/ns/shop/sa/a{number}"' for number in range(2000))
+    policy = CALLERS.replace('"cluster.local/ns/shop/sa/web"', values)
+    result = explain("shop/web", "shop/pay:443", "-", given=MESH + policy)
+    assert "or 1996 more" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("shop/wep", "shop/pay:80"), "did you mean shop/web"),
+        (("shop/web", "shop/pya:80"), "did you mean shop/pay"),
+        (("shop/web", "shop/pay"), "names no port"),
+        (("shop/web", "shop/pay:http"), "no port"),
+        (("shop/web", "shop/pay:0"), "no port"),
+        (("shop/web", "shop/pay:70000"), "no port"),
+        (("shop/web", "fd00::3:80"), "[ADDRESS]:PORT"),
+        (("shop/web", "192.0.2.9:80"), "outside the mesh"),
+        (("shop/web", "10.9.0.1:81"), "it has 80"),
+        (("shop/web", "pay.shop.example:81"), "it has 80"),
+        (("spiffe://UPPER/x", "shop/pay:80"), "not a SPIFFE ID"),
+        (("spiffe://a/b\n", "shop/pay:80"), "not a SPIFFE ID"),
+        (("", "shop/pay:80"), "is no workload"),
+        (("x" * 10_000, "shop/pay:80"), "is no workload"),
+        (("--from-address", "shop/web", "plaintext", "shop/pay:80"), "is no IP address"),
+        (("--run-dir", "/x", "shop/web", "shop/pay:80"), "--run-dir"),
+    ],
+)
+def test_a_question_that_cannot_be_asked(arguments: tuple[str, ...], said: str) -> None:
+    result = explain(*arguments, "-", given=MESH)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert len(result.stderr) < 1000
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a: [", "standard input:2:1: not YAML"),
+        (MESH.replace("spec: {address: 10.1.0.9}", "spec: {adress: 10.1.0.9}"), "unknown field"),
+        (MESH + MESH.partition("---")[0].join(("---\n", "")), "already taken"),
+        ("a: " + "[" * 40 + "]" * 40, "nested deeper than"),
+        ("#" * (2 << 20), "split the file"),
+        ("\x00", "not allowed"),
+    ],
+)
+def test_a_configuration_with_errors_decides_nothing(text: str, said: str) -> None:
+    result = explain("shop/web", "shop/pay:80", "-", given=text)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert "policy check" in result.stderr
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = explain("shop/web", "shop/pay:80", str(tmp_path / "nowhere.yaml"))
+    assert missing.exit_code == 2
+    assert "nowhere.yaml: cannot be read" in missing.stderr
+    empty = explain("shop/web", "shop/pay:80", str(tmp_path))
+    assert empty.exit_code == 2
+    assert "holds no file" in empty.stderr
+
+
+# --- the running agent ---------------------------------------------------------------------------
+
+
+class Backend:
+    def __init__(self, found: Configuration | None) -> None:
+        self.found = found
+
+    async def status(self) -> Status:
+        raise NotImplementedError
+
+    async def missing(self) -> tuple[str, ...]:
+        return ()
+
+    def stuck(self) -> str:
+        return ""
+
+    def metrics(self) -> bytes:
+        return b""
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        return ()
+
+    def configuration(self) -> Configuration | None:
+        return self.found
+
+
+def of_agent(tmp_path: Path, found: Configuration | None, *arguments: str) -> Result:
+    async def main() -> Result:
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(tmp_path / "admin.sock"))
+        admin = AdminServer(Backend(found))
+        await admin.serve(listening)
+        try:
+            command = ["policy", *arguments, "--run-dir", str(tmp_path)]
+            return await asyncio.to_thread(CliRunner().invoke, cli, command)
+        finally:
+            await admin.close()
+
+    return asyncio.run(main())
+
+
+def configuration(pending: str = "", problems: tuple[str, ...] = ()) -> Configuration:
+    return Configuration(
+        schema=CONFIGURATION_SCHEMA,
+        source="/etc/nodeagent/mesh.d",
+        pending=pending,
+        problems=problems,
+        node="n1",
+        cluster="c",
+        trust_domain="cluster.local",
+        root_namespace="istio-system",
+        locality="",
+        node_addresses=(),
+        node_plaintext=False,
+        trusted=("cluster.local", "other.example"),
+        documents=Documents.of(read(MESH + CALLERS, file="/etc/nodeagent/mesh.d/shop.yaml")),
+    )
+
+
+def test_without_files_the_agent_is_asked_for_what_is_in_force(tmp_path: Path) -> None:
+    asked = ("explain", "shop/web", "shop/pay:8080")
+    result = of_agent(tmp_path, configuration(), *asked)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "- shop/callers (/etc/nodeagent/mesh.d/shop.yaml:35)" in result.stdout
+    assert "config   in force on n1" in result.stdout
+
+
+def test_what_the_agent_trusts_is_trusted(tmp_path: Path) -> None:
+    stranger = "spiffe://other.example/ns/shop/sa/web"
+    asked = ("explain", stranger, "shop/web:80")
+    assert of_agent(tmp_path, configuration(), *asked).exit_code == 0
+
+
+def test_what_is_not_in_force_yet_is_said(tmp_path: Path) -> None:
+    waiting = configuration("ztunnel is not connected", ("shop.yaml:1:1: bad",))
+    result = of_agent(tmp_path, waiting, "explain", "shop/web", "shop/pay:8080")
+    assert result.exit_code == 1
+    assert "note: ztunnel is not connected\n" in result.stderr
+    assert "note: not in force, an older version is: shop.yaml:1:1: bad\n" in result.stderr
+
+
+def test_an_agent_that_cannot_be_asked(tmp_path: Path) -> None:
+    asked = ("shop/web", "shop/pay:80", "--run-dir", str(tmp_path))
+    for output in ("text", "json"):
+        result = explain(*asked, "-o", output)
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "nodeagent does not run here" in result.stderr
+        assert "as FILE" in result.stderr
+    early = of_agent(tmp_path, None, "explain", "shop/web", "shop/pay:80")
+    assert early.exit_code == 3
+    assert "no configuration is in force yet" in early.stderr
+
+
+def test_help_says_what_there_is_to_know() -> None:
+    result = explain("--help")
+    assert result.exit_code == 0
+    for word in ("SRC", "DST:PORT", "FILE", "--plaintext", "--from-address", "Exit codes"):
+        assert word in result.stdout

@@ -18,10 +18,10 @@ from typing import Annotated, Final
 
 import msgspec
 
-from nodeagent import deadlines, limits
+from nodeagent import audit, deadlines, limits
 from nodeagent.api import Check, ConfigError, read_struct, values
 from ztunnel import protocol
-from ztunnel.protocol import Deadlines, Limits, SameNode
+from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode
 
 __all__ = ["LogFormat", "LogLevel", "Settings", "for_tunnel", "load_settings"]
 
@@ -123,6 +123,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     node_plaintext: bool | None = None
     deadlines: deadlines.Section | None = None
     limits: limits.Section | None = None
+    audit: audit.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +156,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     node_plaintext: bool = False
     deadlines: Deadlines = Deadlines()
     limits: Limits = Limits()
+    audit: AuditSettings = AuditSettings()
 
     def __post_init__(self) -> None:
         if self.ca_dir == Path():
@@ -170,6 +172,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     }
     given["deadlines"] = deadlines.resolve(found.deadlines)
     given["limits"] = limits.resolve(found.limits)
+    given["audit"] = audit.resolve(found.audit)
     settings = Settings(**given)
     try:
         _node(settings.node)
@@ -194,6 +197,7 @@ def for_tunnel(settings: Settings) -> protocol.Settings:
         settings.same_node,
         settings.limits,
         settings.node_plaintext,
+        settings.audit,
     )
 
 

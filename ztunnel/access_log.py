@@ -1,9 +1,8 @@
 """The access log: one line for each connection at its end, as text or JSON, never in the way.
 
-This module owns the forms of the line and its way to the file. It promises that `write` returns at
-once whatever the disk does (a bounded queue and one thread that formats and writes), that lines
-which found no room are counted and said, that no value can forge a line or a field (control
-characters and quotes are escaped), and that the file is reopened when asked, for logrotate. It may
+This module owns the forms of the line; its way to the file is `log_writer`'s. It promises that
+`write` returns at once whatever the disk does, that lines which found no room are counted and said,
+and that no value can forge a line or a field (control characters and quotes are escaped). It may
 not look anything up. What repeats from line to line is put together once (`_json_frame`,
 `_text_frame`): each line delays some connection on a busy node. Of connections that end as they
 should the core fills in the rest (`AccessLog.form`), and the lines come back ready (`put`).
@@ -20,36 +19,24 @@ same keys behind it:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
-import queue
-import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
-import structlog
 
 from ztunnel import labels as label_sets
 from ztunnel.labels import Labels
+from ztunnel.log_writer import File, Writer
 from ztunnel.reasons import NO_FLAG, RESPONSE_FLAGS, Reason
 
-__all__ = ["FIELDS", "AccessLog", "Form", "Line", "Sink", "json_line", "text_line"]
-
-_log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.access_log")
+__all__ = ["FIELDS", "AccessLog", "Form", "Line", "Sink", "json_line", "quoted", "text_line"]
 
 QUEUE_LINES: Final = 20_000
 """Lines that wait for the disk, about 1 KB each: two seconds at full connection rate. The data
 path never waits for them."""
-
-BATCH_LINES: Final = 500
-"""Lines after which a system call writes what has been taken."""
-
-STDOUT: Final = "-"
 
 SAME_NODE: Final = "direct"
 """Value of `same_node`, which only lines have of connections that went between two pods of this
@@ -131,7 +118,7 @@ def _timestamp(seconds: float) -> str:
 
 
 @functools.lru_cache(maxsize=MAX_FORMATTED)
-def _escaped(value: str) -> str:
+def quoted(value: str) -> str:
     """Return `value` in quotes, printable ASCII only, as JSON spells it (json leaves DEL as is)."""
     return json.dumps(value).replace("\x7f", "\\u007f")
 
@@ -151,7 +138,7 @@ class _Known(NamedTuple):
 def _known(labels: Labels) -> _Known:
     def some(keys: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
         found = ((key, label_sets.value(labels, name)) for key, name in keys)
-        return tuple((key, _escaped(value)) for key, value in found if value)
+        return tuple((key, quoted(value)) for key, value in found if value)
 
     security = label_sets.value(labels, "connection_security_policy") or label_sets.UNKNOWN
     mutual = security == label_sets.MUTUAL_TLS
@@ -173,10 +160,10 @@ def _known(labels: Labels) -> _Known:
                 ("dst.identity", "destination_principal"),
             )
         ),
-        _escaped(security),
-        _escaped(origin or "-"),
-        _escaped(destination or "-"),
-        _escaped(SAME_NODE) if label_sets.is_handed_over(labels) else "",
+        quoted(security),
+        quoted(origin or "-"),
+        quoted(destination or "-"),
+        quoted(SAME_NODE) if label_sets.is_handed_over(labels) else "",
     )
 
 
@@ -223,7 +210,7 @@ _JUDGED: Final = ("policy", "client", "audit_flag", "dry_run")
 
 def _judged(values: _Judged) -> list[tuple[str, str]]:
     """What was judged, escaped; without what is empty."""
-    return [(key, _escaped(value)) for key, value in zip(_JUDGED, values, strict=True) if value]
+    return [(key, quoted(value)) for key, value in zip(_JUDGED, values, strict=True) if value]
 
 
 def _repeats(line: Line) -> tuple[str, str, str, Labels, Reason, str, _Judged, bool]:
@@ -269,7 +256,7 @@ def _json_frame(
         after.append(("same_node", known.same_node))
     after += _judged(judged)
     if error:
-        after.append(("error", _escaped(error)))
+        after.append(("error", quoted(error)))
 
     def joined(fields: list[tuple[str, str]]) -> str:
         return _constant(",".join([f'"{key}":{value}' for key, value in fields]))
@@ -303,7 +290,7 @@ def _text_frame(
     keyed = " ".join(
         [f"{key}={value}" for key, value in _keyed(known, direction, destination, hbone)]
     )
-    head = f'"{kind} {hbone or destination}" {reason.value} {_escaped(error or "-")}'
+    head = f'"{kind} {hbone or destination}" {reason.value} {quoted(error or "-")}'
     tail = (
         f"mTLS_Origin: {known.mtls_origin} mTLS_Destination: {known.mtls_destination} "
         f"connection_security_policy={known.security}"
@@ -319,140 +306,56 @@ def text_line(line: Line, varying: _Varying | None = None, /) -> str:
     return frame % (own.time, own.received, own.sent, own.milliseconds, own.source)
 
 
-class _Ready(NamedTuple):
-    """Lines that are spelled already."""
-
-    text: bytes
-    lines: int
+_Given = Sequence[Line] | bytes
+"""Lines, or the text of lines that are spelled already."""
 
 
 class AccessLog:
     """Writes lines to `path` (STDOUT: standard output) on a thread of its own."""
 
     def __init__(self, path: str, form: Form, capacity: int = QUEUE_LINES) -> None:
-        self._path = path
+        """Raises OSError if the file cannot be opened."""
+        self.path = path
         self._form = form
-        self._queue: queue.SimpleQueue[Sequence[Line] | _Ready | None] = queue.SimpleQueue()
-        self._capacity = capacity
-        self._given = 0  # lines, by the thread that writes here
-        self._taken = 0  # lines, by the thread that formats
-        self._reopen = threading.Event()
-        self._descriptor = self._open()
-        self.written = 0
-        self.dropped = 0
+        self._writer: Writer[_Given] = Writer("access log", File(path), self._spelled, capacity)
+        self._writer.open()
+
+    @property
+    def written(self) -> int:
+        return self._writer.written
+
+    @property
+    def dropped(self) -> int:
         """Lines that found no room or could not be written."""
-        self._said = 0
-        self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
+        return sum(self._writer.lost.values())
 
     def start(self) -> None:
-        self._thread.start()
+        self._writer.start()
 
     def write(self, lines: Sequence[Line], /) -> None:
-        room = self._capacity - (self._given - self._taken)
+        room = self._writer.room
         if len(lines) > room:
-            self.dropped += len(lines) - room
+            self._writer.overflowed(len(lines) - room)
             lines = lines[:room]
         if lines:
-            self._given += len(lines)
-            self._queue.put(lines)
+            self._writer.give(lines, len(lines))
 
     def form(self, lines: Sequence[Line], /) -> bytes:
         return "".join(f"{self._form(line, _PLACES)}\n" for line in lines).encode()
 
     def put(self, text: bytes, count: int, /) -> None:
-        if count > self._capacity - (self._given - self._taken):
-            self.dropped += count
-            return
-        self._given += count
-        self._queue.put(_Ready(text, count))
+        self._writer.give(text, count)
 
     def reopen(self) -> None:
         """Open the file anew before the next line: logrotate has moved it away."""
-        self._reopen.set()
+        self._writer.reopen()
 
     def stop(self, timeout: float) -> None:
         """Write what waits, within `timeout` seconds, and close the file."""
-        self._queue.put(None)
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            _log.warning(
-                "access log did not drain", path=self._path, lines=self._given - self._taken
-            )
+        self._writer.finish()
+        self._writer.join(timeout)
 
-    def _open(self) -> int:
-        if self._path == STDOUT:
-            return os.dup(sys.stdout.fileno())
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        return os.open(self._path, flags, 0o640)
-
-    def _run(self) -> None:
-        last = False
-        while not last:
-            ready, last = self._take()
-            if self._reopen.is_set():
-                self._reopen.clear()
-                self._open_again()
-            if ready.lines:
-                self._write(ready)
-        os.close(self._descriptor)
-
-    def _take(self) -> tuple[_Ready, bool]:
-        """Wait for lines and take those behind them; True with the last ones there will be.
-
-        Returns without any once a second, to look at the flags.
-        """
-        texts: list[bytes] = []
-        count, last = 0, False
-        with contextlib.suppress(queue.Empty):
-            given = self._queue.get(timeout=1.0)
-            while given is not None:
-                lines = given.lines if isinstance(given, _Ready) else len(given)
-                self._taken += lines
-                count += lines
-                texts.append(given.text if isinstance(given, _Ready) else self._spelled(given))
-                if count >= BATCH_LINES:
-                    break
-                given = self._queue.get_nowait()
-            last = given is None
-        return _Ready(b"".join(texts), count), last
-
-    def _spelled(self, lines: Sequence[Line]) -> bytes:
-        return "".join(f"{self._form(line)}\n" for line in lines).encode("utf-8", "replace")
-
-    def _open_again(self) -> None:
-        try:
-            descriptor = self._open()
-        except OSError as error:
-            _log.error(
-                "access log cannot be reopened; the old file stays in use",
-                path=self._path,
-                error=str(error),
-            )
-            return
-        os.close(self._descriptor)
-        self._descriptor = descriptor
-
-    def _write(self, ready: _Ready) -> None:
-        try:
-            view = memoryview(ready.text)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-            self.written += ready.lines
-        except OSError as error:
-            self.dropped += ready.lines
-            if not self._said:
-                _log.error(
-                    "access log cannot be written; lines are dropped and counted",
-                    path=self._path,
-                    error=str(error),
-                )
-            self._said = self.dropped
-            return
-        if self.dropped != self._said:
-            _log.warning(
-                "access log lines were dropped",
-                path=self._path,
-                lines=self.dropped - self._said,
-                total=self.dropped,
-            )
-            self._said = self.dropped
+    def _spelled(self, given: _Given) -> bytes:
+        if isinstance(given, bytes):
+            return given
+        return "".join(f"{self._form(line)}\n" for line in given).encode("utf-8", "replace")

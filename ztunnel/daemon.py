@@ -8,7 +8,7 @@ that its end is bounded, every connection's end in the access log. It may not de
 connections.
 
 SIGHUP, SIGTERM, SIGINT   a successor, stop, end now: `ztunnel.upgrade`.
-SIGUSR1                   reopen the access log (logrotate).
+SIGUSR1                   reopen the access log and the audit log's file (logrotate).
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from ztunnel import _core, access_log, logs, stats, tls
 from ztunnel.admin import Page, Server, health_page, parse_address
+from ztunnel.audit import AuditLog
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
 from ztunnel.health import Health
+from ztunnel.log_writer import STDOUT
 from ztunnel.reasons import ReasonsMismatchError
 from ztunnel.reasons import check as check_reasons
 from ztunnel.sdnotify import Notifier
+from ztunnel.settings import AuditForm
 from ztunnel.successor import launch
 from ztunnel.tunnel import TICK, Tunnel
 from ztunnel.upgrade import Upgrade
@@ -62,7 +65,7 @@ PORT_POLL_SECONDS: Final = 0.05
 """Between attempts: for so long a probe may find nobody."""
 
 LOG_DRAIN_SECONDS: Final = 5.0
-"""For the access log's last lines at the end."""
+"""For the last lines of either log at the end."""
 
 _PR_SET_DUMPABLE: Final = 4
 _UMASK: Final = 0o077
@@ -93,12 +96,18 @@ class Daemon:
     """One running tunnel."""
 
     def __init__(
-        self, control: str, workers: int, log: access_log.AccessLog, notifier: Notifier
+        self,
+        control: str,
+        workers: int,
+        log: access_log.AccessLog,
+        audit: AuditLog,
+        notifier: Notifier,
     ) -> None:
         self._notifier = notifier
         self._log = log
+        self._audit = audit
         self._core = _core.Core(workers, tls.function_table(_core.FUNCTIONS))
-        self._tunnel = Tunnel(self._core, log, time.monotonic, time.time)
+        self._tunnel = Tunnel(self._core, log, time.monotonic, time.time, audit=audit)
         started = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._control = Control(control, self._tunnel, self._answer, started)
         self._upgrade = Upgrade(
@@ -151,7 +160,7 @@ class Daemon:
             (signal.SIGTERM, self._upgrade.stop),
             (signal.SIGINT, self._upgrade.end),
             (signal.SIGHUP, self._upgrade.reload),
-            (signal.SIGUSR1, self._log.reopen),
+            (signal.SIGUSR1, self._reopen),
         ):
             loop.add_signal_handler(number, order)
         # One thread: large changes and scrapes, which may wait for each other.
@@ -163,6 +172,8 @@ class Daemon:
                 stack.push_async_callback(server.stop)
             self._log.start()
             stack.callback(self._log.stop, LOG_DRAIN_SECONDS)
+            # Before the access log, which it may write to.
+            stack.callback(self._audit.stop, LOG_DRAIN_SECONDS)
             self._tunnel.start(loop)
             stack.callback(self._tunnel.stop)
             stack.callback(self._notifier.stopping)
@@ -182,6 +193,10 @@ class Daemon:
                     task.cancel()
         if self._failure is not None:
             raise self._failure
+
+    def _reopen(self) -> None:
+        self._log.reopen()
+        self._audit.reopen()
 
     async def _converse(self) -> None:
         await self._control.run()
@@ -309,7 +324,7 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
 @click.option(
     "--access-log",
     "access_log_path",
-    default=access_log.STDOUT,
+    default=STDOUT,
     show_default=True,
     help="File of the access log, '-' for standard output. SIGUSR1 reopens it.",
 )
@@ -318,7 +333,7 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="Form of the access log and of the daemon's own log.",
+    help="Form of the access log, of the daemon's own log, and of audit lines among them.",
 )
 @click.option("--log-level", type=click.Choice(logs.LEVELS), default="info", show_default=True)
 def command(
@@ -337,9 +352,15 @@ def command(
         _check_core()
         form = access_log.json_line if log_format == "json" else access_log.text_line
         log = access_log.AccessLog(access_log_path, form)
+        audit = AuditLog(
+            time.monotonic,
+            time.time,
+            AuditForm(log_format),
+            log if access_log_path == STDOUT else None,
+        )
         notifier = Notifier(os.environ)
         count = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-        daemon = Daemon(str(Path(control).absolute()), count, log, notifier)
+        daemon = Daemon(str(Path(control).absolute()), count, log, audit, notifier)
         _log.info("starting", workers=count, control=control, **daemon.capacity())
         asyncio.run(daemon.run(stats_address, ready_address))
     except (OSError, tls.TlsError, ReasonsMismatchError) as error:

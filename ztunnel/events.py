@@ -2,14 +2,16 @@
 
 This module owns the joining of an ended connection or a failed handshake with the decision, the
 identities and the workloads behind its numbers; for ends that are no failures it says beforehand
-what their lines have in common. It promises one line for each report, two for a
-connection that was handed over between two pods of this node, but for failures of one kind that
-come in masses (`log_limit`), and that a connection that ended before a decision was reached is
-counted too (the core counts by decision). It may not write the lines out, nor change what it reads.
+what their lines have in common. What was judged it tells the audit log as well. It promises one
+line for each report, two for a connection that was handed over between two pods of this node, but
+for failures of one kind that come in masses (`log_limit`), and that a connection that ended before
+a decision was reached is counted too (the core counts by decision). It may not write the lines out,
+nor change what it reads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +32,8 @@ from ztunnel.state import HBONE_PORT
 
 if TYPE_CHECKING:
     from ztunnel._core import Ended, Failed, Upcall
+    from ztunnel.audit import AuditLog
+    from ztunnel.corelike import CoreLike
     from ztunnel.decisions import Decisions, Peers, Record
     from ztunnel.identities import Identities
     from ztunnel.judge import Judge
@@ -56,6 +60,9 @@ _FAILURE: Final = tuple(reasons.RESPONSE_FLAGS[each] != reasons.NO_FLAG for each
 # Plain numbers: comparing with a member of the enum takes ten times as long, for every line.
 _OUTBOUND: Final = int(Kind.OUTBOUND)
 _INBOUND_HBONE: Final = int(Kind.INBOUND_HBONE)
+
+_CUTS: Final = frozenset({Reason.POLICY_CHANGED, Reason.TRUST_WITHDRAWN})
+"""Ends by a judgement on connections that had been let in."""
 
 Side = str
 CLIENT: Final[Side] = "client"
@@ -89,12 +96,14 @@ class Events:
         owner: _Owner,
         judge: Judge,
         sink: Sink,
+        audit: AuditLog,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
         self._owner = owner
         self._judge = judge
         self._sink = sink
+        self._audit = audit
         self._clock = clock
         self._wall = wall
         self._details: OrderedDict[tuple[int, int, bytes], str] = OrderedDict()
@@ -125,6 +134,7 @@ class Events:
 
     def tick(self, *, last: bool = False) -> None:
         """Say what was left out; call about every second, and once at the end."""
+        self._audit.tick(last=last)
         lines = self.failure_lines.due(all_of_them=last)
         if lines:
             self._sink.write(lines)
@@ -141,12 +151,33 @@ class Events:
             self._count_early(found, reasons.flag(reason, hbone=hbone))
         else:
             found = record.labels
+            verdict = _last_verdict(record, reason)
+            if verdict is not None:
+                lines = functools.partial(self._lines, event, record, found)
+                self._audit.ended(verdict, event.source, lambda: lines()[-1])
         if _FAILURE[event.reason]:
             kind = (event.pod, event.kind, event.reason)
             return self.failure_lines.admit(kind, lambda: self._lines(event, record, found))
         return self._lines(event, record, found)
 
-    def forms(self, record: Record) -> list[Line]:
+    def decided(self, core: CoreLike, record: Record) -> None:
+        """Tell the audit log of a new decision, and the core what its connections' lines say."""
+        for number in record.choices or (record.number,):
+            decided = self._owner.decisions.get(number)
+            lines = self._forms(decided) if decided is not None else []
+            if decided is None or not lines:
+                continue
+            verdict = _verdict(decided)
+            if verdict is not None:
+                source = _host(decided.key.source)
+                said = msgspec.structs.replace(lines[-1], source=source)
+                self._audit.begun(verdict, decided.key.source, said)
+                if self._audit.every_end(verdict):
+                    continue  # each end is reported by itself
+            with contextlib.suppress(ValueError):  # too long: likewise
+                core.describe(number, self._sink.form(lines))
+
+    def _forms(self, record: Record) -> list[Line]:
         """Return the lines of connections under `record` that end as they should.
 
         Without what differs between them; none where there are no such connections.
@@ -223,6 +254,12 @@ class Events:
         inbound = event.kind == Kind.PEER_CERTIFICATE
         self.handshake_failures[SERVER if inbound else CLIENT, _REASONS[event.reason]] += 1
         detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
+        if inbound:
+            self._audit.failed(
+                _REASONS[event.reason],
+                event.address,
+                lambda: self._handshake_line(state, event, detail),
+            )
         kind = (event.pod, event.kind, event.reason)
         return self.failure_lines.admit(kind, lambda: [self._handshake_line(state, event, detail)])
 
@@ -291,6 +328,25 @@ def _policy(record: Record | None) -> str:
     if record.killed:
         return record.cut_by
     return record.outcome.origin if isinstance(record.outcome, Verdict) else ""
+
+
+def _verdict(record: Record) -> Verdict | None:
+    """Return the verdict on who wants in; of a hand-over that of the called pod's side."""
+    match record.outcome:
+        case Verdict() as verdict:
+            return verdict
+        case HandOver(verdict=verdict):
+            return verdict
+        case _:
+            return None
+
+
+def _last_verdict(record: Record, reason: Reason) -> Verdict | None:
+    """Return the verdict that a connection ended under: one of its own if it was cut."""
+    verdict = _verdict(record)
+    if verdict is None or reason not in _CUTS:
+        return verdict
+    return msgspec.structs.replace(verdict, allow=False, reason=reason, origin=record.cut_by)
 
 
 def _judged(line: Line, verdict: Verdict) -> Line:

@@ -1,9 +1,10 @@
 """The seam between the two daemons: what `nodeagent` tells `ztunnel`, and what it hears back.
 
-This module owns the message types, their encoding and the limits of the unix socket that joins
-the daemons. It promises that both sides, at whatever version, either understand each other
-exactly or say so and part: messages are strict, versioned and bounded. It may not open sockets,
-read clocks or know what either side does with a message.
+This module owns the message types, their encoding and the limits of the unix socket that joins the
+daemons; the settings that a message carries are of `ztunnel.settings`. It promises that both sides,
+at whatever version, either understand each other exactly or say so and part: messages are strict,
+versioned and bounded. It may not open sockets, read clocks or know what either side does with a
+message.
 
 One conversation
 ----------------
@@ -40,6 +41,19 @@ from typing import Final
 
 import msgspec
 
+from ztunnel.settings import (
+    AuditForm,
+    AuditSettings,
+    Authorized,
+    Deadlines,
+    Facility,
+    Limits,
+    SameNode,
+    Settings,
+    Syslog,
+    Transport,
+)
+
 __all__ = [
     "HEADER",
     "MAX_FDS",
@@ -49,12 +63,16 @@ __all__ = [
     "Action",
     "Answer",
     "Attribute",
+    "AuditForm",
+    "AuditSettings",
     "Authorization",
+    "Authorized",
     "Condition",
     "Credential",
     "DataPlane",
     "Deadlines",
     "Endpoint",
+    "Facility",
     "Frame",
     "FrameDecoder",
     "HeldPod",
@@ -73,6 +91,8 @@ __all__ = [
     "Service",
     "ServicePort",
     "Settings",
+    "Syslog",
+    "Transport",
     "TrustBundle",
     "Update",
     "Welcome",
@@ -107,13 +127,6 @@ class DataPlane(enum.StrEnum):
 
     HBONE = "HBONE"
     TCP = "TCP"
-
-
-class SameNode(enum.StrEnum):
-    """How connections between two pods of one node go: like all others, or straight across."""
-
-    HBONE = "hbone"
-    DIRECT = "direct"
 
 
 class Action(enum.StrEnum):
@@ -331,63 +344,6 @@ class HeldPod(_Base, frozen=True, tag="held_pod"):
 
     uid: str
     netns_cookie: int
-
-
-class Deadlines(_Base, frozen=True, kw_only=True, tag="deadlines"):
-    """How long ztunnel waits for what, in whole seconds, by the names of its core's deadlines.
-
-    The reason for each default is beside its namesake in `_core/base.h`.
-    """
-
-    decision: int = 15
-    credential: int = 15
-    connect: int = 10
-    first_byte: int = 5
-    tls_handshake: int = 10
-    http2_settings: int = 10
-    connect_request: int = 10
-    connect_answer: int = 20
-    stream_wait: int = 35
-    half_closed: int = 3600
-    ping_interval: int = 10
-    ping_answer: int = 20
-    ping_suspect: int = 3
-    idle: int = 300
-    idle_surplus: int = 3
-    goodbye: int = 10
-    drain: int = 3600
-
-
-class Limits(_Base, frozen=True, kw_only=True, tag="limits"):
-    """How much one pod may have at once, by the names of the core's limits; 0 is no limit.
-
-    The reason for each default is beside its namesake in `_core/base.h`. `failure_lines` is not the
-    core's: lines of one pod and one reason in the access log, in ten seconds.
-    """
-
-    connections: int = 0
-    dials: int = 4096
-    questions: int = 512
-    handshakes: int = 512
-    held_bytes: int = 128 * 1024 * 1024
-    failure_lines: int = 100
-
-
-class Settings(_Base, frozen=True, tag="settings"):
-    """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own.
-
-    `node_plaintext`: plaintext from `node_addresses` passes STRICT (the kubelet's probes).
-    """
-
-    node: str
-    cluster: str
-    trust_domain: str
-    locality: str = ""
-    node_addresses: tuple[str, ...] = ()
-    deadlines: Deadlines = Deadlines()
-    same_node: SameNode = SameNode.HBONE
-    limits: Limits = Limits()
-    node_plaintext: bool = False
 
 
 class Welcome(_Base, frozen=True, tag="welcome"):

@@ -29,6 +29,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector as CollectorBase
 
 from ztunnel import reasons
+from ztunnel.audit import Counts
 from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
 from ztunnel.reasons import NO_FLAG, Reason
 from ztunnel.same_node import is_direct
@@ -64,6 +65,7 @@ class Picture(msgspec.Struct, frozen=True):
     judged: dict[Judged, int]
     own: dict[str, float]
     """Plain numbers by metric name without prefix; a name that ends in `_total` is a counter."""
+    audit: Counts = Counts({}, {}, {})
 
 
 _OWN_HELP: Final[Mapping[str, str]] = {
@@ -110,6 +112,7 @@ def take(
         handshake_failures=dict(tunnel.events.handshake_failures),
         judged=dict(tunnel.judged),
         expiries={uid: identity.not_after for uid, identity in state.identities.items()},
+        audit=tunnel.audit.counts(),
         own={
             "pods": len(tunnel.pods),
             "workloads": len(state.workloads),
@@ -151,6 +154,7 @@ class Collector(CollectorBase):
         yield from _core(picture)
         yield from _pods(picture)
         yield from _judged(picture)
+        yield from _audit(picture)
         yield from _own(picture)
 
 
@@ -386,6 +390,29 @@ def _verdicts(name: str, text: str, counts: Mapping[Judged, int]) -> Metric:
     for labels, count in totals.items():
         metric.add_metric(list(labels), count)
     return metric
+
+
+def _audit(picture: Picture) -> Iterator[Metric]:
+    written = CounterMetricFamily(
+        "ztunnel_audit_lines", "Audit lines written, by sink.", labels=["sink"]
+    )
+    for sink, lines in picture.audit.written.items():
+        written.add_metric([sink], lines)
+    yield written
+    left_out = CounterMetricFamily(
+        "ztunnel_audit_left_out",
+        "Audit lines not written: beyond the rate (sink all), or lost by a sink.",
+        labels=["sink", "cause"],
+    )
+    for (sink, cause), lines in picture.audit.left_out.items():
+        left_out.add_metric([sink, cause], lines)
+    yield left_out
+    working = GaugeMetricFamily(
+        "ztunnel_audit_sink_up", "1 while a sink takes audit lines.", labels=["sink"]
+    )
+    for sink, works in picture.audit.working.items():
+        working.add_metric([sink], float(works))
+    yield working
 
 
 def _own(picture: Picture) -> Iterator[Metric]:

@@ -28,6 +28,7 @@ import msgspec
 import structlog
 
 from ztunnel import protocol, svid
+from ztunnel.audit import AuditLog
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
 from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
@@ -100,6 +101,7 @@ class Tunnel:
         clock: Callable[[], float],
         wall: Callable[[], float],
         build: Builder = build_pair,
+        audit: AuditLog | None = None,
     ) -> None:
         self._core = core
         self._sink = sink
@@ -119,7 +121,8 @@ class Tunnel:
         self.recheck = Recheck(core, self.decisions, self.identities, self.peers, self.pods, wall)
         self._judge = Judge(core, numbers, self.decisions, self.series, self.peers)
         self.judged = self._judge.judged
-        self.events = Events(self, self._judge, sink, clock, wall)
+        self.audit = audit if audit is not None else AuditLog(clock, wall)
+        self.events = Events(self, self._judge, sink, self.audit, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
         self._peers_evicted = 0
         self._peer_idle = _peer_idle(protocol.Deadlines())
@@ -200,6 +203,7 @@ class Tunnel:
                 self.events.failure_lines.most = most
             else:
                 self._core.set_limit(name, most)
+        self.audit.configure(settings.audit, settings.node)
 
     def _evicted(self, proven: Proven) -> None:
         self.recheck.evicted(proven)
@@ -328,7 +332,7 @@ class Tunnel:
                 self._peers_evicted = self.peers.evicted_in_use
                 self._new_epoch()
             self.decisions.cache(record)
-            self._describe(record)
+            self.events.decided(self._core, record)
         self._answer(upcall, record)
 
     def _inbound(self, upcall: Upcall, *, may_wait: bool) -> None:
@@ -361,17 +365,8 @@ class Tunnel:
                 return
             record = self._judge.inbound(self.state, held, key, proven, verdict)
             self.decisions.cache(record)
-            self._describe(record)
+            self.events.decided(self._core, record)
         self._answer(upcall, record)
-
-    def _describe(self, record: Record) -> None:
-        """Give the core the log lines of the connections that `record` will carry."""
-        for number in record.choices or (record.number,):
-            decided = self.decisions.get(number)
-            lines = self.events.forms(decided) if decided is not None else []
-            if lines:
-                with contextlib.suppress(ValueError):  # too long: each end is reported by itself
-                    self._core.describe(number, self._sink.form(lines))
 
     def _problem_with(self, proven: Proven | None) -> Reason | None:
         """Return why nothing new may rest on an identity that the core names."""

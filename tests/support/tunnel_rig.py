@@ -8,10 +8,13 @@ for.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from support.certificates import NOW, authority
 from support.certificates import workload as leaf
@@ -20,6 +23,7 @@ from support.mesh_state import SETTINGS, bundle, change, identity, ip, pod, poli
 from ztunnel import tunnel
 from ztunnel._core import Ended
 from ztunnel.access_log import Line
+from ztunnel.audit import AuditLog
 from ztunnel.corelike import Kind
 from ztunnel.pods import Pair, PodSockets
 from ztunnel.protocol import (
@@ -31,6 +35,7 @@ from ztunnel.protocol import (
     Settings,
 )
 from ztunnel.reasons import Reason
+from ztunnel.settings import AuditForm, AuditSettings
 
 SLEEP = workload("sleep", "10.1.0.1")
 HTTPBIN = workload("httpbin", "10.2.0.1")
@@ -67,10 +72,13 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
-class Rig:
-    """A tunnel on a fake core, with a clock that a test moves."""
+UNAUDITED = msgspec.structs.replace(SETTINGS, audit=AuditSettings(stdout=False))
 
-    def __init__(self, settings: Settings = SETTINGS) -> None:
+
+class Rig:
+    """A tunnel on a fake core, with a clock that a test moves. Its audit log is standard output."""
+
+    def __init__(self, settings: Settings = UNAUDITED) -> None:
         self.settings = settings
         self.core = FakeCore()
         self.now = 1000.0
@@ -79,12 +87,22 @@ class Rig:
         self.described: list[list[Line]] = []
         """What the core was told to say of connections, in the order of the decisions."""
         self.ready: list[tuple[bytes, int]] = []
+        self.audited: list[dict[str, Any]] = []
+        """The audit log's lines."""
         self.built: list[str] = []
         self.build_error: Exception | None = None
         self.version = 0
         self.tunnel = tunnel.Tunnel(
-            self.core, self, lambda: self.now, lambda: self.wall, self._build
+            self.core, self, lambda: self.now, lambda: self.wall, self._build, self._audit()
         )
+
+    def _audit(self) -> AuditLog:
+        class Audited:
+            def put(_, text: bytes, count: int, /) -> None:  # noqa: N805 - `self` is the rig
+                assert (text.count(b"\n"), text[-1:]) == (count, b"\n")
+                self.audited += map(json.loads, text.splitlines())
+
+        return AuditLog(lambda: self.now, lambda: self.wall, AuditForm.JSON, Audited())
 
     def write(self, lines: Sequence[Line], /) -> None:
         self.lines += lines

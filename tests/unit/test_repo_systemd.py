@@ -144,6 +144,9 @@ ZTUNNEL_PROMISES = {
     "RestrictAddressFamilies": ["AF_UNIX AF_INET AF_INET6"],
     "SystemCallFilter": ["@system-service", "~@privileged @resources"],
     "LimitNOFILE": ["1048576"],
+    # The audit log's file.
+    "LogsDirectory": ["ztunnel"],
+    "LogsDirectoryMode": ["0750"],
 }
 
 

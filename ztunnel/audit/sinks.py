@@ -1,0 +1,104 @@
+"""The sockets that audit lines go to.
+
+This module owns their opening, waiting and closing. It promises that a wait is bounded, so that the
+thread that sends can end, and that after an error the next attempt begins with a new socket. It may
+not know what a message says.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from ztunnel.audit.syslog import framed
+from ztunnel.log_writer import Destination, MessageTooLongError
+from ztunnel.settings import Syslog, Transport
+
+__all__ = ["Datagrams", "Stream", "destination"]
+
+SEND_SECONDS: Final = 1.0
+"""For room in the other side's queue; then the thread looks whether it is to end."""
+
+CONNECT_SECONDS: Final = 5.0
+"""Two SYNs of a TCP connect: whoever answers at all answers in less."""
+
+Address = str | tuple[str, int]
+
+
+class _Socket:
+    """A connected socket, or none."""
+
+    def __init__(self, family: int, kind: int, address: Address) -> None:
+        self._family = family
+        self._kind = kind
+        self._address = address
+        self._socket: socket.socket | None = None
+
+    def open(self) -> None:
+        self.close()
+        made = socket.socket(self._family, self._kind | socket.SOCK_CLOEXEC)
+        try:
+            made.settimeout(CONNECT_SECONDS)
+            made.connect(self._address)
+            made.settimeout(SEND_SECONDS)
+        except TimeoutError:
+            made.close()
+            # Not slow, as a peer is that does not take more: nobody is there.
+            raise OSError(errno.ETIMEDOUT, "no answer") from None
+        except BaseException:
+            made.close()
+            raise
+        self._socket = made
+
+    @property
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            raise OSError(errno.ENOTCONN, "not connected")
+        return self._socket
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+class Datagrams(_Socket):
+    """One message a datagram: the journal, syslog on a unix socket, and UDP (RFC 5426)."""
+
+    def __init__(self, family: int, address: Address) -> None:
+        super().__init__(family, socket.SOCK_DGRAM, address)
+
+    def send(self, messages: Sequence[bytes], /) -> int:
+        try:
+            self._connected.send(messages[0])
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise MessageTooLongError from None
+            raise
+        return 1
+
+
+class Stream(_Socket):
+    """Messages behind each other on TCP, counted (RFC 6587)."""
+
+    def __init__(self, family: int, address: Address) -> None:
+        super().__init__(family, socket.SOCK_STREAM, address)
+
+    def send(self, messages: Sequence[bytes], /) -> int:
+        try:
+            self._connected.sendall(framed(messages[0]))
+        except TimeoutError:
+            # A part may be on its way: the rest can only follow on another connection, whole.
+            raise OSError(errno.ETIMEDOUT, "the receiver takes nothing") from None
+        return 1
+
+
+def destination(syslog: Syslog) -> Destination:
+    """Return where messages for `syslog` go."""
+    if syslog.transport is Transport.UNIX:
+        return Datagrams(socket.AF_UNIX, syslog.address)
+    family = socket.AF_INET6 if ":" in syslog.address else socket.AF_INET
+    kind = Stream if syslog.transport is Transport.TCP else Datagrams
+    return kind(family, (syslog.address, syslog.port))

@@ -1,10 +1,10 @@
 """The agent: joins configuration, namespaces, capture, identities and ztunnel.
 
-This module owns the flow between the parts, and is the only one that builds concrete ones. It
-promises that what closes is in force in the kernel before ztunnel hears of a change and what opens
-only after ztunnel has it in force; that nothing is taken out of the mesh because something could
-not be read; that one pod's trouble stays its own; and that ending the daemon leaves every pod
-captured. Decisions are in `reconcile`, `mesh` and `policy`; effects on a pod in `podkeeper`.
+This module owns the flow between the parts, which `build` makes. It promises that what closes is in
+force in the kernel before ztunnel hears of a change and what opens only after ztunnel has it in
+force; that nothing is taken out of the mesh because something could not be read; that one pod's
+trouble stays its own; and that ending the daemon leaves every pod captured. Decisions are in
+`reconcile`, `mesh` and `policy`; effects on a pod in `podkeeper`.
 
 Theory of operation: four loops, each of which waits for one thing only. Source states become a
 mesh; its difference goes to ztunnel and its bindings to the watcher and the keepers. The watcher's
@@ -29,22 +29,22 @@ import structlog
 from nodeagent import mesh, reconcile, report
 from nodeagent.admin import Configuration, Metrics, Status
 from nodeagent.admin.model import PodState
-from nodeagent.capture import Capture, CaptureError, Enrolment, Listeners, SkLookupCapture
+from nodeagent.capture import Capture, Enrolment, Listeners
 from nodeagent.channel import close_all
 from nodeagent.control import ControlServer, QueryError
 from nodeagent.descriptors import KeptDescriptors
-from nodeagent.identity import EmbeddedCa, IdentityManager, Provider
+from nodeagent.flows import Recorder
+from nodeagent.identity import IdentityManager, Provider
 from nodeagent.podkeeper import PodKeeper, PodView
-from nodeagent.pods import Appeared, Change, NamespaceThreads, NetnsHandle, PodWatcher, Unusable
+from nodeagent.pods import Appeared, Change, NetnsHandle, Unusable
 from nodeagent.progress import Progress
 from nodeagent.report import Facts, Now, OwnStatus
-from nodeagent.sdnotify import ServiceManager, StoredDescriptor
 from nodeagent.settings import Settings, for_tunnel
-from nodeagent.sources import FilesSource, LastGood, Source, SourceState
+from nodeagent.sources import Source, SourceState
 from ztunnel import protocol
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
 
-__all__ = ["Agent", "Built", "Parts", "Removed", "build"]
+__all__ = ["Agent", "Parts"]
 
 TIGHTEN_SECONDS: Final = 2.0
 """For the pods' guards to close what a change closes, before ztunnel is told all the same: it
@@ -53,8 +53,6 @@ judges every connection by itself, and one stuck pod must not hold up a policy f
 SNAPSHOT_SECONDS: Final = 20.0
 """For the pods and certificates that a ztunnel holds to be found again, before it is told a state
 that lacks them. Longer than a cold start with hundreds of pods; a policy change waits meanwhile."""
-
-LAST_GOOD_FILE: Final = "last-good"
 
 TICK_SECONDS: Final = 5.0
 OWN_STATUS_SECONDS: Final = 1.0
@@ -80,6 +78,7 @@ class Parts(msgspec.Struct, frozen=True):
     watcher: Watcher
     provider: Callable[[Callable[[SpiffeId], bool]], Provider]
     kept: KeptDescriptors
+    flows: Recorder
     version: str
 
 
@@ -99,6 +98,7 @@ class Agent:
             before_snapshot=self._before_snapshot,
             on_change=self.progressed,
             on_drained=self.instruments.drained,
+            on_flows=parts.flows.put,
             observe_seconds=self.instruments.change_seconds.observe,
             clock=time.monotonic,
             # Grows over restarts even if the clock does not: a reset takes any version.
@@ -136,6 +136,7 @@ class Agent:
 
     async def run(self, listening: socket.socket) -> None:
         """Work until cancelled. `listening` is the control socket."""
+        self.parts.flows.start()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
@@ -396,6 +397,7 @@ class Agent:
             identities=self.identities.status(),
             ztunnel=self.control.status,
             own=self._own,
+            recorder=self.parts.flows.status if self.parts.flows.enabled else None,
         )
 
     def _views(self) -> dict[str, PodView]:
@@ -413,83 +415,6 @@ class Agent:
                 self._own = OwnStatus(error=str(error))
             await self.control.ask_draining()
             self._own_at = time.monotonic()
-
-
-class Removed(msgspec.Struct, frozen=True):
-    """A pod that was taken out of the mesh, or `error` says why not."""
-
-    uid: str
-    netns: str
-    error: str
-
-
-class Built(msgspec.Struct, frozen=True):
-    """An agent of concrete parts, and what ends with it."""
-
-    agent: Agent
-    capture: Capture
-    threads: NamespaceThreads
-    kept: KeptDescriptors
-
-    async def probe(self) -> None:
-        """Return once a worker thread has answered."""
-        await self.threads.run_home(int)
-
-    async def uninstall(self, *, really: bool) -> AsyncIterator[Removed]:
-        """Remove every capture of this node, or only name them. The agent must not run."""
-        try:
-            found = await self.capture.recover()
-        except CaptureError as error:
-            yield Removed("", "", str(error))
-            return
-        for pod in found:
-            error_text = ""
-            if really:
-                try:
-                    await self.capture.remove(pod.uid)
-                except CaptureError as error:
-                    error_text = str(error)
-            yield Removed(pod.uid, pod.netns_path, error_text)
-
-    async def close(self) -> None:
-        """Close descriptors and threads; pods stay captured."""
-        await self.capture.close()
-        self.kept.close()
-        self.threads.close()
-
-
-def build(
-    settings: Settings,
-    version: str,
-    manager: ServiceManager,
-    stored: Iterable[StoredDescriptor],
-) -> Built:
-    """Make the agent of `settings`. Must be called on the thread, and in the network namespace,
-    that the daemon's own sockets are to be in. Raises OSError.
-    """
-    threads = NamespaceThreads()
-    capture = SkLookupCapture(settings.bpf_dir, threads)
-    kept = KeptDescriptors(manager, stored)
-    last_good = LastGood(settings.state_dir / LAST_GOOD_FILE, settings.config_dir)
-
-    def provider(is_bound: Callable[[SpiffeId], bool]) -> Provider:
-        return EmbeddedCa(
-            settings.ca_dir,
-            settings.trust_domain,
-            ttl_seconds=settings.svid_ttl_seconds,
-            permitted=is_bound,
-        )
-
-    parts = Parts(
-        source=FilesSource(settings.config_dir, settings.node, last_good),
-        source_name=str(settings.config_dir),
-        capture=capture,
-        watcher=PodWatcher(threads),
-        provider=provider,
-        kept=kept,
-        version=version,
-    )
-    return Built(Agent(settings, parts), capture, threads, kept)
 
 
 async def _guarded(work: Awaitable[None]) -> None:

@@ -39,7 +39,7 @@ from ztunnel import protocol
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 __all__ = [
     "ControlServer",
@@ -93,6 +93,7 @@ class ControlServer:
         before_snapshot: Callable[[frozenset[str]], Awaitable[None]],
         on_change: Callable[[], None],
         on_drained: Callable[[int], None],
+        on_flows: Callable[[Sequence[protocol.Flow]], None],
         observe_seconds: Callable[[float], None],
         clock: Callable[[], float],
         first_version: int,
@@ -102,7 +103,7 @@ class ControlServer:
         `before_snapshot` is awaited once for each ztunnel, with the uids of the pods that it holds;
         it bounds its own time.
         `on_drained` is told of each ztunnel that has ended its drain, and how many connections it
-        had to cut.
+        had to cut. `on_flows` is given what any of them has counted of callers, and never waits.
         `first_version` must exceed every version that an earlier run can have used.
         `observe_seconds` is told how long each change took from its first part to its Ack.
         """
@@ -116,6 +117,7 @@ class ControlServer:
         self.pods: dict[str, PodDescriptors] = {}
         self.rejections = 0
         self.on_drained = on_drained
+        self.on_flows = on_flows
         self.before_snapshot = before_snapshot
         self._sessions: list[Session] = []
         """In the order in which they connected."""

@@ -18,12 +18,14 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import msgspec
 import structlog
 
 from nodeagent.admin import AdminServer, Configuration, Status
 from nodeagent.admin.model import PodState
 from nodeagent.agent import Agent
 from nodeagent.capture import CaptureError
+from nodeagent.control import QueryError
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
 from ztunnel import protocol
@@ -203,3 +205,11 @@ class _Backend:
 
     def configuration(self) -> Configuration | None:
         return self._agent.configuration()
+
+    async def flows(self, age: int) -> bytes:
+        recorder = self._agent.parts.flows
+        # What ztunnel has counted since its last report.
+        with contextlib.suppress(QueryError):
+            await self._agent.control.query("report")
+        node = self._agent.settings.node
+        return await asyncio.to_thread(lambda: msgspec.json.encode(recorder.read(node, age)))

@@ -25,11 +25,13 @@ from nodeagent.admin.model import (
     PodState,
     PortMode,
     Problem,
+    RecordingReport,
     Status,
     ZtunnelReport,
 )
 from nodeagent.api import ConfigError
 from nodeagent.control import ZtunnelStatus
+from nodeagent.flows import RecorderStatus
 from nodeagent.identity import IdentityPhase, IdentityState, IdentityStatus
 from nodeagent.podkeeper import PodView
 from nodeagent.settings import Settings
@@ -76,6 +78,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     identities: IdentityStatus
     ztunnel: ZtunnelStatus
     own: OwnStatus
+    recorder: RecorderStatus | None = None
+    """None: the settings do not ask for it."""
 
 
 def missing(facts: Facts) -> tuple[str, ...]:
@@ -145,6 +149,15 @@ def build(facts: Facts, now: Now) -> Status:
             for workload, view in sorted(facts.pods.items())
         ),
         certificates=tuple(certificates.values()),
+        recording=_recording(facts.recorder),
+    )
+
+
+def _recording(found: RecorderStatus | None) -> RecordingReport | None:
+    if found is None:
+        return None
+    return RecordingReport(
+        recorded=found.recorded, lost=found.lost, bytes=found.bytes, problem=found.problem
     )
 
 

@@ -22,7 +22,7 @@ from nodeagent.channel import Channel, close_all
 from ztunnel import protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 __all__ = ["Draining", "PodDescriptors", "Publisher", "QueryError", "Rejected", "Session"]
 
@@ -90,6 +90,7 @@ class Publisher(Protocol):
 
     clock: Callable[[], float]
     on_change: Callable[[], None]
+    on_flows: Callable[[Sequence[protocol.Flow]], None]
     observe_seconds: Callable[[float], None]
     version: int
     state: published.State
@@ -275,6 +276,8 @@ class Session:
                     future.set_result(message)
             elif isinstance(message, protocol.Query):
                 await self._send(self._answer(message))
+            elif isinstance(message, protocol.Flows):
+                self._server.on_flows(message.flows)
             else:
                 raise protocol.ProtocolError(f"unexpected {type(message).__name__}")
 

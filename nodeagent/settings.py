@@ -18,8 +18,9 @@ from typing import Annotated, Final
 
 import msgspec
 
-from nodeagent import audit, deadlines, limits
+from nodeagent import audit, deadlines, flow_settings, limits
 from nodeagent.api import Check, ConfigError, read_struct, values
+from nodeagent.flow_settings import Keep
 from ztunnel import protocol
 from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode
 
@@ -124,6 +125,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     deadlines: deadlines.Section | None = None
     limits: limits.Section | None = None
     audit: audit.Section | None = None
+    flows: flow_settings.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,6 +137,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     the nodes of one lab share one). `admin_address` is ADDRESS:PORT on loopback.
     `same_node` is how connections between two pods of this node go; DIRECT is not encrypted.
     `node_plaintext` lets plaintext from `node_addresses` pass STRICT, for the kubelet's probes.
+    `flows` is how long, and in how much room, it is remembered who has called.
     """
 
     node: str = msgspec.field(default_factory=_hostname)
@@ -157,6 +160,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     deadlines: Deadlines = Deadlines()
     limits: Limits = Limits()
     audit: AuditSettings = AuditSettings()
+    flows: Keep = Keep()
 
     def __post_init__(self) -> None:
         if self.ca_dir == Path():
@@ -173,6 +177,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     given["deadlines"] = deadlines.resolve(found.deadlines)
     given["limits"] = limits.resolve(found.limits)
     given["audit"] = audit.resolve(found.audit)
+    given["flows"] = flow_settings.resolve(found.flows)
     settings = Settings(**given)
     try:
         _node(settings.node)

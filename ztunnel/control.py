@@ -242,12 +242,16 @@ class Control:
 
     async def tell(self, what: str, args: Mapping[str, str]) -> bool:
         """Tell nodeagent something, if it is there; what it answers is not waited for."""
+        self._said += 1
+        return await self.report(protocol.Query(self._said, what, dict(args)))
+
+    async def report(self, message: protocol.Query | protocol.Flows) -> bool:
+        """Hand `message` to the kernel for nodeagent; False if it cannot get there."""
         channel = self._channel
         if channel is None:
             return False
-        self._said += 1
         try:
-            await self._send(channel, protocol.Query(self._said, what, dict(args)))
+            await self._send(channel, message)
         except (OSError, TimeoutError):
             return False
         return True

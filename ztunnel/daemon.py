@@ -37,6 +37,7 @@ from ztunnel.admin import Page, Server, health_page, parse_address
 from ztunnel.audit import AuditLog
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
+from ztunnel.flows import REPORT_SECONDS
 from ztunnel.health import Health
 from ztunnel.log_writer import STDOUT
 from ztunnel.reasons import ReasonsMismatchError
@@ -66,6 +67,9 @@ PORT_POLL_SECONDS: Final = 0.05
 
 LOG_DRAIN_SECONDS: Final = 5.0
 """For the last lines of either log at the end."""
+
+LAST_REPORT_SECONDS: Final = 1.0
+"""For the last counts at the end; a nodeagent that is there takes them at once."""
 
 _PR_SET_DUMPABLE: Final = 4
 _UMASK: Final = 0o077
@@ -143,6 +147,9 @@ class Daemon:
             pid = args.get("successor", "")
             self._upgrade.hand_over(int(pid) if pid.isdecimal() else 0)
             return b"{}"
+        if what == "report":
+            await self._tell_flows()
+            return b"{}"
         return await self._health.answer(what, args)
 
     def _drain(self) -> None:
@@ -187,8 +194,11 @@ class Daemon:
                     group.create_task(self._watch()),
                     group.create_task(self._upgrade.run()),
                     group.create_task(self._upgrade.reloads()),
+                    group.create_task(self._report()),
                 ]
                 await self._upgrade.over.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._tell_flows(), LAST_REPORT_SECONDS)
                 for task in tasks:
                     task.cancel()
         if self._failure is not None:
@@ -248,6 +258,18 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK)
             self._tunnel.tick()
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_SECONDS)
+            await self._tell_flows()
+
+    async def _tell_flows(self) -> None:
+        """Tell nodeagent who has called."""
+        try:
+            await self._tunnel.flows.report(self._control.report)
+        except Exception:  # noqa: BLE001 - a report lost must not end the tunnel
+            _log.exception("callers could not be reported")
 
     async def _watch(self) -> None:
         """Tell the service manager of readiness, and that the workers turn."""

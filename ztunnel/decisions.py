@@ -14,6 +14,7 @@ and killed.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -25,12 +26,15 @@ from ztunnel.labels import Labels
 if TYPE_CHECKING:
     from ztunnel.authorize import Verdict
     from ztunnel.corelike import CoreLike
+    from ztunnel.flows import FlowTable, LiveFlow
     from ztunnel.route import Route
 
 __all__ = [
     "MAX_CACHED",
     "MAX_PEERS",
     "MAX_SERIES",
+    "NOTHING",
+    "Counters",
     "Decisions",
     "Key",
     "Numbers",
@@ -77,15 +81,46 @@ class Key(NamedTuple):
     identity: int
 
 
+class Counters(NamedTuple):
+    """A copy of a series' counters, as the core gives them (`_core.SeriesCounters`)."""
+
+    opened: int = 0
+    closed: int = 0
+    failed: tuple[int, ...] = ()
+    """By reason; empty: none."""
+    received: int = 0
+    sent: int = 0
+
+    @property
+    def attempts(self) -> int:
+        """Connections, whatever became of them."""
+        return self.opened + sum(self.failed)
+
+    def plus(self, other: Counters) -> Counters:
+        failed = tuple(map(operator.add, self.failed, other.failed))
+        return Counters(
+            self.opened + other.opened,
+            self.closed + other.closed,
+            failed or self.failed or other.failed,
+            self.received + other.received,
+            self.sent + other.sent,
+        )
+
+
+NOTHING: Final = Counters()
+
+
 class Series:
     """One label set and its counters in the core. `refs` counts the decisions that feed it."""
 
-    __slots__ = ("labels", "number", "refs")
+    __slots__ = ("labels", "number", "refs", "retired")
 
     def __init__(self, number: int, labels: Labels) -> None:
         self.number = number
         self.labels = labels
         self.refs = 0
+        self.retired = NOTHING
+        """What its flows had counted that have gone (`flows`)."""
 
 
 class SeriesTable:
@@ -106,6 +141,13 @@ class SeriesTable:
 
     def __iter__(self) -> Iterator[Series]:
         return iter(list(self._by_labels.values()))
+
+    def read(self) -> Iterator[tuple[Labels, Counters]]:
+        """Read all counters, but for those of flows that are there (`flows`)."""
+        for series in self._by_labels.values():
+            yield series.labels, Counters(*self._core.read_series(series.number))
+            if series.retired != NOTHING:
+                yield series.labels, series.retired
 
     def acquire(self, labels: Labels) -> Series:
         series = self._by_labels.get(labels)
@@ -279,6 +321,7 @@ class Record:
         "cached",
         "choices",
         "cut_by",
+        "flow",
         "key",
         "killed",
         "labels",
@@ -304,6 +347,8 @@ class Record:
         """This decision's own, also where its series is the one of the overflow."""
         self.series: Series | None = None
         self.mirror: Series | None = None
+        self.flow: LiveFlow | None = None
+        """What is counted of who came in, for `series` or, of a hand-over, for `mirror`."""
         self.mirror_labels: Labels = ()
         """The destination's report of a hand-over, beside the source's."""
         self.peer: Peer | None = None
@@ -322,10 +367,16 @@ class Decisions:
     """Records by number, and the cache of those that may be answered again."""
 
     def __init__(
-        self, core: CoreLike, series: SeriesTable, peers: Peers, limit: int = MAX_CACHED
+        self,
+        core: CoreLike,
+        series: SeriesTable,
+        flows: FlowTable,
+        peers: Peers,
+        limit: int = MAX_CACHED,
     ) -> None:
         self._core = core
         self._series = series
+        self._flows = flows
         self._peers = peers
         self._limit = limit
         self._records: dict[int, Record] = {}
@@ -383,6 +434,8 @@ class Decisions:
         record = self._records.pop(number, None)
         if record is None:
             return
+        if record.flow is not None:
+            self._flows.release(record.flow)
         for series in (record.series, record.mirror):
             if series is not None:
                 self._series.release(series)

@@ -13,17 +13,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from ztunnel import address
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Client, Request, Verdict, authorize
+from ztunnel.corelike import Kind
 from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
-from ztunnel.protocol import Service, Workload
+from ztunnel.protocol import Arrival, FlowKey, Service, Workload
 from ztunnel.reasons import Reason
 from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse, Route, Tunnel, Way
 from ztunnel.same_node import admit, is_direct
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
+    from ztunnel.flows import FlowTable, LiveFlow
     from ztunnel.identities import Proven
     from ztunnel.pods import Held, Pods
     from ztunnel.state import State
@@ -32,6 +35,11 @@ __all__ = ["NUMBER_OF", "Cut", "Judge", "Judged", "still_allowed"]
 
 NUMBER_OF: Final = {reason: number for number, reason in enumerate(Reason)}
 """Reason to the core's number for it; `reasons.check` has made sure that the core agrees."""
+
+_ARRIVALS: Final[Mapping[int, Arrival]] = {
+    Kind.INBOUND_PLAINTEXT: Arrival.PLAINTEXT,
+    Kind.INBOUND_HBONE: Arrival.HBONE,
+}
 
 _MAX_WEIGHT: Final = 2**32 - 1
 """The core keeps a weight in 32 bits."""
@@ -55,12 +63,14 @@ class Judge:
         numbers: Iterator[int],
         decisions: Decisions,
         series: SeriesTable,
+        flows: FlowTable,
         peers: Peers,
     ) -> None:
         self._core = core
         self._numbers = numbers
         self._decisions = decisions
         self._series = series
+        self._flows = flows
         self._peers = peers
         self.judged: Counter[Judged] = Counter()
         """Verdicts on who wanted in; of one verdict many connections may live."""
@@ -114,8 +124,11 @@ class Judge:
                 record.proofs = route.proofs
                 record.mirror_labels = self.handed_labels(state, held, route)
                 record.mirror = self._series.acquire(record.mirror_labels)
+                record.flow = self._flows.acquire(_handed_flow(state, held, route), record.mirror)
             self._tell(record, route)
         except BaseException:
+            if record.flow is not None:
+                self._flows.release(record.flow)
             for series in (record.series, record.mirror):
                 if series is not None:
                     self._series.release(series)
@@ -144,8 +157,8 @@ class Judge:
                     number, series, peer, route.authority, route.baggage, route.host
                 )
             case HandOver(way=way):
-                mirror = record.mirror.number if record.mirror is not None else 0
-                self._core.decide_hand_over(number, series, mirror, route.pod, way.target, way.port)
+                flow = record.flow.number if record.flow is not None else 0
+                self._core.decide_hand_over(number, series, flow, route.pod, way.target, way.port)
 
     def inbound(
         self, state: State, held: Held | None, key: Key, proven: Proven | None, verdict: Verdict
@@ -154,16 +167,23 @@ class Judge:
         labels = self.inbound_labels(state, held, key, proven)
         number = next(self._numbers)
         series = self._series.acquire(labels)
+        flow: LiveFlow | None = None
         try:
+            if held is not None and key.kind in _ARRIVALS:
+                flow = self._flows.acquire(_inbound_flow(state, held, key, proven, verdict), series)
+            counted = flow.number if flow is not None else series.number
             if verdict.allow and held is not None:
-                self._core.decide_deliver(number, series.number)
+                self._core.decide_deliver(number, counted)
             else:
-                self._core.decide_refuse(number, series.number, NUMBER_OF[verdict.reason])
+                self._core.decide_refuse(number, counted, NUMBER_OF[verdict.reason])
         except BaseException:
+            if flow is not None:
+                self._flows.release(flow)
             self._series.release(series)
             raise
         record = Record(number, key, held.pod.uid if held is not None else "", verdict, labels)
         record.series = series
+        record.flow = flow
         record.proven = proven
         record.proofs = (proven,) if proven is not None else ()
         self._decisions.add(record)
@@ -260,6 +280,44 @@ class Judge:
             self._services_of = state.services
             self._pods_of = state.pods
         return self._inbound.get((destination.uid, port))
+
+
+def _inbound_flow(
+    state: State, held: Held, key: Key, proven: Proven | None, verdict: Verdict
+) -> FlowKey:
+    identity = str(proven.id) if proven is not None else ""
+    source = state.workload_at(key.source)
+    if source is not None and identity and source.identity != identity:
+        # As of the labels: the address is another workload's.
+        source = None
+    return FlowKey(
+        identity=identity,
+        source=address.text(key.source),
+        workload=source.uid if source is not None else "",
+        arrival=_ARRIVALS[key.kind],
+        destination=held.pod.workload,
+        address=address.text(key.destination),
+        port=key.port,
+        allowed=verdict.allow,
+        reason="" if verdict.allow else verdict.reason.value,
+    )
+
+
+def _handed_flow(state: State, held: Held, over: HandOver) -> FlowKey:
+    """Of the client's addresses one of the family that was called: all were judged alike."""
+    family = address.is_ipv4(over.way.target)
+    sources = sorted(own for own in held.pod.addresses if address.is_ipv4(own) is family)
+    source = state.workload_of(held.pod)
+    return FlowKey(
+        identity=str(over.proofs[0].id),
+        source=address.text(sources[0]) if sources else "",
+        workload=source.uid if source is not None else "",
+        arrival=Arrival.DIRECT,
+        destination=over.way.workload,
+        address=address.text(over.way.target),
+        port=over.way.port,
+        allowed=True,
+    )
 
 
 def _nothing(reporter: str) -> Labels:

@@ -19,6 +19,7 @@ connects, again and again with backoff, for as long as it lives.
    `commit` set. ztunnel applies nothing before `commit`, then all of it at once, drops what a reset
    did not name, and answers `Ack`. Later changes are `Update`s without `reset`.
 4. Either side may send `Query` at any time after `Welcome`; the other answers with `Answer`.
+5. ztunnel sends `Flows`, what it has counted of callers, every few seconds; nothing answers.
 
 Two ztunnels
 ------------
@@ -36,11 +37,13 @@ first byte of their frame's header.
 from __future__ import annotations
 
 import enum
-import struct
 from typing import Final
 
 import msgspec
 
+from ztunnel import framing
+from ztunnel.flow_messages import Arrival, Flow, FlowKey, Flows
+from ztunnel.framing import HEADER, MAX_FDS, MAX_FRAME, ProtocolError
 from ztunnel.settings import (
     AuditForm,
     AuditSettings,
@@ -62,6 +65,7 @@ __all__ = [
     "Ack",
     "Action",
     "Answer",
+    "Arrival",
     "Attribute",
     "AuditForm",
     "AuditSettings",
@@ -73,6 +77,9 @@ __all__ = [
     "Deadlines",
     "Endpoint",
     "Facility",
+    "Flow",
+    "FlowKey",
+    "Flows",
     "Frame",
     "FrameDecoder",
     "HeldPod",
@@ -103,15 +110,6 @@ __all__ = [
 
 PROTOCOL_VERSION: Final = 3
 """Raised when a message changes in a way that an older peer would misread."""
-
-MAX_FRAME: Final = 4 * 1024 * 1024
-"""Bytes of one frame's body. A snapshot of any size is split into frames far below this; a larger
-length is garbage on the socket, and is refused before anything is allocated."""
-
-MAX_FDS: Final = 16
-"""Descriptors of one frame: a pod needs four. The kernel's own limit is 253 (SCM_MAX_FD)."""
-
-HEADER: Final = struct.Struct("!IB")
 
 
 class Mode(enum.StrEnum):
@@ -388,18 +386,7 @@ class Answer(_Base, frozen=True, tag="answer"):
     error: str = ""
 
 
-Message = Hello | HeldPod | Welcome | Refusal | Update | Ack | Query | Answer
-
-
-class ProtocolError(Exception):
-    """The other side broke the protocol; the connection is of no further use.
-
-    `reason` says what was wrong in words for the log and never quotes message contents.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+Message = Hello | HeldPod | Welcome | Refusal | Update | Ack | Query | Answer | Flows
 
 
 class Frame(msgspec.Struct, frozen=True):
@@ -415,39 +402,23 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 def encode(message: Message, fds: int = 0) -> bytes:
     """Return the frame for `message`. Raises ValueError, our own error, above the limits."""
-    body = _encoder.encode(message)
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
-    if not 0 <= fds <= MAX_FDS:
-        raise ValueError(f"{fds} descriptors exceed {MAX_FDS}")
-    return HEADER.pack(len(body), fds) + body
+    return framing.pack(_encoder.encode(message), fds)
 
 
 class FrameDecoder:
     """Turns bytes as they come into frames. Holds at most one frame (MAX_FRAME) at any time."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._splitter = framing.Splitter()
 
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that `data` completes. Raises ProtocolError on anything malformed."""
-        self._buffer += data
-        frames: list[Frame] = []
-        while len(self._buffer) >= HEADER.size:
-            length, fds = HEADER.unpack_from(self._buffer)
-            if length > MAX_FRAME or fds > MAX_FDS:
-                raise ProtocolError(
-                    f"frame of {length} bytes and {fds} descriptors exceeds the limits"
-                )
-            end = HEADER.size + length
-            if len(self._buffer) < end:
-                break
-            body = bytes(memoryview(self._buffer)[HEADER.size : end])
-            del self._buffer[:end]
-            try:
-                message = _decoder.decode(body)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                # A validation error may quote a value, and values may be keys: name the type only.
-                raise ProtocolError(f"malformed message ({type(error).__name__})") from None
-            frames.append(Frame(message, fds))
-        return frames
+        return [Frame(_decoded(body), fds) for body, fds in self._splitter.feed(data)]
+
+
+def _decoded(body: bytes) -> Message:
+    try:
+        return _decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # A validation error may quote a value, and values may be keys: name the type only.
+        raise ProtocolError(f"malformed message ({type(error).__name__})") from None

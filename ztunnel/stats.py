@@ -30,12 +30,13 @@ from prometheus_client.registry import Collector as CollectorBase
 
 from ztunnel import reasons
 from ztunnel.audit import Counts
+from ztunnel.decisions import Counters
 from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
 from ztunnel.reasons import NO_FLAG, Reason
 from ztunnel.same_node import is_direct
 
 if TYPE_CHECKING:
-    from ztunnel._core import PodCounters, SeriesCounters, Stats
+    from ztunnel._core import PodCounters, Stats
     from ztunnel.access_log import AccessLog
     from ztunnel.control import ControlStatus
     from ztunnel.corelike import CoreLike
@@ -53,7 +54,8 @@ _MICROSECONDS: Final = 1_000_000
 class Picture(msgspec.Struct, frozen=True):
     """A copy of all counters at one moment. Times are seconds since the epoch."""
 
-    series: list[tuple[Labels, SeriesCounters]]
+    series: list[tuple[Labels, Counters]]
+    """A label set may be there several times: its numbers are their sums."""
     early: dict[tuple[Labels, str], int]
     pods: list[tuple[str, PodCounters]]
     """By workload: each is in one pod of this node."""
@@ -76,12 +78,14 @@ _OWN_HELP: Final[Mapping[str, str]] = {
     "decisions": "Decisions that the core or a connection may still use.",
     "peers": "Pools of HBONE connections, one for each pod and workload that it calls.",
     "series": "Label sets with counters of their own.",
+    "flows": "Callers, ports and verdicts that are counted to be reported to nodeagent.",
     "identities": "Verified certificate chains that are remembered.",
     "waiting_decisions": "Connections of young pods that wait for the pod's own state.",
     "control_connected": "1 while the connection to nodeagent stands.",
     "same_node_direct": "1 while pods of this node are joined directly, without encryption.",
     "control_version": "Version of the state in force.",
     "series_overflow_total": "Decisions counted under unknown labels, the limit being reached.",
+    "flows_folded_total": "Times that a caller found no room there and was counted with others.",
     "series_evicted_total": "Label sets dropped to make room; their counters start anew.",
     "connections_cut_total": "Decisions whose live connections a change of state has cut.",
     "waits_expired_total": "Connections refused because a young pod's state did not come in time.",
@@ -103,7 +107,7 @@ def take(
     """Copy every counter; a few microseconds for each series. On the loop's thread only."""
     state = tunnel.state
     return Picture(
-        series=[(series.labels, core.read_series(series.number)) for series in tunnel.series],
+        series=[*tunnel.series.read(), *tunnel.flows.read()],
         early=dict(tunnel.events.early),
         pods=[(held.pod.workload, core.read_pod(held.number)) for held in tunnel.pods],
         core=core.stats(),
@@ -121,12 +125,14 @@ def take(
             "decisions": len(tunnel.decisions),
             "peers": len(tunnel.peers),
             "series": len(tunnel.series),
+            "flows": len(tunnel.flows),
             "identities": len(tunnel.identities),
             "waiting_decisions": tunnel.waiting,
             "control_connected": float(control.connected),
             "same_node_direct": float(is_direct(state)),
             "control_version": control.version,
             "series_overflow_total": tunnel.series.overflowed,
+            "flows_folded_total": tunnel.flows.folded,
             "series_evicted_total": tunnel.series.evicted,
             "connections_cut_total": tunnel.recheck.cut,
             "waits_expired_total": tunnel.waited_too_long,
@@ -171,8 +177,12 @@ def render(picture: Picture) -> bytes:
 
 
 def _istio(picture: Picture) -> Iterator[str]:
-    ordinary = [(_label_text(labels, NO_FLAG), counters) for labels, counters in picture.series]
-    families: tuple[tuple[str, str, Callable[[SeriesCounters], int]], ...] = (
+    series: dict[Labels, Counters] = {}
+    for labels, counters in picture.series:
+        known = series.get(labels)
+        series[labels] = counters if known is None else known.plus(counters)
+    ordinary = [(_label_text(labels, NO_FLAG), counters) for labels, counters in series.items()]
+    families: tuple[tuple[str, str, Callable[[Counters], int]], ...] = (
         ("connections_opened", "TCP connections opened.", lambda c: c.opened),
         ("connections_closed", "TCP connections closed.", lambda c: c.closed),
         ("received_bytes", "Bytes received from clients (request).", lambda c: c.received),
@@ -180,10 +190,10 @@ def _istio(picture: Picture) -> Iterator[str]:
     )
     for name, text, value in families:
         yield _head(name, text)
-        for labels, counters in ordinary:
-            yield f"istio_tcp_{name}_total{labels} {value(counters)}\n"
+        for text_of, counters in ordinary:
+            yield f"istio_tcp_{name}_total{text_of} {value(counters)}\n"
     yield _head("connections_failed", "TCP connections that failed, by response flag.")
-    for (failed_labels, flag), count in _failed(picture).items():
+    for (failed_labels, flag), count in _failed(picture.early, series).items():
         found = _label_text(failed_labels, flag)
         yield f"istio_tcp_connections_failed_total{found} {count}\n"
 
@@ -203,9 +213,11 @@ def _escape(value: str) -> str:
     return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
-def _failed(picture: Picture) -> dict[tuple[Labels, str], int]:
-    totals: dict[tuple[Labels, str], int] = dict(picture.early)
-    for labels, counters in picture.series:
+def _failed(
+    early: Mapping[tuple[Labels, str], int], series: Mapping[Labels, Counters]
+) -> dict[tuple[Labels, str], int]:
+    totals = dict(early)
+    for labels, counters in series.items():
         hbone = labels[_REPORTER] == SOURCE and labels[_SECURITY] == MUTUAL_TLS
         for number, count in enumerate(counters.failed):
             if not count:

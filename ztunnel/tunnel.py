@@ -33,6 +33,7 @@ from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
 from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
 from ztunnel.events import Events
+from ztunnel.flows import FlowTable
 from ztunnel.identities import Identities, Proven, reason_of
 from ztunnel.judge import NUMBER_OF, Judge
 from ztunnel.pods import Builder, Held, PodError, Pods, PodSockets, build_pair
@@ -113,13 +114,14 @@ class Tunnel:
         self.committed = False
         """True once a change has been put in force."""
         self.series = SeriesTable(core, numbers)
+        self.flows = FlowTable(core, numbers, wall)
         self.peers = Peers(core, numbers)
-        self.decisions = Decisions(core, self.series, self.peers)
+        self.decisions = Decisions(core, self.series, self.flows, self.peers)
         self.identities = Identities(numbers, self._evicted)
         self.pods = Pods(core, numbers, clock, build)
         self._join = Join(self.identities, self.pods, wall)
         self.recheck = Recheck(core, self.decisions, self.identities, self.peers, self.pods, wall)
-        self._judge = Judge(core, numbers, self.decisions, self.series, self.peers)
+        self._judge = Judge(core, numbers, self.decisions, self.series, self.flows, self.peers)
         self.judged = self._judge.judged
         self.audit = audit if audit is not None else AuditLog(clock, wall)
         self.events = Events(self, self._judge, sink, self.audit, clock, wall)

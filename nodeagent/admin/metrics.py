@@ -112,6 +112,7 @@ class Metrics:
         yield from _config(status)
         yield from _pods(status)
         yield from _certificates(status)
+        yield from _recording(status)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
@@ -178,6 +179,24 @@ def _certificates(status: Status) -> Iterable[Metric]:
     yield expiry
     yield renewals
     yield failures
+
+
+def _recording(status: Status) -> Iterable[Metric]:
+    recording = status.recording
+    if recording is None:
+        return
+    yield CounterMetricFamily(
+        "nodeagent_flows_recorded", "Reports of callers written.", value=recording.recorded
+    )
+    yield CounterMetricFamily(
+        "nodeagent_flows_lost",
+        "Reports of callers not written: no room on the disk, or it is too slow.",
+        value=recording.lost,
+    )
+    yield _gauge("nodeagent_flows_bytes", "Size of the recorded flows.", recording.bytes)
+    yield _gauge(
+        "nodeagent_flows_failing", "1 while callers cannot be recorded.", bool(recording.problem)
+    )
 
 
 def _seconds(moment: datetime | None) -> float:

@@ -23,6 +23,7 @@ __all__ = [
     "PodState",
     "PortMode",
     "Problem",
+    "RecordingReport",
     "Status",
     "ZtunnelReport",
     "pods_by_state",
@@ -147,6 +148,18 @@ class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
     """References of documents in force that lead nowhere: what depends on them is closed."""
 
 
+class RecordingReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How the recording of callers goes: reports of flows since start, and bytes on the disk.
+
+    `lost` reports could not be written. `problem` is why, empty while it works.
+    """
+
+    recorded: int
+    lost: int
+    bytes: int
+    problem: str = ""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """`missing` names what keeps the node from being ready; `ready` is its emptiness.
 
@@ -168,6 +181,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     config: ConfigReport
     pods: tuple[PodReport, ...] = ()
     certificates: tuple[CertificateReport, ...] = ()
+    recording: RecordingReport | None = None
+    """None: the settings do not ask for it (`flows.retention_hours: 0`)."""
 
 
 def pods_by_state(pods: tuple[PodReport, ...]) -> dict[PodState, int]:

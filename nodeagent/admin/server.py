@@ -37,10 +37,13 @@ CONNECTION_SECONDS: Final = 30.0
 MAX_CONNECTIONS: Final = 32
 """Open at a time and listener: Prometheus, probes and a few people."""
 
+MAX_AGE_DIGITS: Final = 10
+"""Of a number of seconds: three hundred years."""
+
 MAX_LINE: Final = 4096
 """Bytes of the request line and of one header."""
 
-_PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration"})
+_PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration", "/flows"})
 """Paths that tell who runs here: on loopback for root (and this daemon's user) alone."""
 
 
@@ -65,6 +68,9 @@ class Backend(Protocol):
     def configuration(self) -> Configuration | None:
         """The documents that the state is made of; None before there are any."""
 
+    async def flows(self, age: int) -> bytes:
+        """JSON of the callers that were seen in the last `age` seconds."""
+
 
 class AdminServer:
     """Serves a Backend on any number of listening sockets."""
@@ -79,6 +85,7 @@ class AdminServer:
         app.router.add_get("/status", self._status)
         app.router.add_get("/config_dump", self._config_dump)
         app.router.add_get("/configuration", self._configuration)
+        app.router.add_get("/flows", self._flows)
         app.router.add_get("/", _index)
         app.on_response_prepare.append(_close_after)
         self._runner = web.AppRunner(
@@ -161,6 +168,14 @@ class AdminServer:
         # Tens of megabytes in a large mesh.
         body = await asyncio.to_thread(msgspec.json.encode, found)
         return web.Response(body=body, content_type="application/json")
+
+    async def _flows(self, request: web.Request) -> web.Response:
+        age = request.query.get("seconds", "3600")
+        if not (age.isascii() and age.isdigit() and len(age) <= MAX_AGE_DIGITS):
+            raise web.HTTPBadRequest(text="seconds: write a whole number, as in ?seconds=3600\n")
+        return web.Response(
+            body=await self._backend.flows(int(age)), content_type="application/json"
+        )
 
 
 def dump_resource(resource: protocol.Resource) -> dict[str, Any]:
@@ -296,5 +311,6 @@ async def _index(_request: web.Request) -> web.Response:
         "/status": "the whole picture as JSON",
         "/config_dump": "the state that ztunnel is to hold, without keys",
         "/configuration": "the documents in force, for nodeagent policy",
+        "/flows": "who has called the workloads of this node; ?seconds=3600 says since when",
     }
     return web.Response(text="".join(f"{path:16} {text}\n" for path, text in paths.items()))

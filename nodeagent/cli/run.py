@@ -20,7 +20,7 @@ from typing import Final, NoReturn
 import click
 import structlog
 
-from nodeagent import agent, logs, process
+from nodeagent import build, logs, process
 from nodeagent.api import ConfigError
 from nodeagent.daemon import DaemonError, serve
 from nodeagent.rundir import RunDirectory, RunDirectoryError
@@ -86,7 +86,7 @@ async def _run(
 
     slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="slow")
     asyncio.get_running_loop().set_default_executor(slow)
-    built = agent.build(settings, _version(), manager, stored)
+    built = build.build(settings, _version(), manager, stored)
     try:
         await serve(built.agent, directory, manager, built.probe, objection)
     finally:
@@ -119,7 +119,7 @@ def uninstall(settings_file: Path, *, yes: bool) -> None:
 
 async def _uninstall(settings: Settings, *, really: bool) -> int:
     """Remove every capture; return how many are left."""
-    built = agent.build(settings, _version(), ServiceManager({}), ())
+    built = build.build(settings, _version(), ServiceManager({}), ())
     left = 0
     try:
         async for pod in built.uninstall(really=really):

@@ -97,6 +97,7 @@ def findings(status: Status, now: datetime) -> tuple[Finding, ...]:
         found += _certificate(certificate, now)
     for pod in status.pods:
         found += _pod(pod)
+    found += _recording(status)
     if not found:
         # Readiness knows something that has no finding of its own yet: never hide it.
         for missing in status.missing:
@@ -222,6 +223,18 @@ def _pod(pod: PodReport) -> list[Finding]:
             f"pod-{pod.state.value.lower()}",
             f"{pod.workload} is {pod.state.value.lower()}{detail}",
             "it is tried again; the daemon's log has every attempt",
+        )
+    ]
+
+
+def _recording(status: Status) -> list[Finding]:
+    if status.recording is None or not status.recording.problem:
+        return []
+    return [
+        Finding(
+            "flows-not-recorded",
+            f"who calls is not recorded (traffic goes on): {status.recording.problem}",
+            "make room, or remove the file; it is tried again every half a minute",
         )
     ]
 

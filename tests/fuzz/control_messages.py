@@ -75,7 +75,7 @@ def decode(pieces: Sequence[bytes]) -> tuple[list[protocol.Frame], str]:
     try:
         for piece in pieces:
             made += decoder.feed(piece)
-            held = len(decoder._buffer)
+            held = len(decoder._splitter._buffer)
             assert held <= protocol.MAX_FRAME + protocol.HEADER.size + len(piece)
     except protocol.ProtocolError as error:
         problem = error.reason
@@ -340,6 +340,22 @@ def removal(chance: random.Random) -> Plain:
     return {"t": "removal", "kind": kind, "uid": uid}
 
 
+def flow(chance: random.Random) -> Plain:
+    return {
+        "key": {
+            "identity": chance.choice(("", "spiffe://cluster.local/ns/default/sa/a")),
+            "source": "10.0.0.1",
+            "workload": "default/a",
+            "arrival": chance.choice(("hbone", "plaintext", "direct")),
+            "destination": "default/b",
+            "address": "10.0.0.2",
+            "port": chance.choice((0, 80, 65535)),
+            "allowed": True,
+        },
+        **dict.fromkeys(("first", "last", "connections", "open", "received", "sent"), 1),
+    }
+
+
 def message(chance: random.Random) -> Plain:
     makers = (workload, service, authorization, other)
     upserts = [chance.choice(makers)(chance) for _ in range(chance.randrange(4))]
@@ -357,6 +373,7 @@ def message(chance: random.Random) -> Plain:
         {"t": "ack", "version": 1},
         {"t": "held_pod", "uid": "p", "netns_cookie": 1},
         {"t": "answer", "id": 1},
+        {"t": "flows", "flows": [flow(chance)]},
     )
     return update if chance.random() < 0.8 else chance.choice(rare)
 

@@ -302,7 +302,7 @@ def test_no_key_is_in_what_the_daemons_say(mesh: Mesh) -> None:
         said += node.logs("nodeagent") + node.logs("ztunnel")
         said += layout.access_log(node.name).read_text()
         said += node.metrics("nodeagent") + node.metrics("ztunnel")
-        for path in ("/status", "/config_dump"):
+        for path in ("/status", "/config_dump", "/flows"):
             said += node.get(path, 15000)[1].decode()
     assert spiffe("far") in said
     assert "PRIVATE" not in said

@@ -25,7 +25,13 @@ DEADLINE = 20
 class Harness:
     """A server on a socket of its own, and what it called back with."""
 
-    def __init__(self, server: control.ControlServer, path: Path, seconds: list[float]) -> None:
+    def __init__(
+        self,
+        server: control.ControlServer,
+        path: Path,
+        seconds: list[float],
+        flows: list[protocol.Flow],
+    ) -> None:
         self.server = server
         self.path = path
         self.held: list[tuple[protocol.HeldPod, tuple[int, int, int]]] = []
@@ -34,6 +40,7 @@ class Harness:
         self.gate = asyncio.Event()
         self.asked: list[frozenset[str]] = []
         self.drained: list[int] = []
+        self.flows = flows
 
     async def until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -74,17 +81,19 @@ async def serving(tmp_path: Path) -> AsyncIterator[Harness]:
         harness.asked.append(held)
         await harness.gate.wait()
 
+    flows: list[protocol.Flow] = []
     server = control.ControlServer(
         SETTINGS,
         on_held=on_held,
         before_snapshot=before_snapshot,
         on_change=on_change,
         on_drained=on_drained,
+        on_flows=flows.extend,
         observe_seconds=seconds.append,
         clock=time.monotonic,
         first_version=100,
     )
-    harness = Harness(server, listener.path, seconds)
+    harness = Harness(server, listener.path, seconds, flows)
     task = asyncio.ensure_future(server.run(listener.socket))
     try:
         yield harness

@@ -103,6 +103,9 @@ class FakeBackend:
     def configuration(self) -> Configuration | None:
         return self.documents
 
+    async def flows(self, age: int) -> bytes:
+        return json.dumps({"age": age}).encode()
+
 
 class Site:
     def __init__(self, port: int, path: Path, backend: FakeBackend) -> None:
@@ -148,6 +151,24 @@ def test_status_round_trips(tmp_path: Path) -> None:
             code, body = await site.get("/status", unix=unix)
             assert code == 200
             assert msgspec.json.decode(body, type=Status) == picture()
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("query,age", [("", 3600), ("?seconds=0", 0), ("?seconds=21600", 21600)])
+def test_flows_are_asked_for_by_age(tmp_path: Path, query: str, age: int) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get(f"/flows{query}", unix=True)
+        assert (code, json.loads(body)) == (200, {"age": age})
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize("age", ["", "-1", "1e9", "6h", "9" * 11, "٣"])
+def test_an_age_that_is_no_number_is_refused(tmp_path: Path, age: str) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get(f"/flows?seconds={age}", unix=True)
+        assert (code, body) == (400, "seconds: write a whole number, as in ?seconds=3600\n")
 
     run(test, tmp_path)
 
@@ -280,6 +301,7 @@ def test_other_users_get_no_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         assert (await site.get("/status"))[0] == 403
         assert (await site.get("/config_dump"))[0] == 403
         assert (await site.get("/configuration"))[0] == 403
+        assert (await site.get("/flows"))[0] == 403
         assert (await site.get("/metrics"))[0] == 200
         assert (await site.get("/status", unix=True))[0] == 200
 

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from nodeagent.capture.model import (
 )
 from nodeagent.channel import Channel, close_all
 from nodeagent.descriptors import KeptDescriptors
+from nodeagent.flows import Recorder
 from nodeagent.identity import EmbeddedCa
 from nodeagent.pods import Appeared, Change, Gone, NetnsHandle, pod_uid
 from nodeagent.rundir import CONTROL_SOCKET, RunDirectory
@@ -190,6 +192,7 @@ class World:
         self.settings = Settings(
             node="node-1", run_dir=tmp_path / "run", state_dir=tmp_path / "state"
         )
+        self.flows = Recorder(tmp_path / "flows.db", self.settings.flows, time.time, time.monotonic)
         self.directory = RunDirectory(self.settings.run_dir)
         self.listener = self.directory.listen(CONTROL_SOCKET)
         self._tasks: list[asyncio.Task[None]] = []
@@ -205,6 +208,7 @@ class World:
                     self.settings.ca_dir, "cluster.local", ttl_seconds=3600, permitted=bound
                 ),
                 kept=self.kept,
+                flows=self.flows,
                 version="1",
             ),
         )
@@ -252,6 +256,7 @@ class World:
         self.listener.close()
         self.directory.close()
         self.kept.close()
+        self.flows.stop(20)
         await self.capture.close()
 
 

@@ -199,6 +199,9 @@ class Backend:
     def configuration(self) -> Configuration | None:
         return None
 
+    async def flows(self, age: int) -> bytes:
+        return b"%d" % age
+
 
 def invoke(tmp_path: Path, answer: Status, *arguments: str) -> Result:
     async def main() -> Result:

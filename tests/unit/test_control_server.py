@@ -8,6 +8,7 @@ import os
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nodeagent import control, session
@@ -69,6 +70,45 @@ def test_pod_arrives_with_its_descriptors(tmp_path: Path) -> None:
         for pair in pipes:
             for fd in pair:
                 os.close(fd)
+
+    run(test, tmp_path)
+
+
+def test_what_a_ztunnel_has_counted_is_handed_on_and_not_answered(tmp_path: Path) -> None:
+    key = protocol.FlowKey(
+        "", "10.0.0.9", "", protocol.Arrival.PLAINTEXT, "default/a", "10.0.0.1", 80, allowed=True
+    )
+    counted = protocol.Flow(key, 10, 20, 3, 1, 100, 200)
+
+    async def test(h: Harness) -> None:
+        channel = await h.greeted()
+        await channel.send(protocol.Flows((counted, counted)))
+        await channel.send(protocol.Query(1, "anything"))
+        answer = (await channel.receive()).message
+        assert isinstance(answer, protocol.Answer)
+        assert answer.id == 1
+        assert h.flows == [counted, counted]
+        channel.close()
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"connections": -1}, {"received": 2**53 + 1}, {"first": 2**64 - 1}]
+)
+def test_counts_that_no_table_holds_end_the_conversation(
+    tmp_path: Path, changes: dict[str, int]
+) -> None:
+    key = protocol.FlowKey("", "", "", protocol.Arrival.HBONE, "a/b", "", 0, allowed=False)
+    counted = msgspec.structs.replace(protocol.Flow(key, 1, 1, 1, 0, 0, 0), **changes)
+
+    async def test(h: Harness) -> None:
+        channel = await h.greeted()
+        await channel.send(protocol.Flows((counted,)))
+        with pytest.raises(Closed):
+            await channel.receive()
+        assert h.flows == []
+        channel.close()
 
     run(test, tmp_path)
 

@@ -383,6 +383,9 @@ class Backend:
     def configuration(self) -> Configuration | None:
         return self.found
 
+    async def flows(self, age: int) -> bytes:
+        return b"%d" % age
+
 
 def of_agent(tmp_path: Path, found: Configuration | None, *arguments: str) -> Result:
     async def main() -> Result:

@@ -10,8 +10,9 @@ from support.certificates import NOW
 from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
 from ztunnel import labels
-from ztunnel._core import PodCounters, SeriesCounters, Stats
+from ztunnel._core import PodCounters, Stats
 from ztunnel.authorize import Client
+from ztunnel.decisions import Counters
 from ztunnel.judge import Judged
 from ztunnel.reasons import Reason
 from ztunnel.stats import Picture, render
@@ -50,8 +51,7 @@ def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[S
         series=[
             (
                 MUTUAL,
-                record(
-                    SeriesCounters,
+                Counters(
                     7,
                     6,
                     failed(CONNECT_TIMEOUT=2, CONNECT_REFUSED=1, SERVER_RESET=4),
@@ -59,7 +59,7 @@ def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[S
                     200,
                 ),
             ),
-            (PLAIN, record(SeriesCounters, 3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
+            (PLAIN, Counters(3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
         ],
         early={(PLAIN, "DENY"): 1, (PLAIN, "CONNECT"): 2},
         pods=[("default/web", POD), ("default/idle", IDLE_POD)],
@@ -213,7 +213,7 @@ def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
         [
             (
                 labels.make("source", "none", evil, None, None),
-                record(SeriesCounters, 1, 0, failed(), 0, 0),
+                Counters(1, 0, failed(), 0, 0),
             )
         ],
         {},

@@ -1,0 +1,66 @@
+"""What is read back of recorded flows: values, as `/flows` publishes them.
+
+This module owns the types. It promises that within one `SCHEMA` fields are only added, never
+renamed, retyped or removed. Pure: no files, no clocks.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+import msgspec
+
+__all__ = ["SCHEMA", "Recorded", "Recording"]
+
+SCHEMA: Final = 1
+"""Raised when a field changes its meaning; readers refuse what they do not know."""
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """One caller of one port of one workload of this node, as far as it was judged alike.
+
+    `identity` is the SPIFFE ID that the caller proved, empty without. `source` is its address,
+    `workload` the uid of the workload there, empty if it is none that is known. `arrival` is
+    "hbone", "plaintext" or "direct". `reason` is why it was refused, empty if `allowed`.
+    `connections` began in the time that was asked for; `most_open` were open at once, older ones
+    included. Without source, address and port it stands for callers that found no room one by one.
+    """
+
+    identity: str
+    source: str
+    workload: str
+    arrival: str
+    destination: str
+    address: str
+    port: int
+    allowed: bool
+    reason: str
+    first: datetime
+    last: datetime
+    connections: int
+    most_open: int
+    received: int
+    sent: int
+
+    @property
+    def is_folded(self) -> bool:
+        """True where it stands for several callers that are not known one by one."""
+        return not self.port
+
+
+class Recording(msgspec.Struct, frozen=True, kw_only=True):
+    """The flows since a moment, the last seen first. Times are RFC 3339 in UTC.
+
+    `oldest` is the hour from which on anything is kept, None if nothing is. `truncated`: there are
+    more than fit an answer. `problem` says why recording does not work now.
+    """
+
+    schema: int
+    node: str
+    time: datetime
+    since: datetime
+    oldest: datetime | None
+    flows: tuple[Recorded, ...]
+    truncated: bool = False
+    problem: str = ""

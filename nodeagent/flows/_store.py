@@ -1,0 +1,445 @@
+"""The file of recorded flows: an SQLite database of hourly sums.
+
+This module owns the tables, their bounds and how a broken file is dealt with. It promises that a
+batch is in the file whole or not at all, that the file stays below its size (the oldest hours give
+way), that one workload cannot fill it (MAX_OF_WORKLOAD), that it is 0600, and that a file which is
+no good is put aside, once, and a new one begun. It may not be used by two threads; `read` opens
+the file for itself, beside a writer or without one.
+
+Hourly sums, because what is asked are hours and days, and because an hour that is over can be
+dropped at once: its rows lie together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+import structlog
+
+from nodeagent.flow_settings import Keep
+from nodeagent.flows._model import Recorded
+from ztunnel.protocol import Flow, FlowKey
+
+__all__ = ["FILE_NAME", "MAX_READ", "FlowStore", "StoreError", "read"]
+
+FILE_NAME: Final = "flows.db"
+BROKEN: Final = ".broken"
+"""Behind the name of a file that was put aside; there is one at most."""
+
+HOUR: Final = 3600
+"""Seconds of a sum."""
+
+MAX_OF_WORKLOAD: Final = 2000
+"""Flows of one called workload in one hour, about 500 KB. More, by a scan of its ports, are counted
+as one, so that they cannot push out what is remembered of others."""
+
+MAX_KNOWN: Final = 20_000
+"""Flows whose number in the file is remembered: it saves a look for each report of each."""
+
+MAX_READ: Final = 50_000
+"""Flows of one answer, the last seen first: about 17 MB of JSON."""
+
+MAX_WAL_BYTES: Final = 32 * 1024 * 1024
+"""Of the write-ahead log, usually a tenth of it. It grows while somebody reads and does not end."""
+
+FULL: Final = 0.9
+"""Part of the file's size from which on the oldest hours give way, before a write finds no room."""
+
+BUSY_SECONDS: Final = 2.0
+"""For another process's lock: only a reader that recovers the file after a crash takes one."""
+
+_VERSION: Final = 1
+_PAGE: Final = 4096
+_MEGABYTE: Final = 1024 * 1024
+_PRIMARY: Final = 0xFF
+"""Of an extended result code (sqlite.org/rescode.html)."""
+_NOT_OURS: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_MOST_SECONDS: Final = 1 << 40
+"""A number of seconds behind which no time is meant."""
+
+_COLUMNS: Final = "identity, source, workload, arrival, destination, address, port, allowed, reason"
+
+_TABLES: Final = f"""
+CREATE TABLE flow (
+    id INTEGER PRIMARY KEY,
+    identity TEXT NOT NULL, source TEXT NOT NULL, workload TEXT NOT NULL, arrival TEXT NOT NULL,
+    destination TEXT NOT NULL, address TEXT NOT NULL, port INTEGER NOT NULL,
+    allowed INTEGER NOT NULL, reason TEXT NOT NULL,
+    UNIQUE ({_COLUMNS})
+) STRICT;
+CREATE TABLE hourly (
+    hour INTEGER NOT NULL, flow INTEGER NOT NULL,
+    first INTEGER NOT NULL, last INTEGER NOT NULL,
+    connections INTEGER NOT NULL, most_open INTEGER NOT NULL,
+    received INTEGER NOT NULL, sent INTEGER NOT NULL,
+    PRIMARY KEY (hour, flow)
+) STRICT, WITHOUT ROWID;
+PRAGMA user_version = {_VERSION};
+"""
+
+_FIND: Final = f"SELECT id FROM flow WHERE ({_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - our own names
+_NEW: Final = f"INSERT INTO flow ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - as above
+_ADD: Final = """
+UPDATE hourly SET first = min(first, ?), last = max(last, ?), connections = connections + ?,
+    most_open = max(most_open, ?), received = received + ?, sent = sent + ?
+WHERE hour = ? AND flow = ?
+"""
+_BEGIN: Final = (
+    "INSERT INTO hourly (first, last, connections, most_open, received, sent, hour, flow)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
+_READ: Final = f"""
+SELECT {_COLUMNS}, min(first), max(last) AS seen, sum(connections), max(most_open),
+    sum(received), sum(sent)
+FROM hourly JOIN flow ON flow.id = hourly.flow
+WHERE hour >= ? AND last >= ? GROUP BY flow.id ORDER BY seen DESC, flow.id LIMIT ?
+"""  # noqa: S608 - as above
+
+
+class StoreError(Exception):
+    """The file cannot be used now; the message says why, and what to do."""
+
+
+class FlowStore:
+    """The file, for whoever writes it. Any method may raise StoreError; nothing is written then."""
+
+    def __init__(self, path: Path, keep: Keep) -> None:
+        self.path = path
+        self._keep = keep
+        self._pages = keep.max_megabytes * _MEGABYTE // _PAGE
+        self._connection: sqlite3.Connection | None = None
+        self._known: dict[FlowKey, int] = {}
+        self._hour = -1
+        self._of_workload: Counter[str] = Counter()
+
+    def close(self) -> None:
+        self._forget()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def add(self, flows: Sequence[Flow]) -> None:
+        """Add a batch: all of it, or nothing."""
+        self._do(lambda: self._add_all(flows))
+
+    def prune(self, now: float) -> None:
+        """Drop the hours that are over, and those of a future that a wrong clock once told."""
+        hour = int(now) // HOUR
+        oldest = hour - self._keep.retention_hours
+        self._do(lambda: self._drop("hour < ? OR hour > ?", (oldest, hour + 1)))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file and what belongs to it."""
+        sizes = (_size(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal", "-shm"))
+        return sum(sizes)
+
+    # --- opening --------------------------------------------------------------------------------
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Open the file and do `work`; begin a new file, once, if this one is no good."""
+        for attempt in (1, 2):
+            try:
+                with _told(self.path):
+                    if self._connection is None:
+                        self._connection = self._opened()
+                    work()
+                    return
+            except _UnusableError as error:
+                self.close()
+                if attempt == 1:
+                    self._put_aside(error)
+                else:
+                    raise StoreError(f"{self.path} {error}") from None
+
+    @property
+    def _open(self) -> sqlite3.Connection:
+        assert self._connection is not None  # noqa: S101 - every way here has opened it
+        return self._connection
+
+    def _opened(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # The log and the index beside it get the mode of the file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            descriptor = os.open(self.path, flags, 0o600)
+        except OSError as error:
+            if self.path.is_symlink():
+                raise _UnusableError("is a link, and none is followed here") from None
+            raise StoreError(f"{self.path}: {error.strerror}") from error
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise _UnusableError("is not a file of this program's user")
+        if found.st_mode & 0o077:
+            self.path.chmod(0o600)
+        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, _VERSION):
+            raise _UnusableError(f"is of another release (form {version}, this one has {_VERSION})")
+        for pragma in (
+            f"page_size = {_PAGE}",
+            # What is dropped makes the file smaller.
+            "auto_vacuum = INCREMENTAL",
+            "journal_mode = WAL",
+            # A commit is on the disk when it returns: there is one every few seconds.
+            "synchronous = FULL",
+            f"max_page_count = {self._pages}",
+            f"journal_size_limit = {MAX_WAL_BYTES // 8}",
+            "trusted_schema = OFF",
+            "temp_store = MEMORY",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise _UnusableError(f"is damaged: {found}")
+        if version == 0:
+            if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                raise _UnusableError("is a database of something else")
+            connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
+
+    def _put_aside(self, reason: _UnusableError) -> None:
+        """Move the file away, in the place of the one that was moved before."""
+        aside = Path(f"{self.path}{BROKEN}")
+        try:
+            for suffix in ("-shm", "-wal", ""):
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"{self.path}{suffix}").replace(f"{aside}{suffix}")
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} {reason}, and cannot be moved away ({error.strerror}): remove it"
+            ) from error
+        structlog.get_logger().error(
+            "the file of recorded flows cannot be used; a new one is begun",
+            reason=f"it {reason}",
+            kept=str(aside),
+        )
+
+    def _check_log(self) -> None:
+        """Refuse to write while somebody's reading keeps the write-ahead log from ending."""
+        if _size(Path(f"{self.path}-wal")) <= MAX_WAL_BYTES:
+            return
+        self._open.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if _size(Path(f"{self.path}-wal")) > MAX_WAL_BYTES:
+            raise StoreError(f"{self.path}: somebody reads it and does not end: end that process")
+
+    # --- writing --------------------------------------------------------------------------------
+
+    def _add_all(self, flows: Sequence[Flow]) -> None:
+        self._check_log()
+        self._make_room()
+        with self._transaction():
+            for flow in flows:
+                self._add(flow)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        connection = self._open
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            self._forget()
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            raise
+
+    def _add(self, flow: Flow) -> None:
+        hour = flow.last // HOUR
+        numbers = (flow.first, flow.last, flow.connections, flow.open, flow.received, flow.sent)
+        key = flow.key
+        number = self._number(key)
+        if number is not None and self._added(numbers, hour, number):
+            return
+        self._turn(hour)
+        if self._of_workload[key.destination] >= MAX_OF_WORKLOAD:
+            key = key.folded()
+            number = self._number(key)
+            if number is not None and self._added(numbers, hour, number):
+                return
+        if number is None:
+            number = self._open.execute(_NEW, _row(key)).lastrowid
+            assert number is not None  # noqa: S101 - an INSERT that did not raise
+            self._known[key] = number
+        self._open.execute(_BEGIN, (*numbers, hour, number))
+        self._of_workload[key.destination] += 1
+
+    def _number(self, key: FlowKey) -> int | None:
+        number = self._known.get(key)
+        if number is None:
+            found = self._open.execute(_FIND, _row(key)).fetchone()
+            if found is None:
+                return None
+            number = int(found[0])
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = number
+        return number
+
+    def _added(self, numbers: tuple[int, ...], hour: int, number: int) -> bool:
+        return self._open.execute(_ADD, (*numbers, hour, number)).rowcount > 0
+
+    def _turn(self, hour: int) -> None:
+        """Count what `hour` has already, unless it is the hour that was last written to."""
+        if hour == self._hour:
+            return
+        self._hour = hour
+        self._of_workload = Counter(
+            dict(
+                self._open.execute(
+                    "SELECT destination, count(*) FROM hourly JOIN flow ON flow.id = hourly.flow"
+                    " WHERE hour = ? GROUP BY destination",
+                    (hour,),
+                )
+            )
+        )
+
+    def _make_room(self) -> None:
+        """Drop the oldest hours while the file is nearly full, but never the last one."""
+        while self._used() > FULL:
+            first, last = self._open.execute("SELECT min(hour), max(hour) FROM hourly").fetchone()
+            if first == last:
+                return
+            self._drop("hour = ?", (first,))
+
+    def _used(self) -> float:
+        pages, free = (
+            self._open.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count")
+        )
+        return float((pages - free) / self._pages)
+
+    def _drop(self, condition: str, values: tuple[int, ...]) -> None:
+        connection = self._open
+        with self._transaction():
+            gone = connection.execute(f"DELETE FROM hourly WHERE {condition}", values).rowcount  # noqa: S608 - our own text
+            if gone:
+                connection.execute("DELETE FROM flow WHERE id NOT IN (SELECT flow FROM hourly)")
+                self._forget()
+        if gone:
+            # As a script: it is done in steps without rows, of which `execute` takes one.
+            connection.executescript("PRAGMA incremental_vacuum")
+
+    def _forget(self) -> None:
+        """Forget what was known of the file's rows: they may be others now."""
+        self._known.clear()
+        self._hour = -1
+
+
+def read(path: Path, since: float, most: int = MAX_READ) -> tuple[list[Recorded], float | None]:
+    """Return the flows last seen at `since` or later, and the oldest hour that is kept.
+
+    Times are seconds since the epoch. One flow more than `most` shows that there are more.
+    Raises StoreError. Nothing is changed: the file may be somebody else's, or a copy.
+    """
+    if not path.is_file():
+        raise StoreError(f"{path}: no such file: nothing has been recorded there")
+    since = min(max(since, 0), _MOST_SECONDS)
+    try:
+        with _told(path), contextlib.closing(_reader(path)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version != _VERSION:
+                raise StoreError(f"{path}: no recording of this release (form {version})")
+            rows = connection.execute(_READ, (int(since) // HOUR, int(since), most + 1)).fetchall()
+            oldest = connection.execute("SELECT min(hour) FROM hourly").fetchone()[0]
+    except _UnusableError as error:
+        raise StoreError(f"{path}: {error}") from None
+    return [_recorded(row) for row in rows], None if oldest is None else float(oldest * HOUR)
+
+
+def _reader(path: Path) -> sqlite3.Connection:
+    # Without its log there is nobody who writes, and then nothing need be made beside the file.
+    alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
+    name = f"file:{quote(os.path.realpath(path))}?mode=ro{alone}"
+    return sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None, uri=True)
+
+
+def _recorded(row: tuple[object, ...]) -> Recorded:
+    (*texts, port, allowed, reason, first, last, connections, most_open, received, sent) = row
+    identity, source, workload, arrival, destination, address = map(str, texts)
+    return Recorded(
+        identity=identity,
+        source=source,
+        workload=workload,
+        arrival=arrival,
+        destination=destination,
+        address=address,
+        port=_int(port),
+        allowed=bool(allowed),
+        reason=str(reason),
+        first=datetime.fromtimestamp(_int(first), UTC),
+        last=datetime.fromtimestamp(_int(last), UTC),
+        connections=_int(connections),
+        most_open=_int(most_open),
+        received=_int(received),
+        sent=_int(sent),
+    )
+
+
+def _int(value: object) -> int:
+    assert isinstance(value, int)  # noqa: S101 - STRICT tables hold nothing else there
+    return value
+
+
+def _row(key: FlowKey) -> tuple[str | int, ...]:
+    return (
+        key.identity,
+        key.source,
+        key.workload,
+        key.arrival.value,
+        key.destination,
+        key.address,
+        key.port,
+        int(key.allowed),
+        key.reason,
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+class _UnusableError(Exception):
+    """What lies there is no file of recorded flows, or no longer; the message ends "PATH …"."""
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn errors of SQLite and of the system into ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY
+        if code in _NOT_OURS:
+            raise _UnusableError(f"is damaged: {error}") from None
+        if code == sqlite3.SQLITE_FULL:
+            raise StoreError(
+                f"{path}: no room: the disk is full, or flows.max_megabytes is too small"
+            ) from error
+        raise StoreError(f"{path}: {error}") from error
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}") from error

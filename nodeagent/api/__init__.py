@@ -49,7 +49,7 @@ from nodeagent.api._binding import (
 )
 from nodeagent.api._claims import claims, conflict, own_conflicts
 from nodeagent.api._errors import ConfigError, ConfigWarning, Origin, quote
-from nodeagent.api._loader import Loaded, load, read_struct, read_struct_of_list
+from nodeagent.api._loader import Loaded, load, load_file, read_struct, read_struct_of_list
 from nodeagent.api._schema import custom_resource_definitions, json_schema, json_schemas
 from nodeagent.api._types import (
     AuthorizationPolicy,
@@ -126,6 +126,7 @@ __all__ = [
     "json_schemas",
     "layer7",
     "load",
+    "load_file",
     "netns_binding",
     "opted_out",
     "own_conflicts",

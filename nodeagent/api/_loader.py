@@ -32,7 +32,7 @@ from nodeagent.api._types import (
 )
 from nodeagent.api._walk import Walker
 
-__all__ = ["KINDS", "Loaded", "load", "read_struct", "read_struct_of_list"]
+__all__ = ["KINDS", "Loaded", "load", "load_file", "read_struct", "read_struct_of_list"]
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -89,6 +89,17 @@ def load(data: bytes, file: str, node: str = "") -> Loaded:
         rest = len(found) - MAX_ERRORS
         found[MAX_ERRORS:] = [ConfigError(file, 0, 0, "", f"and {rest} more errors")]
     return Loaded(tuple(documents), tuple(found), tuple(walker.warnings[:MAX_ERRORS]))
+
+
+def load_file(data: bytes, file: str, node: str = "") -> Loaded:
+    """Return what a whole file holds, as `load`; but a file that is empty is refused.
+
+    What a crash, a full disk or a broken pipe leaves of a file must not take its policies away.
+    """
+    if not data.strip():
+        reason = "is empty: to remove its documents, delete the file"
+        return Loaded((), (ConfigError(file, 0, 0, "", reason),), ())
+    return load(data, file, node)
 
 
 def _read_root(walker: Walker, root: Node) -> list[Document]:

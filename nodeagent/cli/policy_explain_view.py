@@ -10,7 +10,14 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from nodeagent.offline import Answer, Explanation, MissReport, RuleReport, UnreadReport
+from nodeagent.offline import (
+    Answer,
+    Explanation,
+    MissReport,
+    PassedOverReport,
+    RuleReport,
+    UnreadReport,
+)
 
 __all__ = ["WIDTH", "lines", "summary", "wrapped"]
 
@@ -24,6 +31,9 @@ _VALUES: Final = 4
 
 _NAMED: Final = 8
 """Destinations or policies that are named in one answer."""
+
+_PASSED_OVER: Final = 3
+"""Policies for other workloads that are shown: the one that was meant for this one, perhaps."""
 
 _LABEL: Final = 11
 """Columns of the label in front of each fact."""
@@ -78,7 +88,7 @@ def _grounds(answer: Answer) -> str:
         policies = "ALLOW policy" if count == 1 else f"{count} ALLOW policies"
         return f"default deny, no rule of the {policies} for it matches"
     decided = next((rule for rule in answer.rules if rule.decided), None)
-    if decided is not None and answer.asked_policy:
+    if decided is not None:
         return f"{decided.action} {decided.rule.text}{_unread(decided.unread)}"
     by = answer.by
     if not answer.allowed:
@@ -114,6 +124,12 @@ def _answer(explanation: Explanation, answer: Answer, *, everything: bool) -> It
             yield from _fact("", f"would be marked by {_marked(audit)}")
     yield from _fact("config", explanation.configuration)
     yield from _rules(answer, everything=everything)
+    shown = answer.passed_over if everything else answer.passed_over[:_PASSED_OVER]
+    if shown and answer.asked_policy:
+        yield ""
+        yield "Not for this workload, by their selectors, the nearest first:"
+        for passed in shown:
+            yield from wrapped(f"{passed.action} {passed.policy.text}: {_lacks(passed)}", 2)
 
 
 def _caller(answer: Answer) -> str:
@@ -213,6 +229,13 @@ def _values(values: Sequence[str], *, everything: bool) -> str:
     shown = values if everything else values[:_VALUES]
     left = len(values) - len(shown)
     return " or ".join(shown) + (f" or {left} more" if left else "")
+
+
+def _lacks(passed: PassedOverReport) -> str:
+    return " and ".join(
+        f"wants {each.label}={each.wanted}; " + (f"is {each.seen}" if each.seen else "has none")
+        for each in passed.lacks
+    )
 
 
 def _many(number: int, one: str, several: str) -> str:

@@ -33,12 +33,16 @@ _SHOWN: Final = 10
 
 
 class Source(msgspec.Struct, frozen=True):
-    """Documents to be asked, and `name` for people. `notes` are what must not be overlooked."""
+    """Documents to be asked, and `name` for people. `notes` are what must not be overlooked.
+
+    `warnings` are those of reading the documents.
+    """
 
     name: str
     documents: tuple[Document, ...]
     settings: Settings
     trusted: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def evaluator(self) -> Offline:
@@ -49,6 +53,12 @@ class Source(msgspec.Struct, frozen=True):
             raise RefusedInputError(f"{self.name}: ztunnel would refuse this: {error}") from None
         _say("note", self.notes)
         _say("closed until it is mended", map(str, found.mesh.problems))
+        if not found.workloads:
+            _say("note", ["no WorkloadEntry here: name the files that hold them too"])
+        count = len(self.warnings) + len(found.mesh.warnings)
+        if count:
+            text = f"{many(count, 'warning')}: nodeagent policy check shows what has no effect"
+            _say("note", [text])
         return found
 
 
@@ -65,7 +75,13 @@ def from_files(names: Sequence[str], settings_file: Path | None, trusted: Iterab
             f"{many(len(found.errors), 'error')} in these files: nothing can be decided by them; "
             "correct them (nodeagent policy check shows all)"
         )
-    return Source(many(found.files, "file"), found.documents, settings, tuple(trusted))
+    return Source(
+        name=many(found.files, "file"),
+        documents=found.documents,
+        settings=settings,
+        trusted=tuple(trusted),
+        warnings=found.warnings,
+    )
 
 
 def from_agent(run_dir: Path | None, settings_file: Path | None) -> Source:

@@ -54,7 +54,7 @@ def read(names: Sequence[str], node: str) -> Documents:
     for name in files:
         shown = "standard input" if name == STDIN else name
         try:
-            loaded = api.load(read_bytes(name), shown, node)
+            loaded = api.load_file(read_bytes(name), shown, node)
         except (OSError, ValueError) as error:
             # ValueError: a name that no file can have, such as one with a NUL.
             reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from nodeagent.offline._ask import PLAINTEXT, Caller, QuestionError, Target
-from nodeagent.offline._offline import ModeInForce, Offline
+from nodeagent.offline._offline import ModeInForce, Offline, PassedOver
 from ztunnel import address
 from ztunnel.authorize import Verdict
 from ztunnel.policy import DEFAULT_DENY, Match
@@ -28,9 +28,11 @@ __all__ = [
     "Destination",
     "DryRunReport",
     "Explanation",
+    "LackReport",
     "LeftOutReport",
     "MissReport",
     "ModeReport",
+    "PassedOverReport",
     "Place",
     "PolicyReport",
     "RuleReport",
@@ -41,6 +43,9 @@ __all__ = [
 EXPLAIN_SCHEMA: Final = 1
 
 HBONE: Final = "hbone"
+
+PASSED_OVER: Final = 20
+"""Policies that do not count and are told: enough to find the one with a misspelt label."""
 
 _BEFORE_POLICY: Final = frozenset(
     {
@@ -148,6 +153,22 @@ class LeftOutReport(msgspec.Struct, frozen=True):
     reason: str
 
 
+class LackReport(msgspec.Struct, frozen=True):
+    """A label that a selector wants, and what the workload has: empty if it has none."""
+
+    label: str
+    wanted: str
+    seen: str
+
+
+class PassedOverReport(msgspec.Struct, frozen=True):
+    """A policy of the namespace, or of the mesh, that is not for the workload by its selector."""
+
+    policy: Place
+    action: str
+    lacks: tuple[LackReport, ...]
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """One verdict, and all that it is given on. `judged` is false where no agent judges.
 
@@ -155,6 +176,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     if the caller was refused before: then `rules` are what would have been asked next.
     `default_deny` are the ALLOW policies none of whose rules match, where that decided. `rules`
     come nearest first: by the number of conditions that would have to hold for them to match.
+    `passed_over` are the nearest of the policies that other workloads are selected by.
     """
 
     identity: str
@@ -175,6 +197,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     policies: tuple[PolicyReport, ...] = ()
     rules: tuple[RuleReport, ...] = ()
     left_out: tuple[LeftOutReport, ...] = ()
+    passed_over: tuple[PassedOverReport, ...] = ()
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,6 +270,7 @@ def _answer(
     first = found[0]
     trace = off.trace(first.workload, first.port, caller.identity, source, first.address)
     default_deny = verdict.origin.startswith(DEFAULT_DENY)
+    asked = verdict.allow or verdict.reason not in _BEFORE_POLICY
     return Answer(
         identity=identity,
         source=address.text(source),
@@ -264,10 +288,11 @@ def _answer(
         mtls=_mode(mode),
         audits=_audits(verdict.audits),
         dry_run=_dry_run(verdict),
-        asked_policy=verdict.allow or verdict.reason not in _BEFORE_POLICY,
+        asked_policy=asked,
         policies=tuple(map(_policy, trace.policies)),
-        rules=tuple(map(_rule, trace.rules)),
+        rules=tuple(_rule(each, asked=asked) for each in trace.rules),
         left_out=_left_out(off, trace.policies),
+        passed_over=tuple(map(_passed_over, off.passed_over(first.workload)[:PASSED_OVER])),
     )
 
 
@@ -294,7 +319,7 @@ def _policy(policy: Authorization) -> PolicyReport:
     )
 
 
-def _rule(considered: Considered) -> RuleReport:
+def _rule(considered: Considered, *, asked: bool) -> RuleReport:
     policy = considered.policy
     return RuleReport(
         rule=Place.of(considered.rule.origin),
@@ -302,7 +327,7 @@ def _rule(considered: Considered) -> RuleReport:
         action=policy.action.value,
         dry_run=policy.dry_run,
         matches=considered.matches,
-        decided=considered.decided,
+        decided=considered.decided and asked,
         missing=tuple(map(_miss, considered.misses)),
         unread=considered.rule.unread,
     )
@@ -317,4 +342,13 @@ def _left_out(off: Offline, policies: Iterable[Authorization]) -> tuple[LeftOutR
         LeftOutReport(Place.of(rule.origin), rule.reason)
         for policy in policies
         for rule in off.mesh.left_out.get(policy.uid, ())
+    )
+
+
+def _passed_over(passed: PassedOver) -> PassedOverReport:
+    policy = passed.policy
+    return PassedOverReport(
+        Place.of(f"{policy.uid} ({policy.origin})"),
+        policy.spec.action.value,
+        tuple(LackReport(*each) for each in passed.lacks),
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from nodeagent import mesh, policy
-from nodeagent.api import Document, PeerAuthentication
+from nodeagent.api import AuthorizationPolicy, Document, PeerAuthentication, WorkloadEntry
 from nodeagent.mesh import MeshState
 from nodeagent.policy import Level
 from nodeagent.settings import Settings, for_tunnel
@@ -28,7 +28,7 @@ from ztunnel.protocol import Action, Authorization, DataPlane, Mode, TrustBundle
 from ztunnel.spiffe import SpiffeId
 from ztunnel.state import LocalPod, State
 
-__all__ = ["ModeInForce", "Offline", "UnusableError"]
+__all__ = ["ModeInForce", "Offline", "PassedOver", "UnusableError"]
 
 
 class UnusableError(Exception):
@@ -43,20 +43,43 @@ class ModeInForce(msgspec.Struct, frozen=True):
     origin: str
 
 
+class PassedOver(msgspec.Struct, frozen=True):
+    """A policy of a workload's namespace or of the mesh whose selector does not select it.
+
+    `lacks` are the labels that it wants and the workload has not, with the workload's own values.
+    """
+
+    policy: AuthorizationPolicy
+    lacks: tuple[tuple[str, str, str], ...]
+
+
 class Offline:
     """Made by `of`. Workloads are named by their uids, "namespace/name"."""
 
     def __init__(
         self,
         settings: Settings,
+        documents: Iterable[Document],
         found: MeshState,
         told: State,
-        levels: Mapping[str, Level],
     ) -> None:
         self.settings = settings
         self.mesh = found
         self.state = told
-        self._levels = levels
+        self._levels: dict[str, Level | None] = {}
+        self._selecting: dict[str, list[AuthorizationPolicy]] = {}
+        self._labels: dict[str, Mapping[str, str]] = {}
+        for each in documents:
+            match each:
+                case PeerAuthentication():
+                    level = policy.level_of(each, settings.root_namespace)
+                    self._levels[policy.origin_of(each)] = level
+                case WorkloadEntry():
+                    self._labels[each.uid] = each.labels
+                case AuthorizationPolicy() if each.spec.selector is not None:
+                    self._selecting.setdefault(each.metadata.namespace, []).append(each)
+                case _:
+                    pass
 
     @classmethod
     def of(
@@ -76,13 +99,7 @@ class Offline:
             told = state.apply(state.EMPTY, change)
         except state.StateError as error:
             raise UnusableError(str(error)) from None
-        levels = {
-            policy.origin_of(each): level
-            for each in known
-            if isinstance(each, PeerAuthentication)
-            and (level := policy.level_of(each, settings.root_namespace)) is not None
-        }
-        return cls(settings, found, told, levels)
+        return cls(settings, known, found, told)
 
     @property
     def workloads(self) -> Mapping[str, Workload]:
@@ -143,8 +160,20 @@ class Offline:
             return None
         if port in found.port_modes:
             return ModeInForce(found.port_modes[port], Level.PORT, found.port_origins[port])
-        level = self._levels.get(found.origin, Level.DEFAULT)
+        level = self._levels.get(found.origin) or Level.DEFAULT
         return ModeInForce(found.mode, level, found.origin)
+
+    def passed_over(self, uid: str) -> list[PassedOver]:
+        """Return the policies that a workload's labels keep from it, those of the nearest first."""
+        labels = self._labels.get(uid, {})
+        namespaces = {uid.partition("/")[0], self.settings.root_namespace}
+        found = [
+            PassedOver(each, lacks)
+            for namespace in namespaces
+            for each in self._selecting.get(namespace, ())
+            if (lacks := _lacks(each, labels))
+        ]
+        return sorted(found, key=lambda each: (len(each.lacks), each.policy.uid))
 
     def _request(
         self,
@@ -165,3 +194,15 @@ class Offline:
         """Return the first address of a workload; what is no address if it has lost all."""
         addresses = self.workloads[uid].addresses
         return address.pack(addresses[0]) if addresses else address.ANY
+
+
+def _lacks(
+    policy: AuthorizationPolicy, labels: Mapping[str, str]
+) -> tuple[tuple[str, str, str], ...]:
+    selector = policy.spec.selector
+    wanted = selector.match_labels if selector is not None else {}
+    return tuple(
+        (key, value, labels.get(key, ""))
+        for key, value in wanted.items()
+        if labels.get(key) != value
+    )

@@ -26,7 +26,7 @@ import msgspec
 import structlog
 import watchfiles
 
-from nodeagent.api import ConfigError, Loaded, load
+from nodeagent.api import ConfigError, Loaded, load_file
 from nodeagent.sources._admit import FileVersion, admit
 from nodeagent.sources._directory import Listing, Signature, list_directory, read_file, unreadable
 from nodeagent.sources._last_good import LastGood
@@ -159,12 +159,7 @@ class FilesSource:
         self._in_force, _ = admit({}, good, self._node)
 
     def _load(self, name: str, data: bytes) -> Loaded:
-        path = str(self._directory / name)
-        if not data.strip():
-            # What a crash or a full disk leaves of a file must not take its policies out of force.
-            reason = "is empty: to remove its documents, delete the file"
-            return Loaded((), (ConfigError(path, 0, 0, "", reason),), ())
-        return load(data, path, self._node)
+        return load_file(data, str(self._directory / name), self._node)
 
     def _look(self) -> SourceState:
         """Return the state, the same object if nothing has changed."""

@@ -204,6 +204,10 @@ def test_ready_means_captured_and_uninstall_leaves_nothing(node: Node) -> None:
     assert status is not None
     assert status.missing == ("ztunnel is not connected",)
     assert len(node.listeners()) == 3
+    asked = node.command("policy", "explain", "plaintext", "default/a:80")
+    assert asked.returncode == 0, asked.stderr
+    assert "config   in force on node-1" in asked.stdout
+    assert "note: ztunnel is not connected" in asked.stderr
     limits = Path(f"/proc/{process.pid}/limits").read_text()
     assert re.search(r"Max core file size +0 +0 ", limits)
     assert node.end(process, signal.SIGTERM) == 0

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
 from nodeagent import api
+from nodeagent.admin import Configuration
 from nodeagent.agent import Agent, Parts
 from nodeagent.api import ConfigError
 from nodeagent.capture.model import (
@@ -30,6 +31,7 @@ from nodeagent.channel import Channel, close_all
 from nodeagent.descriptors import KeptDescriptors
 from nodeagent.flows import Recorder
 from nodeagent.identity import EmbeddedCa
+from nodeagent.offline import Offline
 from nodeagent.pods import Appeared, Change, Gone, NetnsHandle, pod_uid
 from nodeagent.rundir import CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
@@ -340,6 +342,40 @@ def test_policies_on_who_may_call_come_before_the_pod_and_show_in_the_status(
         assert status.config.problems == ()
         world.source.say(WORKLOAD)
         await world.until(lambda: key not in ztunnel.state)
+
+    run(tmp_path, test)
+
+
+def test_the_documents_that_questions_are_answered_by_are_those_in_force(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        def served() -> Configuration:
+            found = world.agent.configuration()
+            assert found is not None
+            return found
+
+        await world.start()
+        assert world.agent.configuration() is None
+        world.source.say(WORKLOAD)
+        await world.until(lambda: world.agent.configuration() is not None)
+        assert "not connected" in served().pending
+        ztunnel = await world.ztunnel()
+        await world.ready()
+        assert served().pending == ""
+        assert served().trusted == ("cluster.local",)
+        ztunnel.hold = asyncio.Event()
+        broken = ConfigError("other.yaml", 3, 1, "spec", "is wrong")
+        world.source.say(WORKLOAD + DENY + STRICT, broken)
+        key = ("authorization", "AuthorizationPolicy/istio-system/deny")
+        await world.until(lambda: key in ztunnel.state)
+        assert "not put the newest state in force" in served().pending
+        ztunnel.hold.set()
+        await world.ready()
+        found = served()
+        assert (found.pending, found.problems) == ("", ("other.yaml:3:1: spec: is wrong",))
+        told = Offline.of(found.documents.all(), found.settings(), found.trusted).state
+        assert told.authorizations[key[1]] == ztunnel.state[key]
+        assert told.policies["default/a"] == ztunnel.state["workload_policy", "default/a"]
+        assert told.workloads["default/a"] == ztunnel.state["workload", "default/a"]
 
     run(tmp_path, test)
 

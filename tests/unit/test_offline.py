@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nodeagent import mesh, offline
-from nodeagent.offline import ModeInForce, Offline
+from nodeagent.api import ConfigError
+from nodeagent.offline import Caller, ModeInForce, Offline, QuestionError, Target
 from nodeagent.policy import Level
 from nodeagent.settings import Settings, for_tunnel
 from support import conformance
-from support.resources import authorization, peer, read, workload
+from support.resources import authorization, peer, read, service, workload
 from ztunnel import address, state
 from ztunnel.authorize import Request, authorize
+from ztunnel.policy import DEFAULT_DENY
 from ztunnel.protocol import Mode, Pod, TrustBundle
 from ztunnel.reasons import Reason
 from ztunnel.spiffe import SpiffeId
@@ -28,6 +32,9 @@ SOURCE = address.pack("10.1.0.7")
 
 def of(*texts: str, settings: Settings = NODE) -> Offline:
     return Offline.of(read(WEB, FAR, OUT, *texts), settings)
+
+
+MESH = of(service("shop/pay", endpoints=[{"address": "10.1.0.2"}]))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +56,20 @@ def test_it_agrees_with_the_tunnel_on_the_whole_conformance_table(
         found = evaluator.judge(
             case.to, request.port, request.identity, request.source, request.destination
         )
-        assert found == conformance.decide(scenario, case)
+        verdict = conformance.decide(scenario, case)
+        assert found == verdict
+        who = Caller("it", request.identity, (request.source,))
+        target = Target(case.to, request.destination, request.port)
+        (answer,) = offline.explain(evaluator, who, [target])
+        assert answer.allowed is verdict.allow
+        assert bool(answer.default_deny) is verdict.origin.startswith(DEFAULT_DENY)
+        # Of the rules one has decided, or what decided is none of them.
+        decided = [rule.rule.text for rule in answer.rules if rule.decided]
+        by = answer.by.text if answer.by is not None else ""
+        assert decided == ([by] if " rules[" in by else [])
+        assert [audit.rule.text for audit in answer.audits] == [
+            match.origin for match in verdict.audits
+        ]
 
 
 DENY_FAR = authorization(
@@ -147,6 +167,42 @@ def test_a_workload_that_lost_its_address_cannot_be_called() -> None:
     found = evaluator.judge("shop/web", 80, A, SOURCE)
     assert found is not None
     assert found.reason is Reason.AUTHORITY_MISMATCH
+
+
+@given(st.text() | st.sampled_from(["shop/web", "10.1.0.2", "plaintext", "spiffe://td/x"]))
+def test_any_text_is_a_caller_or_an_error_that_says_so(text: str) -> None:
+    try:
+        found = offline.caller(MESH, text)
+    except QuestionError:
+        return
+    assert found.identity is None or found.identity.trust_domain
+
+
+NAMES = st.text() | st.sampled_from(["shop/web", "10.1.0.2", "[fd00::1]", "pay.shop"])
+
+
+@given(NAMES, st.text() | st.integers().map(str))
+def test_any_text_is_a_destination_or_an_error_that_says_so(name: str, port: str) -> None:
+    try:
+        found, number = offline.split_port(f"{name}:{port}")
+        targets = offline.targets(MESH, found, number)
+    except QuestionError:
+        return
+    assert targets
+    assert all(0 < target.port < 65536 for target in targets)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_any_bytes_are_a_table_or_an_error_with_its_file(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"tests\.yaml"):
+        offline.read_table(data, "tests.yaml")
+
+
+def test_the_table_of_the_documentation_is_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
+    example = text.partition("```yaml\n# shop.tests.yaml\n")[2].partition("```")[0]
+    table, marks = offline.read_table(example.encode(), "shop.tests.yaml")
+    assert len(table.tests) == len(marks) == 3
 
 
 def test_a_directory_without_documents_is_a_mistake(tmp_path: Path) -> None:

@@ -99,8 +99,17 @@ def test_what_has_no_effect_is_a_warning_and_no_error(tmp_path: Path) -> None:
     assert (told["errors"], len(told["warnings"])) == ([], 1)
 
 
-def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
-    result = check(write(tmp_path, "empty.yaml", ""))
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_an_empty_file_is_refused_as_the_agent_refuses_it(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path, "empty.yaml", text)
+    result = check(file)
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"error: {file}: is empty: ")
+    assert check("-", given=text).exit_code == 1
+
+
+def test_a_file_of_comments_holds_nothing(tmp_path: Path) -> None:
+    result = check(write(tmp_path, "comments.yaml", "# nothing\n---\n# yet\n"))
     assert (result.exit_code, result.stdout.splitlines()[-1][:22]) == (0, "0 documents in 1 file:")
 
 

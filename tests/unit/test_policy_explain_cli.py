@@ -272,6 +272,24 @@ def test_a_policy_without_rules_lets_nobody_in() -> None:
     assert "shop/callers (standard input:35): has no rule that could match" in result.stdout
 
 
+def test_a_policy_whose_selector_passes_the_workload_by_is_told() -> None:
+    misspelt = CALLERS.replace("app: pay", "app: pya")
+    result = explain("shop/web", "shop/pay:80", "-", given=MESH + misspelt)
+    assert result.exit_code == 0
+    assert (
+        "Not for this workload, by their selectors, the nearest first:\n"
+        "  ALLOW shop/callers (standard input:35): wants app=pya; is pay\n"
+    ) in result.stdout
+    (answer,) = told("shop/web", "shop/pay:80", "-", given=MESH + misspelt)["answers"]
+    assert answer["passed_over"][0]["lacks"] == [{"label": "app", "wanted": "pya", "seen": "pay"}]
+
+
+def test_a_configuration_without_workloads_is_said_to_be_one() -> None:
+    result = explain("shop/web", "shop/pay:80", "-", given=CALLERS)
+    assert result.exit_code == 2
+    assert "note: no WorkloadEntry here" in result.stderr
+
+
 def test_lines_have_eighty_columns_as_far_as_names_allow() -> None:
     for arguments in (("shop/web", "shop/pay:8080"), ("plaintext", "shop/pay:8080")):
         result = explain(*arguments, "-", given=MESH + STRICT + CALLERS + DENY)

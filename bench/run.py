@@ -14,6 +14,7 @@ import datetime as dt
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,19 @@ from typing import Any, Final
 import click
 import msgspec
 
-from meshbench import cipher, enrolment, figures, held, host, report, subjects
+from meshbench import (
+    cipher,
+    decisions,
+    edit,
+    enormous,
+    enrolment,
+    figures,
+    held,
+    host,
+    policy,
+    report,
+    subjects,
+)
 from meshbench.bed import CONGESTION_CONTROL, SYSCTLS, WORKERS, FailedError
 from meshbench.model import SUBJECTS, Run, Sample, decode
 from meshbench.parse import BadOutputError
@@ -39,7 +52,8 @@ ROUNDS: Final = 5
 TIMING: Final = Timing(bulk=4, requests=4, connections=4)
 QUICK_ROUNDS: Final = 2
 QUICK_TIMING: Final = Timing(bulk=3, requests=3, connections=3)
-ENROLMENT: Final = "enrolment"
+OWN: Final = ("enrolment", "policy")
+"""Scenarios of ours alone, each in a lab of its own, in the first round."""
 NOT_MEASURED: Final = 1
 TARGET_MISSED: Final = 3
 
@@ -83,9 +97,13 @@ class Bench:
                     self._measure(
                         number, subject, scenario.name, partial(scenario.measure, bed, self._timing)
                     )
-        if "ours" in names and number == 1 and self._wants(ENROLMENT):
-            work = partial(enrolment.measure, self._tools, self._timing.connections)
-            self._measure(number, "ours", ENROLMENT, work)
+        if "ours" in names and number == 1:
+            works = {
+                "enrolment": partial(enrolment.measure, self._tools, self._timing.connections),
+                "policy": partial(policy.measure, self._tools),
+            }
+            for name in filter(self._wants, OWN):
+                self._measure(number, "ours", name, works[name])
 
     def _measure(
         self, number: int, subject: str, scenario: str, work: Callable[[], dict[str, float]]
@@ -93,7 +111,13 @@ class Bench:
         busy = host.quiet(self._patience)
         try:
             values = work()
-        except (FailedError, BadOutputError, ProcessLookupError, FileNotFoundError) as error:
+        except (
+            FailedError,
+            BadOutputError,
+            ProcessLookupError,
+            FileNotFoundError,
+            subprocess.CalledProcessError,
+        ) as error:
             # Said and left out, never filled in: the other figures of the round still stand.
             self.failed = True
             self.notes.append(f"round {number}, {subject}, {scenario}: {error}")
@@ -128,7 +152,11 @@ def _method(timing: Timing) -> dict[str, Any]:
         f"{held.WORK_SECONDS} s; VmRSS {held.CLOSED_SECONDS:.0f} s after all are closed",
         "enrolment": f"{enrolment.PODS} pods of {enrolment.IDENTITIES} service accounts in one "
         "file, until agent and tunnel both say so; connections as above, before and after",
-        "rounds": {one.name: sorted(one.rounds) or "all" for one in SCENARIOS} | {ENROLMENT: [1]},
+        "policy": f"{decisions.DECISIONS} decisions each beside {decisions.COUNTS} policies, in "
+        f"one process; {edit.EDITS} edits of one file beside {enormous.WORKLOADS} workloads and "
+        f"{enormous.POLICIES} policies, until a caller meets the new verdict",
+        "rounds": {one.name: sorted(one.rounds) or "all" for one in SCENARIOS}
+        | {name: [1] for name in OWN},
         "cipher": f"AES-128-GCM, {cipher.CHUNK_BYTES} bytes at a time, once sealed, once opened",
         "cpu": "utime and stime of each process; system: /proc/stat without idle",
         "congestion_control": f"{CONGESTION_CONTROL}, on every route of every pod, checked",
@@ -183,7 +211,7 @@ def command(
         _print(run := decode(show.read_bytes()))
         show.with_suffix(".svg").write_text(report.picture(run))
         return
-    scenarios = {one.name for one in SCENARIOS} | {ENROLMENT}
+    scenarios = {one.name for one in SCENARIOS} | {*OWN}
     unknown = set(wanted) - scenarios
     if unknown:
         raise click.BadParameter(f"no scenario is called {', '.join(sorted(unknown))}")

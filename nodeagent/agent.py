@@ -116,6 +116,7 @@ class Agent:
         self._strays: dict[str, NetnsHandle] = {}
         self._left: dict[str, list[str]] = {}
         self._tasks: asyncio.TaskGroup | None = None
+        self._builder = mesh.Builder(settings)
         self._mesh = mesh.MeshState()
         self._in_force: int | None = None
         """The version with which ztunnel has in force what the keepers want."""
@@ -166,11 +167,12 @@ class Agent:
             # Nothing could be read: an empty mesh would take every pod out of it.
             log.error("no configuration yet", source=self.parts.source_name)
             return
-        found = await asyncio.to_thread(mesh.build, state.documents, self.settings)
+        found = await asyncio.to_thread(self._builder.build, state.documents)
         for warning in set(found.warnings) - set(self._mesh.warnings):
             log.warning("configuration", warning=warning)
+        known = set(self._mesh.problems)
         for problem in found.problems:
-            if problem not in self._mesh.problems:
+            if problem not in known:
                 log.error("configuration", problem=str(problem))
         wanted = reconcile.wanted_pods(
             {uid: binding.netns for uid, binding in found.bindings.items()},

@@ -46,6 +46,10 @@ BATCH_SECONDS: Final = 0.05
 ztunnel, and a thousand pods that are enrolled at once would make a thousand changes. The first
 after a quiet while goes at once."""
 
+LARGE_STATE: Final = 2000
+"""Resources from which on a whole state is encoded on a thread: 100,000 take most of a second, and
+others' heartbeats would wait."""
+
 MAX_QUERIES: Final = 16
 """Questions of ours without an answer."""
 
@@ -306,7 +310,7 @@ class Session:
             await asyncio.sleep(due - loop.time())
 
     async def _change(self, state: published.State, version: int) -> None:
-        change = published.plan(self._acknowledged, state, version)
+        change = await self._plan(state, version)
         self.oversized = change.oversized
         for kind, uid in change.oversized:
             log.error("resource is too large for ztunnel and is left out", kind=kind, uid=uid)
@@ -329,6 +333,12 @@ class Session:
             self._server.on_change()
             return
         await self._accept(state, version)
+
+    async def _plan(self, state: published.State, version: int) -> published.Change:
+        old = self._acknowledged
+        if old is None and len(state) > LARGE_STATE:
+            return await asyncio.to_thread(published.plan, old, state, version)
+        return published.plan(old, state, version)
 
     async def _accept(self, state: published.State, version: int) -> None:
         self._acknowledged = state

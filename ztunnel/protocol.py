@@ -156,7 +156,7 @@ class _Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 # --- resources: the parts of the state ---------------------------------------------------------
 
 
-class Workload(_Base, frozen=True, tag="workload"):
+class Workload(_Base, frozen=True, gc=False, tag="workload"):
     """One workload of the mesh, on this node or another.
 
     `uid` is "namespace/name". `addresses` are canonical text (RFC 5952 for IPv6, never
@@ -182,7 +182,7 @@ class Workload(_Base, frozen=True, tag="workload"):
     healthy: bool = True
 
 
-class ServicePort(_Base, frozen=True, tag="service_port"):
+class ServicePort(_Base, frozen=True, gc=False, tag="service_port"):
     """A port of a service and its name; `target` is the default port on the workload."""
 
     number: int
@@ -190,7 +190,7 @@ class ServicePort(_Base, frozen=True, tag="service_port"):
     name: str = ""
 
 
-class Endpoint(_Base, frozen=True, tag="endpoint"):
+class Endpoint(_Base, frozen=True, gc=False, tag="endpoint"):
     """A workload behind a service, with the ports that differ from `ServicePort.target`.
 
     `ports` maps service port to workload port. `weight` is relative and at least 1.
@@ -203,7 +203,7 @@ class Endpoint(_Base, frozen=True, tag="endpoint"):
     ports: dict[int, int] = {}
 
 
-class Service(_Base, frozen=True, tag="service"):
+class Service(_Base, frozen=True, gc=False, tag="service"):
     """Virtual addresses and ports that stand for endpoints. `uid` is "namespace/hostname"."""
 
     uid: str
@@ -214,7 +214,7 @@ class Service(_Base, frozen=True, tag="service"):
     endpoints: tuple[Endpoint, ...]
 
 
-class WorkloadPolicy(_Base, frozen=True, tag="workload_policy"):
+class WorkloadPolicy(_Base, frozen=True, gc=False, tag="workload_policy"):
     """Mutual TLS modes in force for one workload of this node, already resolved.
 
     `origin` and `port_origins` name the PeerAuthentication that decided, "namespace/name" with

@@ -17,6 +17,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from ztunnel.authorize import Verdict
 from ztunnel.judge import NUMBER_OF, Cut, still_allowed
 from ztunnel.reasons import Reason
 from ztunnel.route import HandOver
@@ -66,28 +67,38 @@ class Recheck:
         if before.workloads is not state.workloads:
             await self._gone(state)
         if not (
-            before.policies is state.policies
-            and before.workloads is state.workloads
-            and before.bundles is state.bundles
+            before.bundles is state.bundles
             and before.settings == state.settings
             and is_direct(before) is is_direct(state)
         ):
             await self._allowed(state, lambda _record: True)
-        elif before.scopes is not state.scopes:
-            await self._allowed(state, lambda record: self._judged_anew(before, state, record))
+        elif not (
+            before.policies is state.policies
+            and before.scopes is state.scopes
+            and before.workloads is state.workloads
+        ):
+            await self._allowed(state, lambda record: self._concerned(before, state, record))
 
-    def _judged_anew(self, before: State, state: State, record: Record) -> bool:
-        """True where other authorizations count than before for whom `record` leads to."""
+    def _concerned(self, before: State, state: State, record: Record) -> bool:
+        """True where what `still_allowed` looks at for `record` is not what it was.
+
+        That is: the policies of whom it leads to, and where an identity is expected, the workload
+        at that address.
+        """
         over = record.outcome
         held = (
             self._pods.by_number(over.pod)
             if isinstance(over, HandOver)
             else self._pods.get(record.pod)
         )
-        if held is None:
+        if held is None or (
+            before.workloads is not state.workloads and not isinstance(over, Verdict)
+        ):
             return True
         workload = held.pod.workload
-        return before.scopes.of(workload) != state.scopes.of(workload)
+        return before.policies.get(workload) != state.policies.get(workload) or before.scopes.of(
+            workload
+        ) != state.scopes.of(workload)
 
     async def _allowed(self, state: State, concerned: Callable[[Record], bool]) -> None:
         for count, record in enumerate(self._decisions, start=1):

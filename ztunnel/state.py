@@ -30,6 +30,7 @@ __all__ = [
     "State",
     "StateError",
     "apply",
+    "is_large",
 ]
 
 OUTBOUND_PORT: Final = 15001
@@ -41,6 +42,10 @@ OWN_PORTS: Final = frozenset({OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT})
 MAX_PODS: Final = 2048
 """Pods of one node. A pod costs eight descriptors (four here, four in the core), and Kubernetes
 stops at 110 to 512; beyond this the other side is broken."""
+
+
+LARGE: Final = 2000
+"""Resources, and values in them, above which a change takes tens of milliseconds."""
 
 
 class StateError(Exception):
@@ -119,6 +124,27 @@ class Change(msgspec.Struct, frozen=True):
     upserts: tuple[protocol.Resource, ...] = ()
     removals: tuple[protocol.Removal, ...] = ()
     settings: protocol.Settings | None = None
+
+
+def is_large(change: Change) -> bool:
+    """Return whether `apply` takes so long that an event loop should not wait for it."""
+    left = LARGE - len(change.removals)
+    for resource in change.upserts:
+        left -= 1
+        if isinstance(resource, protocol.Authorization):
+            left -= sum(map(_values, resource.rules))
+        if left < 0:
+            return True
+    return left < 0
+
+
+def _values(rule: protocol.Rule) -> int:
+    alternatives = (rule.conditions, *rule.sources, *rule.operations)
+    return sum(
+        len(condition.values) + len(condition.not_values)
+        for conditions in alternatives
+        for condition in conditions
+    )
 
 
 class _Draft:

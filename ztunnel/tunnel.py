@@ -42,7 +42,7 @@ from ztunnel.recheck import Recheck
 from ztunnel.route import Balance, Refuse, Route, route
 from ztunnel.route import Tunnel as TunnelRoute
 from ztunnel.same_node import Join
-from ztunnel.state import EMPTY, Change, State, StateError, apply
+from ztunnel.state import EMPTY, Change, State, StateError, apply, is_large
 
 if TYPE_CHECKING:
     from ztunnel._core import Upcall
@@ -66,9 +66,6 @@ UPCALLS_A_TURN: Final = 64
 
 EVENTS_A_TURN: Final = 512
 """Ended connections, failures and freed decisions taken before the loop turns."""
-
-LARGE_CHANGE: Final = 2000
-"""Resources above which a change is applied on a thread: it takes tens of milliseconds."""
 
 MICROSECONDS: Final = 1_000_000
 
@@ -175,7 +172,7 @@ class Tunnel:
 
     async def _commit(self, change: Change, owned: dict[str, PodSockets]) -> None:
         """Steps 1 to 3. What is left in `owned` was not needed."""
-        if len(change.upserts) > LARGE_CHANGE:
+        if is_large(change):
             after = await asyncio.to_thread(apply, self.state, change)
         else:
             after = apply(self.state, change)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from meshbench.decisions import COUNTS
 from meshbench.figures import Metric
 
 __all__ = ["METRICS"]
@@ -31,6 +32,7 @@ CONNECTION_KB: Final = 2.5
 AFTER_CLOSING: Final = 1.1
 ENROL_SECONDS: Final = 10.0
 POD_KB: Final = 100.0
+EFFECT_MS: Final = 1000.0
 
 STALLED_PERCENT: Final = 0.1
 """No stall after churn: peers with a NAT in the way stall 4 to 29 % of new connections. One in a
@@ -189,6 +191,10 @@ _TARGETED: Final = (
     _own("1,000 pods: both daemons' memory per pod", "KB", "enrolment", "kilobytes_each", POD_KB),
     _own("1,000 pods: threads per pod", "", "enrolment", "threads_each", POD_THREADS),
     _own("1,000 pods: CPU per connection", "× few pods", "enrolment", "crowded", CROWDED),
+    _own(
+        "100,000 workloads, 10,000 policies: edit to effect, p50", "ms", "policy", "effect_p50_ms",
+        EFFECT_MS,
+    ),
 )  # fmt: skip
 
 _DETAILS: Final = (
@@ -212,6 +218,24 @@ _DETAILS: Final = (
         key="per_second", better="higher",
     ),
     _own("1,000 pods: CPU of both daemons per pod", "ms", "enrolment", "cpu_milliseconds_each"),
+    *(
+        _own(f"{count:,} policies: decision, {share}", "µs", "policy", f"{share}_us_{count}")
+        for count in COUNTS
+        for share in ("p50", "p99")
+    ),
+    *(
+        _own(f"{count:,} policies: memory of each", "B", "policy", f"bytes_each_{count}")
+        for count in COUNTS[1:]
+    ),
+    _own(
+        "100,000 workloads, 10,000 policies: edit to effect, slowest", "ms", "policy",
+        "effect_max_ms",
+    ),
+    _own(
+        "100,000 workloads, 10,000 policies: in force after", "s", "policy", "loaded_seconds"
+    ),
+    _own("100,000 workloads, 10,000 policies: nodeagent", "MB", "policy", "nodeagent_mb"),
+    _own("100,000 workloads, 10,000 policies: ztunnel", "MB", "policy", "ztunnel_mb"),
 )  # fmt: skip
 
 METRICS: Final = (*_TARGETED, *_DETAILS)

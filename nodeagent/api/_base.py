@@ -52,8 +52,10 @@ Text = Annotated[str, Check(values.text)]
 Ignored = Annotated[Any, IGNORED]
 
 
-class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    pass
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel", gc=False):
+    """A part of a document. Documents are trees: the garbage collector has nothing to find there,
+    and a mesh has millions of parts to look through.
+    """
 
 
 class ObjectMeta(Strict, frozen=True, kw_only=True):
@@ -85,7 +87,7 @@ class WorkloadSelector(Strict, frozen=True, kw_only=True):
     match_labels: Labels
 
 
-class Mark(msgspec.Struct, frozen=True):
+class Mark(msgspec.Struct, frozen=True, gc=False):
     """Where a field of a document stands. `refers` is the identity set that it names, if any."""
 
     field: str
@@ -94,7 +96,7 @@ class Mark(msgspec.Struct, frozen=True):
     refers: str = ""
 
 
-class BaseDocument(msgspec.Struct, frozen=True, kw_only=True):
+class BaseDocument(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     metadata: ObjectMeta
     origin: Origin
     marks: tuple[Mark, ...] = ()

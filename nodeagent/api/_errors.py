@@ -25,7 +25,7 @@ def _locate(file: str, line: int, column: int) -> str:
     return f"{file}:{line}:{column}" if line else file
 
 
-class Origin(msgspec.Struct, frozen=True, order=True):
+class Origin(msgspec.Struct, frozen=True, order=True, gc=False):
     """Where a document starts. `line` and `column` count from 1."""
 
     file: str

@@ -189,7 +189,9 @@ class WorkloadEntry(BaseDocument, frozen=True, kw_only=True, tag=True):
     @property
     def labels(self) -> dict[str, str]:
         """The labels that selectors see: as in Istio, those in the metadata win over the spec's."""
-        return {**self.spec.labels, **self.metadata.labels}
+        if self.spec.labels and self.metadata.labels:
+            return {**self.spec.labels, **self.metadata.labels}
+        return self.spec.labels or self.metadata.labels
 
 
 class ServiceEntry(BaseDocument, frozen=True, kw_only=True, tag=True):

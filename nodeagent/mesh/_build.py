@@ -1,102 +1,124 @@
 """From documents to the state of the mesh.
 
 This module owns the order of the steps: sort, drop what is there twice, workloads, services,
-policies. It promises that the result depends on the set of documents only. It may not decide
-anything itself; the steps do.
+policies. It promises that the result depends on the set of documents only, whatever was built
+before. It may not decide anything itself; the steps do.
+
+Theory of operation: a document that has not changed is the same object from one set to the next,
+and a step whose inputs are the same returns what it returned. So an edit costs the steps that it
+concerns, and of those that look at every document only what they have not seen before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
-from nodeagent import api, policy
+from nodeagent import policy
 from nodeagent.api import (
     AuthorizationPolicy,
+    ConfigWarning,
     Document,
     IdentitySet,
     PeerAuthentication,
     ServiceEntry,
     WorkloadEntry,
 )
+from nodeagent.memo import Last
 from nodeagent.mesh._notes import Notes
 from nodeagent.mesh._services import read_services
 from nodeagent.mesh._state import MeshState
-from nodeagent.mesh._workloads import Workloads, read_workloads
+from nodeagent.mesh._workloads import WorkloadReader
 from nodeagent.settings import Settings
 
-__all__ = ["build"]
+__all__ = ["Builder", "build"]
 
-D = TypeVar("D", PeerAuthentication, WorkloadEntry, ServiceEntry, AuthorizationPolicy, IdentitySet)
+D = TypeVar("D", PeerAuthentication, ServiceEntry, AuthorizationPolicy, IdentitySet)
+
+_Once = tuple[list[D], tuple[ConfigWarning, ...]]
+
+
+class Builder:
+    """Builds one state after another, for the node of `settings`.
+
+    With `everywhere`, policies are those of all workloads in the mesh, on whichever node they are:
+    for questions about a whole configuration. Bindings stay those of the node.
+    """
+
+    def __init__(self, settings: Settings, *, everywhere: bool = False) -> None:
+        self._settings = settings
+        self._everywhere = everywhere
+        self._read_workloads = Last(WorkloadReader(settings).read)
+        self._service_entries: Last[_Once[ServiceEntry]] = Last(_once)
+        self._read_services = Last(read_services)
+        self._authentications: Last[_Once[PeerAuthentication]] = Last(_once)
+        self._resolve = Last(policy.resolve)
+        self._authorizations: Last[_Once[AuthorizationPolicy]] = Last(_once)
+        self._sets: Last[_Once[IdentitySet]] = Last(_once)
+        self._authorizer = policy.Authorizer(settings.root_namespace)
+
+    def build(self, documents: Iterable[Document]) -> MeshState:
+        """Return what `documents` mean; their order does not matter."""
+        found = list(documents)
+        settings = self._settings
+        workloads = self._read_workloads(
+            [each for each in found if isinstance(each, WorkloadEntry)]
+        )
+        entries, entries_twice = self._service_entries(
+            [each for each in found if isinstance(each, ServiceEntry)]
+        )
+        services = self._read_services(entries, workloads, settings)
+        authentications, authentications_twice = self._authentications(
+            [each for each in found if isinstance(each, PeerAuthentication)]
+        )
+        judged: Collection[str] = workloads.bindings.keys()
+        if self._everywhere:
+            judged = {subject.uid for subject in workloads.subjects if subject.in_mesh}
+        resolution = self._resolve(
+            authentications, workloads.subjects, settings.root_namespace, judged
+        )
+        policies, policies_twice = self._authorizations(
+            [each for each in found if isinstance(each, AuthorizationPolicy)]
+        )
+        sets, sets_twice = self._sets([each for each in found if isinstance(each, IdentitySet)])
+        authorizations = self._authorizer.authorize(
+            policies, sets, workloads.annotated, workloads.subjects, judged
+        )
+        warnings = {
+            *workloads.warnings,
+            *entries_twice,
+            *services.warnings,
+            *authentications_twice,
+            *resolution.warnings,
+            *policies_twice,
+            *sets_twice,
+            *authorizations.warnings,
+        }
+        return MeshState(
+            workloads=workloads.resources,
+            services=services.resources,
+            policies=resolution.policies,
+            authorizations=authorizations.policies,
+            left_out=authorizations.left_out,
+            bindings=workloads.bindings,
+            problems=authorizations.problems,
+            warnings=tuple(str(warning) for warning in sorted(warnings)),
+        )
 
 
 def build(
     documents: Iterable[Document], settings: Settings, *, everywhere: bool = False
 ) -> MeshState:
-    """Return what `documents` mean for the node of `settings`; their order does not matter.
-
-    With `everywhere`, policies are those of all workloads in the mesh, on whichever node they are:
-    for questions about a whole configuration. Bindings stay those of the node.
-    """
-    notes = Notes()
-    found = list(documents)
-    entries = _ordered([each for each in found if isinstance(each, WorkloadEntry)], notes)
-    workloads = read_workloads(entries, settings, notes)
-    services = read_services(
-        _ordered([each for each in found if isinstance(each, ServiceEntry)], notes),
-        workloads,
-        settings,
-        notes,
-    )
-    subjects = _subjects(workloads)
-    judged = list(workloads.bindings)
-    if everywhere:
-        judged = sorted(subject.uid for subject in subjects if subject.in_mesh)
-    resolution = policy.resolve(
-        _ordered([each for each in found if isinstance(each, PeerAuthentication)], notes),
-        subjects,
-        settings.root_namespace,
-    )
-    notes.extend(resolution.warnings)
-    authorizations = policy.authorize(
-        _ordered([each for each in found if isinstance(each, AuthorizationPolicy)], notes),
-        _ordered([each for each in found if isinstance(each, IdentitySet)], notes),
-        entries,
-        subjects,
-        judged,
-        settings.root_namespace,
-    )
-    notes.extend(authorizations.warnings)
-    return MeshState(
-        workloads=workloads.resources,
-        services=services,
-        policies={uid: resolution.policies[uid] for uid in judged},
-        authorizations=authorizations.policies,
-        left_out=authorizations.left_out,
-        bindings=workloads.bindings,
-        problems=authorizations.problems,
-        warnings=notes.texts(),
-    )
+    """Return what `documents` mean; the rest is as with `Builder`."""
+    return Builder(settings, everywhere=everywhere).build(documents)
 
 
-def _ordered(documents: Sequence[D], notes: Notes) -> list[D]:
+def _once(documents: Sequence[D]) -> _Once[D]:
     """Return the documents, oldest first, each uid once: the oldest."""
+    notes = Notes()
     kept: dict[str, D] = {}
     for document in sorted(documents, key=lambda item: (item.age, item.origin)):
         holder = kept.setdefault(document.uid, document)
         if holder is not document:
-            reason = f"has no effect: it is also in {holder.origin}; remove one"
-            notes.add(document, "metadata.name", reason)
-    return list(kept.values())
-
-
-def _subjects(workloads: Workloads) -> list[policy.Subject]:
-    return [
-        policy.Subject(
-            uid=uid,
-            namespace=entry.metadata.namespace,
-            labels=entry.labels,
-            in_mesh=api.speaks_hbone(entry),
-        )
-        for uid, entry in workloads.entries.items()
-    ]
+            notes.twice(document, holder)
+    return list(kept.values()), notes.found()

@@ -31,6 +31,14 @@ def diff(
         ("authorization", before.authorizations, new.authorizations),
     )
     for kind, had, has in pairs:
-        upserts += [has[uid] for uid in sorted(has) if had.get(uid) != has[uid]]
+        if had is has:
+            continue
+        # Most are the very same, and a comparison of each takes longer than to see that.
+        different = [
+            uid
+            for uid, value in has.items()
+            if (known := had.get(uid)) is not value and known != value
+        ]
+        upserts += [has[uid] for uid in sorted(different)]
         removals += [Removal(kind, uid) for uid in sorted(had.keys() - has.keys())]
     return tuple(upserts), tuple(removals)

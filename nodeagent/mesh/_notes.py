@@ -26,8 +26,10 @@ class Notes:
         text = f"{type(document).__name__} {document.uid}: {reason}"
         self._found.add(ConfigWarning(origin.file, origin.line, origin.column, field, text))
 
-    def extend(self, warnings: tuple[ConfigWarning, ...]) -> None:
-        self._found.update(warnings)
+    def twice(self, document: Document, holder: Document) -> None:
+        """Say that `document` has the uid of `holder`, which is older."""
+        reason = f"has no effect: it is also in {holder.origin}; remove one"
+        self.add(document, "metadata.name", reason)
 
-    def texts(self) -> tuple[str, ...]:
-        return tuple(str(warning) for warning in sorted(self._found))
+    def found(self) -> tuple[ConfigWarning, ...]:
+        return tuple(sorted(self._found))

@@ -11,9 +11,12 @@ the first one has the addresses, for the endpoints are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from nodeagent.api import (
+    ConfigWarning,
     PortProtocol,
     Resolution,
     ServiceEntry,
@@ -21,17 +24,26 @@ from nodeagent.api import (
     ServiceLocation,
 )
 from nodeagent.mesh._notes import Notes, name
-from nodeagent.mesh._workloads import Workloads
+from nodeagent.mesh._workloads import Reading, Workloads
 from nodeagent.settings import Settings
 from ztunnel.protocol import DataPlane, Endpoint, Service, ServicePort
 
-__all__ = ["read_services"]
+__all__ = ["Services", "read_services"]
+
+
+class Services(msgspec.Struct, frozen=True):
+    """`resources` by uid."""
+
+    resources: dict[str, Service]
+    warnings: tuple[ConfigWarning, ...]
 
 
 def read_services(
-    entries: Iterable[ServiceEntry], workloads: Workloads, settings: Settings, notes: Notes
-) -> dict[str, Service]:
+    entries: Sequence[ServiceEntry], workloads: Workloads, settings: Settings
+) -> Services:
     """Return the services of `entries`, which come oldest first and each uid once."""
+    notes = Notes()
+    selected = _Selected(entries, workloads)
     services: dict[str, Service] = {}
     hosts: dict[str, ServiceEntry] = {}
     held: dict[tuple[str, int], ServiceEntry] = {}
@@ -39,7 +51,7 @@ def read_services(
         ports = _ports(entry)
         if entry.spec.resolution is not Resolution.STATIC or not ports:
             continue
-        endpoints = _endpoints(entry, ports, workloads, notes)
+        endpoints = _endpoints(entry, ports, workloads, selected, notes)
         addresses = _addresses(entry, ports, held, workloads, settings, notes)
         for host in entry.spec.hosts:
             uid = f"{entry.metadata.namespace}/{host}"
@@ -59,7 +71,46 @@ def read_services(
                 endpoints=endpoints,
             )
             addresses = ()
-    return dict(sorted(services.items()))
+    return Services(dict(sorted(services.items())), notes.found())
+
+
+class _Selected:
+    """Which workloads have the labels that services ask for."""
+
+    def __init__(self, entries: Iterable[ServiceEntry], workloads: Workloads) -> None:
+        self._found: dict[tuple[str, str, str], list[Reading]] = {}
+        """By namespace and label, one label of each selector only."""
+        namespaces: dict[str, dict[tuple[str, str], list[Reading]]] = {}
+        for entry in entries:
+            label = _first_label(entry)
+            if label is not None:
+                namespace = entry.metadata.namespace
+                found = self._found.setdefault((namespace, *label), [])
+                namespaces.setdefault(namespace, {})[label] = found
+        for reading in workloads.readings.values():
+            wanted = namespaces.get(reading.subject.namespace)
+            if wanted is not None:
+                for label in reading.subject.labels.items():
+                    if label in wanted:
+                        wanted[label].append(reading)
+
+    def by(self, entry: ServiceEntry) -> list[Reading]:
+        """Return the workloads that `entry` selects, by uid."""
+        label = _first_label(entry)
+        selector = entry.spec.workload_selector
+        # An empty selector selects nothing: the loader refuses it, and selecting all is what must
+        # never happen by accident.
+        if label is None or selector is None:
+            return []
+        wanted = selector.labels.items()
+        found = self._found[(entry.metadata.namespace, *label)]
+        chosen = (each for each in found if wanted <= each.subject.labels.items())
+        return sorted(chosen, key=lambda each: each.resource.uid)
+
+
+def _first_label(entry: ServiceEntry) -> tuple[str, str] | None:
+    selector = entry.spec.workload_selector
+    return None if selector is None else next(iter(selector.labels.items()), None)
 
 
 def _ports(entry: ServiceEntry) -> tuple[ServicePort, ...]:
@@ -82,7 +133,8 @@ def _addresses(
     kept: list[str] = []
     for address in entry.spec.addresses:
         reason = ""
-        owner = workloads.entries.get(workloads.owners.get(address, ""))
+        reading = workloads.readings.get(workloads.owners.get(address, ""))
+        owner = None if reading is None else reading.entry
         holder = next((held[address, p.number] for p in ports if (address, p.number) in held), None)
         if address in settings.node_addresses:
             reason = f"the address {address} is this node's own, and no service's"
@@ -98,27 +150,23 @@ def _addresses(
 
 
 def _endpoints(
-    entry: ServiceEntry, ports: tuple[ServicePort, ...], workloads: Workloads, notes: Notes
+    entry: ServiceEntry,
+    ports: tuple[ServicePort, ...],
+    workloads: Workloads,
+    selected: _Selected,
+    notes: Notes,
 ) -> tuple[Endpoint, ...]:
-    selector = entry.spec.workload_selector
-    if selector is None:
+    if entry.spec.workload_selector is None:
         return tuple(
             _written(entry, each, ports, workloads, notes) for each in entry.spec.endpoints
         )
     found: list[Endpoint] = []
-    for uid, workload in workloads.resources.items():
-        labels = workloads.entries[uid].labels
-        # An empty selector selects nothing: the loader refuses it, and selecting all is what must
-        # never happen by accident.
-        if (
-            workload.namespace == entry.metadata.namespace
-            and workload.addresses
-            and selector.labels
-            and all(labels.get(key) == value for key, value in selector.labels.items())
-        ):
-            spec = workloads.entries[uid].spec
-            own = _own_ports(ports, spec.ports)
-            found.append(Endpoint(uid, workload.addresses[0], spec.weight, own))
+    for reading in selected.by(entry):
+        uid = reading.resource.uid
+        addresses = workloads.resources[uid].addresses
+        if addresses:
+            spec = reading.entry.spec
+            found.append(Endpoint(uid, addresses[0], spec.weight, _own_ports(ports, spec.ports)))
     if not found:
         reason = "selects no workload of its namespace: connections to the service are refused"
         notes.add(entry, "spec.workloadSelector", reason)

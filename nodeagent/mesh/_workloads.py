@@ -1,7 +1,8 @@
 """Workloads: who exists, under which identity, at which addresses, and which run on this node.
 
 This module owns the reading of WorkloadEntries as a set. It promises that an address and a network
-namespace belong to at most one workload. It may not read services or policies.
+namespace belong to at most one workload, and that reading a set after another gives what reading it
+alone gives. It may not read services or policies.
 
 A conflict over an address is settled in favour of the workload that speaks HBONE, then of the
 oldest, then of the lower uid. The loser keeps its name, identity and binding, and loses the
@@ -15,89 +16,181 @@ Both are the second line of defence: a source refuses the document that comes se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import datetime as dt
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import msgspec
 
 from nodeagent import api
-from nodeagent.api import WorkloadEntry
+from nodeagent.api import ConfigWarning, Origin, WorkloadEntry
 from nodeagent.mesh._notes import Notes, name
 from nodeagent.mesh._state import Binding
+from nodeagent.policy import Subject
 from nodeagent.settings import Settings
 from ztunnel.protocol import DataPlane, Workload
 from ztunnel.spiffe import SpiffeId
 
-__all__ = ["Workloads", "read_workloads"]
+__all__ = ["Reading", "WorkloadReader", "Workloads"]
+
+
+class Reading(msgspec.Struct, frozen=True, gc=False):
+    """What an entry says by itself. `netns` is empty unless it is bound to this node.
+
+    `resource` has all addresses that it asks for. `order` is its place among all, oldest first.
+    """
+
+    entry: WorkloadEntry
+    order: tuple[dt.datetime, str, Origin]
+    addresses: tuple[str, ...]
+    hbone: bool
+    netns: str
+    resource: Workload
+    subject: Subject
 
 
 class Workloads(msgspec.Struct, frozen=True):
-    """All keys are uids, but those of `owners`: addresses, each with its workload's uid."""
+    """All keys are uids, but those of `owners`: addresses, each with its workload's uid.
+
+    `readings` come oldest first, and `subjects` in the same order. `annotated` are the entries that
+    name their callers.
+    """
 
     resources: dict[str, Workload]
-    entries: dict[str, WorkloadEntry]
+    readings: dict[str, Reading]
+    subjects: list[Subject]
+    annotated: list[WorkloadEntry]
     owners: dict[str, str]
     bindings: dict[str, Binding]
+    warnings: tuple[ConfigWarning, ...]
 
 
-def read_workloads(entries: Iterable[WorkloadEntry], settings: Settings, notes: Notes) -> Workloads:
-    """Return what `entries`, oldest first and each uid once, say together."""
-    by_uid = {entry.uid: entry for entry in entries}
-    owners = _owners(by_uid, settings, notes)
-    bindings = _bindings(by_uid, settings, notes)
-    resources = {uid: _resource(by_uid[uid], owners, settings) for uid in sorted(by_uid)}
-    return Workloads(resources, by_uid, owners, bindings)
+_ORDER: Final = operator.attrgetter("order")
+
+
+class WorkloadReader:
+    """Reads one set of entries after another; an entry that was there before is not read again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._known: dict[int, Reading] = {}
+        """By the entry's `id`, which is its own while the reading holds the entry."""
+        self._ordered: list[Reading] = []
+
+    def read(self, entries: Sequence[WorkloadEntry]) -> Workloads:
+        """Return what `entries` say together; their order does not matter."""
+        notes = Notes()
+        by_uid: dict[str, Reading] = {}
+        for reading in self._oldest_first(entries):
+            holder = by_uid.setdefault(reading.resource.uid, reading)
+            if holder is not reading:
+                notes.twice(reading.entry, holder.entry)
+        owners, losers = _owners(by_uid, self._settings, notes)
+        return Workloads(
+            resources={
+                uid: _left(reading.resource, owners) if uid in losers else reading.resource
+                for uid, reading in by_uid.items()
+            },
+            readings=by_uid,
+            subjects=[reading.subject for reading in by_uid.values()],
+            annotated=[
+                reading.entry
+                for reading in by_uid.values()
+                if api.ANNOTATION_CALLERS in reading.entry.metadata.annotations
+            ],
+            owners=owners,
+            bindings=_bindings(by_uid, notes),
+            warnings=notes.found(),
+        )
+
+    def _oldest_first(self, entries: Sequence[WorkloadEntry]) -> list[Reading]:
+        before = self._known
+        known = {id(entry): before.get(id(entry)) or self._read(entry) for entry in entries}
+        # Nearly in order, which sorting finds out in one pass.
+        ordered = [reading for reading in self._ordered if id(reading.entry) in known]
+        ordered += [reading for key, reading in known.items() if key not in before]
+        ordered.sort(key=_ORDER)
+        self._known, self._ordered = known, ordered
+        return ordered
+
+    def _read(self, entry: WorkloadEntry) -> Reading:
+        found = api.netns_binding(entry)
+        node = "" if found is None else found.node or self._settings.node
+        here = found is not None and node == self._settings.node and not api.opted_out(entry)
+        resource = _resource(entry, node, self._settings)
+        created, _ = entry.age
+        return Reading(
+            entry=entry,
+            order=(created, resource.uid, entry.origin),
+            addresses=resource.addresses,
+            hbone=resource.data_plane is DataPlane.HBONE,
+            netns=found.netns if found is not None and here else "",
+            resource=resource,
+            subject=Subject(
+                uid=resource.uid,
+                namespace=resource.namespace,
+                labels=entry.labels,
+                in_mesh=resource.data_plane is DataPlane.HBONE,
+            ),
+        )
 
 
 def _owners(
-    entries: Mapping[str, WorkloadEntry], settings: Settings, notes: Notes
-) -> dict[str, str]:
+    readings: Mapping[str, Reading], settings: Settings, notes: Notes
+) -> tuple[dict[str, str], set[str]]:
+    """Return who has each address, and who does not have all that it asks for."""
     owners: dict[str, str] = {}
-    # The sort is stable: within each half the oldest stays first.
-    for entry in sorted(entries.values(), key=lambda item: not api.speaks_hbone(item)):
-        for address in api.addresses(entry):
-            if api.speaks_hbone(entry) and address in settings.node_addresses:
-                # A pod's identity must never answer for the node itself.
-                reason = f"the address {address} is this node's own, and no workload of the mesh's"
-                notes.add(entry, "spec.address", reason)
+    losers: set[str] = set()
+    for hbone in (True, False):
+        for uid, reading in readings.items():
+            if reading.hbone is not hbone:
                 continue
-            owner = owners.setdefault(address, entry.uid)
-            if owner != entry.uid:
-                reason = (
-                    f"the address {address} belongs to {name(entries[owner])}; connections to it "
-                    "demand that workload's identity; give each workload its own address"
-                )
-                notes.add(entry, "spec.address", reason)
-    return owners
+            for address in reading.addresses:
+                if hbone and address in settings.node_addresses:
+                    # A pod's identity must never answer for the node itself.
+                    reason = (
+                        f"the address {address} is this node's own, and no workload of the mesh's"
+                    )
+                elif (owner := owners.setdefault(address, uid)) != uid:
+                    reason = (
+                        f"the address {address} belongs to {name(readings[owner].entry)}; "
+                        "connections to it demand that workload's identity; give each workload "
+                        "its own address"
+                    )
+                else:
+                    continue
+                losers.add(uid)
+                notes.add(reading.entry, "spec.address", reason)
+    return owners, losers
 
 
-def _bindings(
-    entries: Mapping[str, WorkloadEntry], settings: Settings, notes: Notes
-) -> dict[str, Binding]:
+def _left(resource: Workload, owners: Mapping[str, str]) -> Workload:
+    """Return `resource` with the addresses that it has."""
+    found = tuple(each for each in resource.addresses if owners.get(each) == resource.uid)
+    return msgspec.structs.replace(resource, addresses=found)
+
+
+def _bindings(readings: Mapping[str, Reading], notes: Notes) -> dict[str, Binding]:
     owners: dict[str, WorkloadEntry] = {}
     bindings: dict[str, Binding] = {}
-    for uid, entry in entries.items():
-        found = api.netns_binding(entry)
-        if found is None or api.opted_out(entry) or _node(entry, settings) != settings.node:
+    for uid, reading in readings.items():
+        if not reading.netns:
             continue
-        owner = owners.setdefault(found.netns, entry)
-        if owner is entry:
-            bindings[uid] = Binding(uid, found.netns)
+        owner = owners.setdefault(reading.netns, reading.entry)
+        if owner is reading.entry:
+            bindings[uid] = Binding(uid, reading.netns)
         else:
             reason = (
-                f"the network namespace {found.netns} belongs to {name(owner)}; this workload is "
+                f"the network namespace {reading.netns} belongs to {name(owner)}; this workload is "
                 "not enrolled; bind each namespace once"
             )
-            notes.add(entry, "metadata.annotations", reason)
+            notes.add(reading.entry, "metadata.annotations", reason)
     return dict(sorted(bindings.items()))
 
 
-def _node(entry: WorkloadEntry, settings: Settings) -> str:
-    """Return the node that `entry` is bound to, empty if to none."""
-    found = api.netns_binding(entry)
-    return "" if found is None else found.node or settings.node
-
-
-def _resource(entry: WorkloadEntry, owners: Mapping[str, str], settings: Settings) -> Workload:
+def _resource(entry: WorkloadEntry, node: str, settings: Settings) -> Workload:
+    """Return the workload with all addresses that the entry asks for; `node` is where it runs."""
     labels = entry.labels
     metadata = entry.metadata
     hbone = api.speaks_hbone(entry)
@@ -113,10 +206,10 @@ def _resource(entry: WorkloadEntry, owners: Mapping[str, str], settings: Setting
         service_account=entry.spec.service_account,
         trust_domain=settings.trust_domain,
         identity=identity,
-        addresses=tuple(a for a in api.addresses(entry) if owners.get(a) == entry.uid),
+        addresses=api.addresses(entry),
         data_plane=DataPlane.HBONE if hbone else DataPlane.TCP,
         cluster=settings.cluster,
-        node=_node(entry, settings),
+        node=node,
         locality=entry.spec.locality,
         canonical_service=_first(labels, _CANONICAL_NAME) or metadata.name,
         canonical_revision=_first(labels, _CANONICAL_REVISION) or "latest",

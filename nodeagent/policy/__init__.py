@@ -7,7 +7,7 @@ that what cannot be resolved lets nobody in. It is pure, and knows nothing of no
 tunnel.
 """
 
-from nodeagent.policy._authorization import Authorizations, LeftOut, authorize
+from nodeagent.policy._authorization import Authorizations, Authorizer, LeftOut
 from nodeagent.policy._identity_sets import IdentitySets
 from nodeagent.policy._peer_authentication import (
     DEFAULT_ORIGIN,
@@ -22,12 +22,12 @@ from nodeagent.policy._peer_authentication import (
 __all__ = [
     "DEFAULT_ORIGIN",
     "Authorizations",
+    "Authorizer",
     "IdentitySets",
     "LeftOut",
     "Level",
     "Resolution",
     "Subject",
-    "authorize",
     "level_of",
     "origin_of",
     "resolve",

@@ -2,8 +2,9 @@
 
 This module owns the meaning of AuthorizationPolicy and of the annotation that names a workload's
 callers, down to conditions on single attributes. It promises that the order of documents never
-matters; that nothing is lost without a word; and that what cannot be known (a reference that is not
-resolved, a policy that is too large) never lets anybody in. It may not evaluate a rule.
+matters, nor what was compiled before; that nothing is lost without a word; and that what cannot be
+known (a reference that is not resolved, a policy that is too large) never lets anybody in. It may
+not evaluate a rule.
 
 Theory of operation: two readings of a rule are possible where a part of it cannot be evaluated. An
 ALLOW takes the *narrow* one, which matches no more than its author can have meant: a layer-7 part
@@ -18,8 +19,8 @@ together, unlike PeerAuthentication's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -33,11 +34,12 @@ from nodeagent.api import (
     WorkloadEntry,
     WorkloadSelector,
 )
-from nodeagent.policy._identity_sets import IdentitySets
+from nodeagent.memo import Last
+from nodeagent.policy._identity_sets import Expansion, IdentitySets
 from nodeagent.policy._peer_authentication import Subject
 from ztunnel.protocol import Action, Attribute, Authorization, Condition, Rule
 
-__all__ = ["MAX_VALUES", "Authorizations", "LeftOut", "authorize"]
+__all__ = ["MAX_VALUES", "Authorizations", "Authorizer", "LeftOut"]
 
 MAX_VALUES: Final = 20_000
 """Values of one policy with its identity sets expanded: it is held in the memory of every tunnel
@@ -84,52 +86,99 @@ class _Never(Exception):  # noqa: N818 - no error: an outcome
     """A part of a rule can match nobody."""
 
 
-def authorize(
-    policies: Iterable[AuthorizationPolicy],
-    sets: Iterable[IdentitySet],
-    entries: Iterable[WorkloadEntry],
-    subjects: Iterable[Subject],
-    here: Iterable[str],
-    root_namespace: str,
-) -> Authorizations:
-    """Return what is in force for the workloads `here` (uids). No argument's order matters.
+D = TypeVar("D", AuthorizationPolicy, WorkloadEntry)
 
-    `entries` are all workloads' documents, `subjects` the same as policy sees them.
-    """
-    documents = sorted(policies, key=lambda item: item.uid)
-    annotated = sorted(
-        (each for each in entries if api.callers(each) is not None), key=lambda item: item.uid
-    )
-    scopes = _Scopes(subjects, here, root_namespace)
-    expander = IdentitySets(sets)
-    found: dict[str, Authorization] = {}
-    left_out: dict[str, tuple[LeftOut, ...]] = {}
-    problems = expander.problems((*documents, *annotated))
-    warnings: list[ConfigWarning] = []
-    for document in documents:
-        if document.spec.target_ref is not None or document.spec.target_refs:
-            # For a waypoint: said when the document was read.
-            continue
-        outside = scopes.outside(document)
-        if outside:
-            warnings.append(_outside(document, outside))
-        selected = scopes.selected(document)
-        if selected:
-            workloads = tuple(each.uid for each in selected) if document.spec.selector else None
-            policy, dropped, too_large = _policy(
-                document, expander, scopes.namespace(document), workloads
-            )
-            found[policy.uid] = policy
-            problems += too_large
-            if dropped:
-                left_out[policy.uid] = dropped
-    for entry in annotated:
-        if entry.uid in scopes.here:
-            policy, too_large = _callers(entry, expander)
-            found[policy.uid] = policy
-            problems += too_large
-    order = sorted(problems, key=lambda item: (item.file, item.line, item.column, item.field))
-    return Authorizations(found, left_out, tuple(order), tuple(sorted(warnings)))
+
+class _Compiled(NamedTuple):
+    """What became of a document, and all that it depends on beside the document itself."""
+
+    document: AuthorizationPolicy | WorkloadEntry
+    workloads: tuple[str, ...] | None
+    sets: tuple[Expansion, ...]
+    policy: Authorization
+    left_out: tuple[LeftOut, ...]
+    problems: tuple[ConfigError, ...]
+
+
+_Made = tuple[Authorization, tuple[LeftOut, ...], list[ConfigError]]
+
+
+class Authorizer:
+    """Compiles one set of documents after another; what concerns no document compiles none anew."""
+
+    def __init__(self, root_namespace: str) -> None:
+        self._scopes = Last(_Scopes)
+        self._expander = Last(IdentitySets)
+        self._root = root_namespace
+        self._known: dict[int, _Compiled] = {}
+        """By the document's `id`, which is its own while it is held here."""
+
+    def authorize(
+        self,
+        policies: Iterable[AuthorizationPolicy],
+        sets: Iterable[IdentitySet],
+        entries: Iterable[WorkloadEntry],
+        subjects: Collection[Subject],
+        here: Collection[str],
+    ) -> Authorizations:
+        """Return what is in force for the workloads `here` (uids). No argument's order matters.
+
+        `entries` are the workloads' documents that name callers, `subjects` all workloads as
+        policy sees them.
+        """
+        documents = sorted(policies, key=lambda item: item.uid)
+        annotated = sorted(entries, key=lambda item: item.uid)
+        scopes = self._scopes(subjects, here, self._root)
+        expander = self._expander(sets)
+        problems = expander.problems((*documents, *annotated))
+        warnings: list[ConfigWarning] = []
+        compiled: list[_Compiled] = []
+        for document in documents:
+            if document.spec.target_ref is not None or document.spec.target_refs:
+                # For a waypoint: said when the document was read.
+                continue
+            outside = scopes.outside(document)
+            if outside:
+                warnings.append(_outside(document, outside))
+            selected = scopes.selected(document)
+            if selected:
+                workloads = tuple(each.uid for each in selected) if document.spec.selector else None
+                compiled.append(self._compiled(document, workloads, expander, self._policy))
+        for entry in annotated:
+            if entry.uid in scopes.here:
+                compiled.append(self._compiled(entry, (entry.uid,), expander, _callers))
+        self._known = {id(each.document): each for each in compiled}
+        for each in compiled:
+            problems += each.problems
+        order = sorted(problems, key=lambda item: (item.file, item.line, item.column, item.field))
+        return Authorizations(
+            policies={each.policy.uid: each.policy for each in compiled},
+            left_out={each.policy.uid: each.left_out for each in compiled if each.left_out},
+            problems=tuple(order),
+            warnings=tuple(sorted(warnings)),
+        )
+
+    def _compiled(
+        self,
+        document: D,
+        workloads: tuple[str, ...] | None,
+        expander: IdentitySets,
+        make: Callable[[D, IdentitySets, tuple[str, ...] | None], _Made],
+    ) -> _Compiled:
+        sets = tuple(expander.stands_for(mark.refers) for mark in document.marks if mark.refers)
+        known = self._known.get(id(document))
+        if known is not None and known.workloads == workloads and known.sets == sets:
+            return known
+        policy, left_out, problems = make(document, expander, workloads)
+        return _Compiled(document, workloads, sets, policy, left_out, tuple(problems))
+
+    def _policy(
+        self,
+        document: AuthorizationPolicy,
+        sets: IdentitySets,
+        workloads: tuple[str, ...] | None,
+    ) -> _Made:
+        return _policy(document, sets, _namespace(document, self._root), workloads)
 
 
 class _Index:
@@ -138,7 +187,7 @@ class _Index:
     def __init__(self, subjects: Iterable[Subject]) -> None:
         self._scoped: dict[str, list[Subject]] = {}
         self._labelled: dict[tuple[str, str, str], list[Subject]] = {}
-        for subject in subjects:
+        for subject in sorted(subjects, key=lambda item: item.uid):
             for scope in ("", subject.namespace):
                 self._scoped.setdefault(scope, []).append(subject)
                 for key, value in subject.labels.items():
@@ -170,22 +219,23 @@ class _Scopes:
     ) -> None:
         self.here = frozenset(here)
         self._root = root_namespace
-        ordered = sorted(subjects, key=lambda item: item.uid)
-        self._here = _Index(each for each in ordered if each.uid in self.here)
-        self._outside = _Index(each for each in ordered if not each.in_mesh)
-
-    def namespace(self, document: AuthorizationPolicy) -> str:
-        """Return where a policy counts; empty for the mesh."""
-        namespace = document.metadata.namespace
-        return "" if namespace == self._root else namespace
+        found = list(subjects)
+        self._here = _Index(each for each in found if each.uid in self.here)
+        self._outside = _Index(each for each in found if not each.in_mesh)
 
     def selected(self, document: AuthorizationPolicy) -> Sequence[Subject]:
         """Return the workloads of this node that the policy is for."""
-        return self._here.select(self.namespace(document), document.spec.selector)
+        return self._here.select(_namespace(document, self._root), document.spec.selector)
 
     def outside(self, document: AuthorizationPolicy) -> Sequence[Subject]:
         """Return the workloads outside the mesh that the policy cannot protect."""
-        return self._outside.select(self.namespace(document), document.spec.selector)
+        return self._outside.select(_namespace(document, self._root), document.spec.selector)
+
+
+def _namespace(document: AuthorizationPolicy, root_namespace: str) -> str:
+    """Return where a policy counts; empty for the mesh."""
+    namespace = document.metadata.namespace
+    return "" if namespace == root_namespace else namespace
 
 
 def _policy(
@@ -193,7 +243,7 @@ def _policy(
     sets: IdentitySets,
     namespace: str,
     workloads: tuple[str, ...] | None,
-) -> tuple[Authorization, tuple[LeftOut, ...], list[ConfigError]]:
+) -> _Made:
     spec = document.spec
     action = Action(spec.action.value)
     origin = f"{document.uid} ({document.origin})"
@@ -226,7 +276,7 @@ def _policy(
     return policy, dropped, problems
 
 
-def _callers(entry: WorkloadEntry, sets: IdentitySets) -> tuple[Authorization, list[ConfigError]]:
+def _callers(entry: WorkloadEntry, sets: IdentitySets, workloads: tuple[str, ...] | None) -> _Made:
     """Return what the annotation of a workload's callers means: an ALLOW for that workload."""
     line = next((mark.line for mark in entry.marks), entry.origin.line)
     origin = f"{entry.uid} {api.ANNOTATION_CALLERS} ({entry.origin.file}:{line})"
@@ -247,9 +297,9 @@ def _callers(entry: WorkloadEntry, sets: IdentitySets) -> tuple[Authorization, l
         rules=rules,
         origin=origin,
         namespace=entry.metadata.namespace,
-        workloads=(entry.uid,),
+        workloads=workloads,
     )
-    return policy, problems
+    return policy, (), problems
 
 
 def _closed(

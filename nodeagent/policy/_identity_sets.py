@@ -62,12 +62,13 @@ class IdentitySets:
             if patterns.set_of(value) is None:
                 known[value] = None
                 continue
-            found = self._expand(patterns.qualified(value, namespace))
+            found = self.stands_for(patterns.qualified(value, namespace))
             known.update(dict.fromkeys(found.known))
             missing.update(dict.fromkeys(found.missing))
         return Expansion(tuple(known), tuple(missing))
 
-    def _expand(self, name: str) -> Expansion:
+    def stands_for(self, name: str) -> Expansion:
+        """Return what the set of this uid stands for, whether or not there is one."""
         if name not in self._expanded:
             self._expanded[name] = self._reach(name)
         return self._expanded[name]
@@ -109,7 +110,7 @@ class IdentitySets:
                 f"identity set {mark.refers} does not exist: write it, or correct the reference; "
                 "until then policies that refer to it fail closed"
             )
-        self._expand(mark.refers)
+        self.stands_for(mark.refers)
         if mark.refers in self._too_large:
             return (
                 f"identity set {mark.refers} has more than {MAX_IDENTITIES} identities with all "

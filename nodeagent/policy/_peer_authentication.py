@@ -14,7 +14,7 @@ mode is not UNSET decides; if none does, PERMISSIVE. Port modes come from the wo
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -60,7 +60,7 @@ def level_of(policy: PeerAuthentication, root_namespace: str) -> Level | None:
     return None if in_root else Level.WORKLOAD
 
 
-class Subject(msgspec.Struct, frozen=True):
+class Subject(msgspec.Struct, frozen=True, gc=False):
     """A workload as policy sees it. `in_mesh` is false for one that is reached without HBONE."""
 
     uid: str
@@ -70,7 +70,7 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class Resolution(msgspec.Struct, frozen=True):
-    """`policies` by workload uid, one for each subject in the mesh."""
+    """`policies` by workload uid, one for each subject in the mesh that was asked for."""
 
     policies: dict[str, WorkloadPolicy]
     warnings: tuple[ConfigWarning, ...]
@@ -82,9 +82,11 @@ class _Levels:
     def __init__(self, policies: Iterable[PeerAuthentication], root_namespace: str) -> None:
         self.mesh: list[PeerAuthentication] = []
         self.namespaces: dict[str, list[PeerAuthentication]] = {}
-        self.workloads: dict[str, list[PeerAuthentication]] = {}
         self.warnings: list[ConfigWarning] = []
-        for policy in sorted(policies, key=lambda item: (item.age, item.origin)):
+        self._selectors: dict[str, dict[tuple[str, str], list[_Ranked]]] = {}
+        """Policies with a selector by namespace, and there by the first of its labels."""
+        ordered = sorted(policies, key=lambda item: (item.age, item.origin))
+        for rank, policy in enumerate(ordered):
             namespace = policy.metadata.namespace
             match level_of(policy, root_namespace):
                 case Level.MESH:
@@ -92,7 +94,7 @@ class _Levels:
                 case Level.NAMESPACE:
                     self.namespaces.setdefault(namespace, []).append(policy)
                 case Level.WORKLOAD:
-                    self.workloads.setdefault(namespace, []).append(policy)
+                    self._add(rank, policy)
                 case _:
                     reason = (
                         "has no effect: in the root namespace a policy is for the whole mesh, and "
@@ -103,39 +105,72 @@ class _Levels:
             for loser in level[1:]:
                 self.warnings.append(_overruled(loser, level[0], ""))
 
+    def _add(self, rank: int, policy: PeerAuthentication) -> None:
+        selector = policy.spec.selector
+        label = None if selector is None else next(iter(selector.match_labels.items()), None)
+        # The loader refuses an empty selector; one that was made in another way selects nothing,
+        # for selecting all is what must never happen by accident.
+        if label is not None:
+            there = self._selectors.setdefault(policy.metadata.namespace, {})
+            there.setdefault(label, []).append((rank, policy))
+
     def selecting(self, subject: Subject) -> list[PeerAuthentication]:
         """Return the policies with a selector that selects `subject`, oldest first."""
-        return [
-            policy
-            for policy in self.workloads.get(subject.namespace, ())
+        there = self._selectors.get(subject.namespace)
+        if there is None:
+            return []
+        labels = subject.labels
+        found = [
+            (rank, policy)
+            for label in labels.items()
+            for rank, policy in there.get(label, ())
             if policy.spec.selector is not None
-            and _matches(policy.spec.selector.match_labels, subject.labels)
+            and policy.spec.selector.match_labels.items() <= labels.items()
         ]
+        return [policy for _, policy in sorted(found, key=lambda each: each[0])]
+
+    def chain(
+        self, subject: Subject, selecting: Sequence[PeerAuthentication]
+    ) -> list[PeerAuthentication]:
+        """Return the one policy of each level that has any, narrowest first."""
+        namespace = self.namespaces.get(subject.namespace, ())
+        return [*selecting[:1], *namespace[:1], *self.mesh[:1]]
+
+
+_Ranked = tuple[int, PeerAuthentication]
 
 
 def resolve(
-    policies: Iterable[PeerAuthentication], subjects: Iterable[Subject], root_namespace: str
+    policies: Iterable[PeerAuthentication],
+    subjects: Iterable[Subject],
+    root_namespace: str,
+    here: Container[str] | None = None,
 ) -> Resolution:
-    """Return what is in force for each subject. The order of both arguments does not matter."""
+    """Return what is in force for each subject, or only for those `here` (uids); the warnings are
+    of all. The order of policies and subjects does not matter.
+    """
     levels = _Levels(policies, root_namespace)
     resolved: dict[str, WorkloadPolicy] = {}
     overruled: dict[tuple[str, str], tuple[PeerAuthentication, PeerAuthentication, str]] = {}
     outside: dict[str, tuple[PeerAuthentication, list[str]]] = {}
-    for subject in sorted(subjects, key=lambda item: item.uid):
+    # Of a hundred thousand subjects nearly all are of other nodes and need nothing.
+    for subject in subjects:
         selecting = levels.selecting(subject)
         for loser in selecting[1:]:
-            overruled.setdefault((loser.uid, selecting[0].uid), (loser, selecting[0], subject.uid))
-        chain = [*selecting[:1], *levels.namespaces.get(subject.namespace, [])[:1]]
-        chain += levels.mesh[:1]
-        policy = _in_force(subject, chain, selecting[:1])
-        if subject.in_mesh:
-            resolved[subject.uid] = policy
-            continue
-        for strict in _strict_sources(chain, selecting[:1]):
-            outside.setdefault(strict.uid, (strict, []))[1].append(subject.uid)
+            winner = selecting[0]
+            _, _, first = overruled.get((loser.uid, winner.uid), (loser, winner, subject.uid))
+            named = min(first, subject.uid)
+            overruled[loser.uid, winner.uid] = (loser, winner, named)
+        if not subject.in_mesh:
+            chain = levels.chain(subject, selecting)
+            for strict in _strict_sources(chain, selecting[:1]):
+                outside.setdefault(strict.uid, (strict, []))[1].append(subject.uid)
+        elif here is None or subject.uid in here:
+            chain = levels.chain(subject, selecting)
+            resolved[subject.uid] = _in_force(subject, chain, selecting[:1])
     warnings = [*levels.warnings]
     warnings += [_overruled(*entry) for _, entry in sorted(overruled.items())]
-    warnings += [_outside(*entry) for _, entry in sorted(outside.items())]
+    warnings += [_outside(policy, sorted(uids)) for _, (policy, uids) in sorted(outside.items())]
     return Resolution(resolved, tuple(sorted(warnings)))
 
 
@@ -169,12 +204,6 @@ def _strict_sources(
         if policy not in found and any(mtls.mode is MtlsMode.STRICT for mtls in ports):
             found.append(policy)
     return found
-
-
-def _matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    # The loader refuses an empty selector; one that was made in another way selects nothing, for
-    # selecting all is what must never happen by accident.
-    return bool(selector) and all(labels.get(key) == value for key, value in selector.items())
 
 
 def origin_of(policy: PeerAuthentication) -> str:

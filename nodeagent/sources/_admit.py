@@ -2,18 +2,19 @@
 
 This module owns the step from "what the files hold now" to "what is in force". It promises that
 the documents in force never conflict; that what was in force first stays, whatever the order of the
-files; and that a refused file changes nothing for others. It is pure.
+files; that a refused file changes nothing for others; and that only files which differ are looked
+at. It is pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
 from nodeagent.api import ConfigError, ConfigWarning, Document, claims, conflict
 
-__all__ = ["FileVersion", "admit"]
+__all__ = ["FileVersion", "InForce", "admit"]
 
 
 class FileVersion(msgspec.Struct, frozen=True):
@@ -24,27 +25,46 @@ class FileVersion(msgspec.Struct, frozen=True):
     data: bytes
 
 
+_Holder = tuple[str, Document]
+"""The file that a claim is made in, and the document."""
+
 _Claims = dict[str, tuple[Document, str]]
 
 
-def admit(
-    in_force: Mapping[str, FileVersion], wanted: Mapping[str, FileVersion], node: str
-) -> tuple[dict[str, FileVersion], list[ConfigError]]:
-    """Return what is in force next, by file, and an error for each claim that was refused.
+class InForce(msgspec.Struct, frozen=True):
+    """Versions by file, in order, and who holds each claim. Only `admit` makes one."""
 
-    `in_force` and `wanted` hold only files without errors of their own, and each version is free
-    of conflicts in itself; the versions in `in_force` are free of conflicts with one another. A
-    file that is missing in `wanted` is removed. `node` is this node's name.
+    files: dict[str, FileVersion] = {}
+    holders: dict[str, _Holder] = {}
+
+
+def admit(
+    in_force: InForce, wanted: Mapping[str, FileVersion], node: str
+) -> tuple[InForce, list[ConfigError]]:
+    """Return what is in force next, and an error for each claim that was refused.
+
+    `wanted` holds only files without errors of their own, and each version is free of conflicts in
+    itself. A file that is missing in `wanted` is removed. `node` is this node's name.
     """
-    before = {file: _claims(version, node) for file, version in in_force.items()}
-    after = {file: _claims(version, node) for file, version in wanted.items()}
+    # What stays as it is keeps its claims, so it is refused nothing, and refuses others by them.
+    differ = {file for file in wanted if in_force.files.get(file) is not wanted[file]}
+    differ |= in_force.files.keys() - wanted.keys()
+    before = {
+        file: _claims(in_force.files[file], node) for file in differ if file in in_force.files
+    }
+    after = {file: _claims(wanted[file], node) for file in differ if file in wanted}
+
+    def unmoved(claim: str) -> _Holder | None:
+        holder = in_force.holders.get(claim)
+        return None if holder is None or holder[0] in differ else holder
+
     kept: set[str] = set()
     errors: dict[str, list[ConfigError]] = {}
     # A refused file goes back to its version in force, which takes back claims that it would have
     # released; that may refuse another file. Each round refuses one more, so the rounds end.
     while True:
         chosen = {file: before[file] if file in kept else after[file] for file in after}
-        refused = _refused(chosen, before)
+        refused = _refused(chosen, before, unmoved)
         if not refused:
             break
         for file, found in refused.items():
@@ -53,8 +73,13 @@ def admit(
                 kept.add(file)
             else:
                 del after[file]
-    result = {file: in_force[file] if file in kept else wanted[file] for file in sorted(after)}
-    return result, [error for file in sorted(errors) for error in errors[file]]
+    files = {
+        file: in_force.files[file] if file in kept else wanted[file]
+        for file in sorted(wanted)
+        if file in after or file not in differ
+    }
+    holders = _moved(in_force.holders, before.values(), chosen)
+    return InForce(files, holders), [error for file in sorted(errors) for error in errors[file]]
 
 
 def _claims(version: FileVersion, node: str) -> _Claims:
@@ -66,26 +91,42 @@ def _claims(version: FileVersion, node: str) -> _Claims:
 
 
 def _refused(
-    chosen: Mapping[str, _Claims], before: Mapping[str, _Claims]
+    chosen: Mapping[str, _Claims],
+    before: Mapping[str, _Claims],
+    unmoved: Callable[[str], _Holder | None],
 ) -> dict[str, list[ConfigError]]:
     """Return the errors of files that claim what another file holds.
 
     A claim that a file has in force and still makes is its own before all others; further claims go
-    to the file whose name sorts first.
+    to the file whose name sorts first. `unmoved` says who holds a claim in a file that is not in
+    question.
     """
-    holders: dict[str, tuple[str, Document]] = {}
+    holders: dict[str, _Holder] = {}
     for file, made in chosen.items():
         for claim in made.keys() & before.get(file, {}).keys():
             holders[claim] = (file, made[claim][0])
     refused: dict[str, list[ConfigError]] = {}
     for file in sorted(chosen):
-        found = [
-            conflict(document, holders[claim][1], claim, field)
-            for claim, (document, field) in chosen[file].items()
-            if claim in holders and holders[claim][0] != file
-        ]
+        found: list[ConfigError] = []
+        for claim, (document, field) in chosen[file].items():
+            holder = holders.get(claim) or unmoved(claim)
+            if holder is not None and holder[0] != file:
+                found.append(conflict(document, holder[1], claim, field))
         if found:
             refused[file] = found
             continue
         holders.update({claim: (file, made[0]) for claim, made in chosen[file].items()})
     return refused
+
+
+def _moved(
+    holders: Mapping[str, _Holder], released: Iterable[_Claims], chosen: Mapping[str, _Claims]
+) -> dict[str, _Holder]:
+    """Return the holders of all claims once those that are `released` have gone."""
+    result = dict(holders)
+    for gone in released:
+        for claim in gone:
+            result.pop(claim, None)
+    for file, made in chosen.items():
+        result.update({claim: (file, document) for claim, (document, _) in made.items()})
+    return result

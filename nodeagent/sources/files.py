@@ -9,13 +9,17 @@ Theory of operation: events of the kernel only say when to look; a look compares
 signature with the one last taken, so that a lost event costs half a second and nothing else. What
 differs is taken once it has kept still for SETTLE seconds: a file that is just being written would
 otherwise be read half, and half a file of policies may well be valid. The first look takes
-everything at once.
+everything at once. What did not change is the same object from state to state, file by file and
+document by document, so that whoever reads states can tell at once what is new.
+
+What is in force is stored beside whoever puts it in force, and before the next look.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -26,8 +30,8 @@ import msgspec
 import structlog
 import watchfiles
 
-from nodeagent.api import ConfigError, Loaded, load_file
-from nodeagent.sources._admit import FileVersion, admit
+from nodeagent.api import ConfigError, Document, Loaded, load_file
+from nodeagent.sources._admit import FileVersion, InForce, admit
 from nodeagent.sources._directory import Listing, Signature, list_directory, read_file, unreadable
 from nodeagent.sources._last_good import LastGood
 from nodeagent.sources._source import SourceState
@@ -79,13 +83,15 @@ class FilesSource:
         self._pending: dict[str, _Pending] = {}
         self._versions: dict[str, FileVersion] = {}
         self._errors: dict[str, tuple[ConfigError, ...]] = {}
-        self._in_force: dict[str, FileVersion] = {}
+        self._in_force = InForce()
         self._conflicts: list[ConfigError] = []
         self._decided: tuple[set[str], dict[str, FileVersion]] | None = None
         self._store_error: tuple[ConfigError, ...] = ()
         self._unsaved = False
+        self._storing: asyncio.Task[None] | None = None
         self._identity: tuple[int, int] | None = None
         self._state: SourceState | None = None
+        self._state_of: InForce | None = None
         self._listed = False
         """Whether the directory was read before. The first time files are taken as they are: a
         state without them would say that nothing is configured."""
@@ -93,13 +99,29 @@ class FilesSource:
     async def states(self) -> AsyncGenerator[SourceState, None]:
         """Yield the state now, then each later one; see `Source.states`."""
         await asyncio.to_thread(self._recall)
-        yield await asyncio.to_thread(self._look)
-        async with contextlib.aclosing(self._moments()) as moments:
-            async for _ in moments:
-                before = self._state
-                state = await asyncio.to_thread(self._look)
-                if state is not before:
-                    yield state
+        try:
+            yield await self._next()
+            async with contextlib.aclosing(self._moments()) as moments:
+                async for _ in moments:
+                    before = self._state
+                    state = await self._next()
+                    if state is not before:
+                        yield state
+        finally:
+            await self._stored()
+
+    async def _next(self) -> SourceState:
+        """Look, and begin to store what is in force."""
+        await self._stored()
+        state = await asyncio.to_thread(self._look)
+        if self._unsaved:
+            self._storing = asyncio.create_task(asyncio.to_thread(self._store))
+        return state
+
+    async def _stored(self) -> None:
+        if self._storing is not None:
+            await self._storing
+            self._storing = None
 
     async def _moments(self) -> AsyncGenerator[None, None]:
         """Yield when it is time to look: on events, while changes settle, and every RESCAN."""
@@ -156,7 +178,7 @@ class FilesSource:
             for name, loaded in found.items()
             if not loaded.errors
         }
-        self._in_force, _ = admit({}, good, self._node)
+        self._in_force, _ = admit(InForce(), good, self._node)
 
     def _load(self, name: str, data: bytes) -> Loaded:
         return load_file(data, str(self._directory / name), self._node)
@@ -186,7 +208,7 @@ class FilesSource:
             for kept in (self._pending, self._taken, self._versions):
                 kept.pop(name, None)
             self._errors[name] = (error,)
-        known = {*self._taken, *self._pending, *self._errors, *self._in_force}
+        known = {*self._taken, *self._pending, *self._errors, *self._in_force.files}
         for name in sorted({*listing.files, *known} - {*listing.errors}):
             self._consider(name, listing.files.get(name))
 
@@ -225,32 +247,40 @@ class FilesSource:
             return
         data, self._taken[name] = found
         loaded = self._load(name, data)
-        self._versions.pop(name, None)
+        before = self._versions.pop(name, None)
         self._errors.pop(name, None)
         if loaded.errors:
             self._errors[name] = loaded.errors
         else:
-            self._versions[name] = FileVersion(loaded.documents, loaded.warnings, data)
+            known = before or self._in_force.files.get(name)
+            documents = _reused(loaded.documents, known.documents if known is not None else ())
+            self._versions[name] = FileVersion(documents, loaded.warnings, data)
 
     def _decide(self, present: set[str]) -> None:
         """Put into force what may be. Files that are not in `present` are gone."""
         inputs = (present, dict(self._versions))
-        if inputs != self._decided:
-            self._decided = inputs
-            wanted = {name: each for name, each in self._in_force.items() if name in present}
-            wanted.update(self._versions)
-            in_force, self._conflicts = admit(self._in_force, wanted, self._node)
-            if in_force != self._in_force:
-                self._in_force = in_force
-                self._unsaved = True
-        if self._unsaved and self._last_good is not None:
-            try:
-                self._last_good.save({name: each.data for name, each in self._in_force.items()})
-            except OSError as error:
-                self._note_store(error)
-            else:
-                self._unsaved = False
-                self._store_error = ()
+        if inputs == self._decided:
+            return
+        self._decided = inputs
+        files = self._in_force.files
+        wanted = {name: each for name, each in files.items() if name in present}
+        wanted.update(self._versions)
+        in_force, self._conflicts = admit(self._in_force, wanted, self._node)
+        if in_force.files != files:
+            self._in_force = in_force
+            self._unsaved = self._last_good is not None
+
+    def _store(self) -> None:
+        """Keep what is in force across a restart. What cannot be is tried again at each look."""
+        if self._last_good is None:
+            return
+        try:
+            self._last_good.save({name: each.data for name, each in self._in_force.files.items()})
+        except OSError as error:
+            self._note_store(error)
+        else:
+            self._unsaved = False
+            self._store_error = ()
 
     def _note_store(self, error: OSError) -> None:
         if self._last_good is not None:
@@ -269,13 +299,17 @@ class FilesSource:
         ]  # fmt: skip
 
     def _publish(self, problems: tuple[ConfigError, ...]) -> SourceState:
-        versions = [self._in_force[name] for name in sorted(self._in_force)]
+        before = self._state
+        if before is not None and self._state_of is self._in_force and before.problems == problems:
+            return before
+        versions = self._in_force.files.values()
         state = SourceState(
-            documents=tuple(document for each in versions for document in each.documents),
+            documents=tuple(itertools.chain.from_iterable(each.documents for each in versions)),
             problems=problems,
-            warnings=tuple(warning for each in versions for warning in each.warnings),
+            warnings=tuple(itertools.chain.from_iterable(each.warnings for each in versions)),
             version=1 if self._state is None else self._state.version,
         )
+        self._state_of = self._in_force
         if state == self._state:
             return self._state
         if self._state is not None:
@@ -297,3 +331,14 @@ class FilesSource:
             problems=len(now.problems),
             warnings=len(now.warnings),
         )
+
+
+def _reused(documents: tuple[Document, ...], before: tuple[Document, ...]) -> tuple[Document, ...]:
+    """Return `documents`; those that were there before, as the same objects."""
+    known = {(type(each), each.uid): each for each in before}
+
+    def same(document: Document) -> Document:
+        held = known.get((type(document), document.uid))
+        return held if held is not None and held == document else document
+
+    return tuple(map(same, documents))

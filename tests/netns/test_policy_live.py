@@ -66,6 +66,8 @@ AFTER_EACH = 4
 
 CALLERS = 3
 
+HITS = 200
+
 
 class Attempt(NamedTuple):
     """A connection: when it was begun and known, and whether the application answered."""
@@ -78,15 +80,15 @@ class Attempt(NamedTuple):
 class Called:
     """The called pod: the product's tunnel on an event loop of its own thread, and an echo."""
 
-    def __init__(self, lab: Pair, log: Path) -> None:
+    def __init__(self, lab: Pair, log: Path, workers: int) -> None:
         self.lab = lab
         self.path = log
         self._log = AccessLog(str(log), json_line)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._version = 0
-        core = _core.Core(2, tls.function_table(_core.FUNCTIONS))
-        self.tunnel = Tunnel(core, self._log, time.monotonic, time.time)
+        self.core = _core.Core(workers, tls.function_table(_core.FUNCTIONS))
+        self.tunnel = Tunnel(self.core, self._log, time.monotonic, time.time)
         self._listener = lab.listen(backlog=1024)
         self._echo = threading.Thread(target=self._answer)
 
@@ -163,15 +165,28 @@ class Called:
         self._log.stop(DEADLINE)
 
 
-@pytest.fixture
-def called(tmp_path: Path) -> Iterator[Called]:
-    with pair() as lab:
-        made = Called(lab, tmp_path / "access.log")
+@contextlib.contextmanager
+def up(log: Path, workers: int) -> Iterator[Called]:
+    with pair(workers=workers) as lab:
+        made = Called(lab, log, workers)
         made.start()
         try:
             yield made
         finally:
             made.stop()
+
+
+@pytest.fixture
+def called(tmp_path: Path) -> Iterator[Called]:
+    with up(tmp_path / "access.log", workers=2) as made:
+        yield made
+
+
+@pytest.fixture
+def called_once(tmp_path: Path) -> Iterator[Called]:
+    """With one worker, and so one decision table, on each side."""
+    with up(tmp_path / "access.log", workers=1) as made:
+        yield made
 
 
 def asks(sock: socket.socket) -> bool:
@@ -238,6 +253,35 @@ def test_what_is_no_longer_allowed_is_cut_and_its_neighbour_is_not(called: Calle
         assert sock.recv(1) == b""
     assert called.line("policy_changed")["policy"] == "default/no rules[0] (policy.yaml:1)"
     assert called.tunnel.recheck.cut == 1
+
+
+def test_a_hit_asks_nobody_whatever_policies_are_in_force(called_once: Called) -> None:
+    """Neither side's Python is asked: not about the connection, nor about its certificates."""
+    called = called_once
+    called.apply(
+        authorization("default/only", Action.ALLOW, source(SLEEPS)),
+        authorization("default/not", Action.DENY, source(ports(PORT + 1))),
+        authorization("default/audit", Action.AUDIT, source(SLEEPS)),
+        authorization("istio-system/mesh", Action.DENY, source(principals("*/sa/other"))),
+        msgspec.structs.replace(DENY, dry_run=True),
+    )
+    assert call(called)
+    cores = (called.core, called.lab.client.core)
+    asked = [core.stats().upcalls for core in cores]
+    for _ in range(HITS):
+        assert call(called)
+    assert [core.stats().upcalls for core in cores] == asked
+    # And each is judged and told like the one that was asked about.
+    wait_until(lambda: len(called.lines()) == HITS + 1, "a line for each connection")
+    (told,) = {
+        (line["reason"], line["policy"], line["client"], line["audit_flag"], line["dry_run"])
+        for line in called.lines()
+    }
+    assert told[:3] == ("closed", "default/only rules[0] (policy.yaml:1)", "identity_allowed")
+    # What has changed is asked about again.
+    called.apply(removals=(Removal("authorization", "AuthorizationPolicy/default/audit"),))
+    assert call(called)
+    assert called.core.stats().upcalls > asked[0]
 
 
 def test_no_connection_begun_after_a_change_is_judged_by_the_state_before(called: Called) -> None:

@@ -6,6 +6,7 @@ seam's types: patterns by string methods, addresses by `ipaddress`.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -126,6 +127,7 @@ def _fits(attribute: Attribute, pattern: str, call: Call) -> bool:
     return value == pattern
 
 
+@functools.cache
 def _within(pattern: str, text: str) -> bool:
     network = ipaddress.ip_network(pattern, strict=False)
     return ipaddress.ip_address(text) in network

@@ -189,7 +189,7 @@ def test_what_was_not_measured_of_ours_is_no_figure() -> None:
 
 
 def test_every_row_is_of_a_scenario_that_is_measured() -> None:
-    known = {one.name for one in SCENARIOS} | {"enrolment"}
+    known = {one.name for one in SCENARIOS} | {"enrolment", "policy"}
     assert {metric.scenario for metric in METRICS} <= known
 
 
@@ -213,6 +213,7 @@ def test_every_row_of_the_goals_has_a_target() -> None:
         "memory": [45.0, 2.5, 2.5],
         "many": [0.0, 1.1],
         "enrolment": [10.0, 100.0, 0.01, 1.1],
+        "policy": [1000.0],
     }
 
 

@@ -12,9 +12,11 @@ import pytest
 from nodeagent.sources import FilesSource, LastGood, SourceState
 from support.resources import peer, workload
 from support.watched import (
+    Reader,
     names,
     problems,
     put,
+    run,
     source,
 )
 
@@ -140,11 +142,15 @@ def test_sources_disk_full_is_a_problem_and_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        reader = source(folder, last_good=True)
-        state = first(reader)
-        assert names(state) == ["a2"]
-        assert "No space left" in problems(state)
-        assert stored(folder).read_bytes() == before
-        assert list(stored(folder).parent.iterdir()) == [stored(folder)]
-    assert reader._look().problems == ()
-    assert stored(folder).read_bytes() != before
+
+        async def until_said(reader: Reader) -> None:
+            state = await reader.problem("No space left")
+            assert names(state) == ["a2"]
+            assert stored(folder).read_bytes() == before
+            assert list(stored(folder).parent.iterdir()) == [stored(folder)]
+            # Room again: it is stored at a later look, and then nothing is wrong.
+            patch.undo()
+            await reader.until(lambda state: not state.problems)
+            assert stored(folder).read_bytes() != before
+
+        run(source(folder, last_good=True), until_said)

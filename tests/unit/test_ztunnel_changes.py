@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from random import Random
 
 import msgspec
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from support.mesh_state import (
     SETTINGS,
     authorization,
+    bundle,
     pod,
     policy,
     principals,
@@ -19,7 +21,9 @@ from support.mesh_state import (
 from support.tunnel_rig import (
     HTTPBIN,
     MESH,
+    OTHER_ROOT,
     POD,
+    ROOT,
     SLEEP,
     Rig,
     chain_of,
@@ -28,8 +32,10 @@ from support.tunnel_rig import (
     run,
     sockets,
 )
-from ztunnel import _core, tunnel
-from ztunnel.pods import PodSockets
+from ztunnel import _core, recheck, state
+from ztunnel.decisions import Record
+from ztunnel.judge import Cut, still_allowed
+from ztunnel.pods import Pods, PodSockets
 from ztunnel.protocol import (
     Action,
     Authorization,
@@ -38,9 +44,10 @@ from ztunnel.protocol import (
     Mode,
     Removal,
     Resource,
+    Rule,
 )
 from ztunnel.reasons import Reason
-from ztunnel.state import Change
+from ztunnel.state import Change, State
 from ztunnel.tls import TlsError
 
 
@@ -250,9 +257,108 @@ def test_a_pod_that_leaves_takes_its_pools_and_descriptors_along(rig: Rig) -> No
 def test_a_large_change_is_applied_as_a_small_one(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tunnel, "LARGE_CHANGE", 1)
+    monkeypatch.setattr(state, "LARGE", 1)
     rig.start()
     assert rig.core.answer_to(rig.outbound("10.2.0.1")).action == "tunnel"
+
+
+def test_a_change_is_large_by_what_must_be_compiled() -> None:
+    def asks(*rules: Rule) -> Change:
+        resources = (authorization("default/x", Action.ALLOW, *rules),)
+        return Change(version=1, reset=False, upserts=resources)
+
+    many = tuple(f"cluster.local/ns/n/sa/a{number}" for number in range(state.LARGE))
+    small = source(principals(*many[:100]))
+    assert not state.is_large(asks(small, small))
+    assert state.is_large(asks(source(principals(*many))))
+    assert state.is_large(asks(*[small] * (state.LARGE // 100)))
+    removals = tuple(Removal("workload", uid) for uid in many)
+    assert not state.is_large(Change(version=1, reset=False, removals=removals))
+    assert state.is_large(Change(version=1, reset=False, removals=(*removals, *removals)))
+
+
+def judged_anew(rig: Rig, monkeypatch: pytest.MonkeyPatch, *resources: Resource) -> set[int]:
+    """Apply a change; return the decisions that are looked at for it."""
+    looked: set[int] = set()
+
+    def look(now: State, pods: Pods, record: Record) -> Cut | None:
+        looked.add(record.number)
+        return still_allowed(now, pods, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recheck, "still_allowed", look)
+        assert rig.apply(*resources) == ""
+    return looked
+
+
+def test_only_what_a_change_concerns_is_judged_anew(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.start()
+    proven, _ = rig.prove(chain_of("httpbin"))
+    inbound = rig.core.answers[rig.inbound("10.2.0.1", proven)]
+    outbound = rig.core.answers[rig.outbound("10.2.0.1")]
+    # The core refers to both still, as it does while connections live.
+    fresh = workload("fresh", "10.6.0.1")
+    assert judged_anew(rig, monkeypatch, fresh) == {outbound}
+    assert judged_anew(rig, monkeypatch, policy(HTTPBIN.uid, Mode.STRICT)) == set()
+    elsewhere = authorization("elsewhere/x", Action.DENY, source(HTTPBINS))
+    assert judged_anew(rig, monkeypatch, elsewhere) == set()
+    assert judged_anew(rig, monkeypatch, policy(SLEEP.uid, Mode.STRICT)) == {inbound, outbound}
+    here = authorization("default/x", Action.AUDIT, source(HTTPBINS))
+    assert judged_anew(rig, monkeypatch, here) == {inbound, outbound}
+    assert judged_anew(rig, monkeypatch, bundle(OTHER_ROOT.der, domain="new.test")) == {
+        inbound,
+        outbound,
+    }
+
+
+def _any_change(random: Random) -> tuple[tuple[Resource, ...], tuple[Removal, ...]]:
+    """Return a change out of a small world: what may live is different after each."""
+    account = random.choice(("httpbin", "sleep", "other"))
+    selected = random.choice((None, (SLEEP.uid,), (HTTPBIN.uid,), ()))
+    rule = source(principals(random.choice(("*/sa/httpbin", "*/sa/other", "*"))))
+    upserts: tuple[Resource, ...] = (
+        workload("httpbin", random.choice(("10.2.0.1", "10.2.0.2"))),
+        workload("other", random.choice(("10.2.0.1", "10.4.0.1"))),
+        policy(random.choice((SLEEP.uid, HTTPBIN.uid)), random.choice(tuple(Mode))),
+        authorization(
+            f"{random.choice(('default', 'istio-system'))}/{account}",
+            random.choice(tuple(Action)),
+            rule,
+            workloads=selected,
+            dry_run=not random.randrange(4),
+        ),
+        random.choice((bundle(ROOT.der), bundle(ROOT.der, OTHER_ROOT.der))),
+    )
+    removals = (
+        Removal("authorization", f"AuthorizationPolicy/default/{account}"),
+        Removal("workload", f"default/{account}"),
+    )
+    chosen = random.randrange(len(upserts) + len(removals))
+    if chosen < len(upserts):
+        return (upserts[chosen],), ()
+    return (), (removals[chosen - len(upserts)],)
+
+
+def test_what_lives_after_a_change_is_what_the_new_state_allows(rig: Rig) -> None:
+    """Looking only at what a change concerns cuts what looking at everything would cut."""
+    random = Random("changes")  # noqa: S311 - a test's cases, the same each time
+    rig.start()
+    proven = [rig.prove(chain_of(account))[0] for account in ("httpbin", "other")]
+    cut = 0
+    for _ in range(300):
+        for number in (0, *proven):
+            rig.inbound(random.choice(("10.2.0.1", "10.4.0.1")), number)
+        for address in ("10.2.0.1", "10.2.0.2", "10.3.0.1"):
+            rig.outbound(address)
+        upserts, removals = _any_change(random)
+        assert rig.apply(*upserts, removals=removals) == ""
+        for record in rig.tunnel.decisions:
+            if not record.killed:
+                assert still_allowed(rig.tunnel.state, rig.tunnel.pods, record) is None
+        cut = rig.tunnel.recheck.cut
+    assert cut > 50
 
 
 def test_the_deadlines_of_new_settings_are_the_cores(rig: Rig) -> None:

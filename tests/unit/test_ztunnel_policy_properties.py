@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from ztunnel.policy import (
     MAX_AUDITS,
     NOWHERE,
     Decision,
+    Facts,
     Scopes,
     check,
     decide,
@@ -50,10 +52,15 @@ def compiled(policies: Iterable[Authorization]) -> Scopes:
     return updated(NOWHERE, {}, held, None)
 
 
-def decided(scopes: Scopes, call: Call) -> Decision:
+@functools.cache
+def shown(call: Call) -> Facts:
+    """Return what a connection shows; the world is small, so that most have come before."""
     identity = SpiffeId.parse(f"spiffe://{call.principal}") if call.principal else None
-    seen = facts(identity, ip(call.source), ip(call.destination), call.port)
-    return decide(scopes.of(call.workload), seen)
+    return facts(identity, ip(call.source), ip(call.destination), call.port)
+
+
+def decided(scopes: Scopes, call: Call) -> Decision:
+    return decide(scopes.of(call.workload), shown(call))
 
 
 def some(random: Random, most: int = 10) -> list[Authorization]:

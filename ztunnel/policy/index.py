@@ -50,20 +50,16 @@ _Owner = tuple[str, int]
 _Place = tuple[Probe, Piece]
 
 
-class Index:
-    """Made by `changed` from another, in the end from EMPTY."""
+class Index(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """Made by `changed` from another, in the end from EMPTY.
 
-    def __init__(
-        self,
-        policies: Mapping[str, Authorization],
-        owners: Mapping[Case, Sequence[Owner]],
-        places: Mapping[Case, tuple[_Place, ...]],
-        buckets: Mapping[Probe, Mapping[Piece, Sequence[Case]]],
-    ) -> None:
-        self.policies = policies
-        self._owners = owners
-        self._places = places
-        self._buckets = buckets
+    `owners` come in order; `places` are where a case is kept, `buckets` what is kept there.
+    """
+
+    policies: Mapping[str, Authorization] = {}
+    owners: Mapping[Case, Sequence[Owner]] = {}
+    places: Mapping[Case, tuple[_Place, ...]] = {}
+    buckets: Mapping[Probe, Mapping[Piece, Sequence[Case]]] = {}
 
     def first(self, seen: Facts) -> Owner | None:
         """Return the first rule that matches."""
@@ -73,7 +69,7 @@ class Index:
     def matching(self, seen: Facts, most: int) -> list[Owner]:
         """Return the rules that match, in order; of more than `most` the first."""
         found: dict[_Owner, Owner] = {}
-        for probe, pieces in self._buckets.items():
+        for probe, pieces in self.buckets.items():
             bucket = pieces.get(probe.cut(seen))
             if bucket is None:
                 continue
@@ -83,7 +79,7 @@ class Index:
             for case in bucket:
                 if not case.holds(seen):
                     continue
-                owners = self._owners[case]
+                owners = self.owners[case]
                 firsts.add((owners[0].policy, owners[0].number))
                 for owner in owners[:most]:
                     found[owner.policy, owner.number] = owner
@@ -100,7 +96,7 @@ class Index:
 
     def changed(self, removed: Iterable[Authorization], added: Iterable[Authorization]) -> Index:
         """Return the index without `removed`, all of which it holds, and with `added`."""
-        draft = _Draft(self.policies, self._owners, self._places, self._buckets)
+        draft = _Draft(self)
         for policy in removed:
             draft.remove(policy)
         for policy in added:
@@ -108,23 +104,17 @@ class Index:
         return draft.finish()
 
 
-EMPTY: Final = Index({}, {}, {}, {})
+EMPTY: Final = Index()
 
 
 class _Draft:
     """An index in the making: copies what it writes to, and never what it was made from."""
 
-    def __init__(
-        self,
-        policies: Mapping[str, Authorization],
-        owners: Mapping[Case, Sequence[Owner]],
-        places: Mapping[Case, tuple[_Place, ...]],
-        buckets: Mapping[Probe, Mapping[Piece, Sequence[Case]]],
-    ) -> None:
-        self._policies = dict(policies)
-        self._owners = dict(owners)
-        self._places = dict(places)
-        self._buckets = buckets
+    def __init__(self, before: Index) -> None:
+        self._policies = dict(before.policies)
+        self._owners = dict(before.owners)
+        self._places = dict(before.places)
+        self._buckets = before.buckets
         self._own: dict[Case, dict[_Owner, Owner]] = {}
         """Owners of the cases that are written to."""
         self._open: dict[_Place, dict[Case, None]] = {}

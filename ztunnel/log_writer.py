@@ -231,6 +231,8 @@ class Writer(Generic[T]):
     def _run(self) -> None:
         last = False
         while not last:
+            if self._keeps and not self._opened:
+                self._open_early()
             messages, last = self._take()
             if self._reopen.is_set():
                 self._reopen.clear()
@@ -278,6 +280,16 @@ class Writer(Generic[T]):
                 self.written += sum(message.lines for message in messages[:sent])
                 del messages[:sent]
                 messages[:0] = self._recovered()
+
+    def _open_early(self) -> None:
+        """Open before there is a line: what is wrong shows at once, and not when it matters."""
+        try:
+            self._destination.open()
+        except OSError as error:
+            self._trouble(error)
+        else:
+            self._opened = True
+            self.cause = None
 
     def _trouble(self, error: OSError) -> Cause:
         slow = isinstance(error, TimeoutError)

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
 import pytest
 
 from support.mesh_state import SETTINGS
+from support.netns import wait_until
 from ztunnel import _core, access_log, corelike, protocol
 from ztunnel.channel import Channel
 from ztunnel.corelike import Kind
@@ -116,12 +118,14 @@ def agent_socket(directory: Path) -> Iterator[socket.socket]:
         yield agent
 
 
-async def greeted(listening: socket.socket) -> tuple[Channel, protocol.Hello]:
+async def greeted(
+    listening: socket.socket, settings: protocol.Settings = SETTINGS
+) -> tuple[Channel, protocol.Hello]:
     connected, _ = await asyncio.get_running_loop().sock_accept(listening)
     channel = Channel(connected)
     hello = (await channel.receive())[0]
     assert isinstance(hello, protocol.Hello)
-    await channel.send(protocol.Welcome(protocol.PROTOCOL_VERSION, SETTINGS))
+    await channel.send(protocol.Welcome(protocol.PROTOCOL_VERSION, settings))
     return channel, hello
 
 
@@ -180,6 +184,37 @@ def test_a_life_from_start_to_end(
     assert process.popen.wait(DEADLINE) == 0
     assert log.exists()
     assert "STOPPING=1" in until(manager, "STOPPING=1")
+
+
+def test_the_audit_logs_sinks_follow_the_settings_and_its_file_the_signal(
+    process: Process, directory: Path
+) -> None:
+    path = directory / "audit.log"
+    audit = protocol.AuditSettings(file=str(path), journal=str(directory / "journal"))
+    settings = msgspec.structs.replace(SETTINGS, audit=audit)
+
+    async def welcome(agent: socket.socket) -> Channel:
+        channel, _ = await greeted(agent, settings)
+        await in_force(channel)
+        return channel
+
+    stats = process.next_event("listening")["stats"]
+    with agent_socket(directory) as agent:
+        channel = asyncio.run(welcome(agent))
+        assert process.next_event(
+            "log cannot be written; what finds no room is dropped and counted"
+        )
+        wait_until(path.exists, "the audit log's file")
+        _, text = get(stats, "/metrics")
+        assert 'ztunnel_audit_sink_up{sink="file"} 1.0' in text
+        assert 'ztunnel_audit_sink_up{sink="journal"} 0.0' in text
+        assert 'ztunnel_audit_sink_up{sink="stdout"} 1.0' in text
+        path.rename(directory / "moved")
+        process.popen.send_signal(signal.SIGUSR1)
+        wait_until(path.exists, "the audit log's new file")
+        channel.close()
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.popen.wait(DEADLINE) == 0
 
 
 def test_a_reload_starts_a_successor_and_hands_the_service_over(

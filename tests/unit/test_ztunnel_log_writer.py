@@ -131,6 +131,23 @@ def test_a_writer_that_does_not_keep_drops_at_once(somewhere: Somewhere) -> None
     assert somewhere.got == [b"kept\n", b"1 lost\n"]
 
 
+def test_what_is_wrong_shows_before_there_is_a_line(
+    running: Writer[str], somewhere: Somewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_until(lambda: somewhere.opened == 1, "it is open")
+    monkeypatch.setattr(log_writer, "TURN_SECONDS", 0.01)
+    absent = Somewhere()
+    absent.error = FileNotFoundError(errno.ENOENT, "nobody there")
+    made = writer(absent)
+    made.start()
+    wait_until(lambda: made.cause is Cause.UNAVAILABLE, "the writer knows what is wrong")
+    absent.error = None
+    wait_until(lambda: made.cause is None, "the writer knows that all is well")
+    made.finish()
+    made.join(SECONDS)
+    assert absent.closed
+
+
 def test_an_end_is_not_held_up_by_who_is_not_there(somewhere: Somewhere) -> None:
     made = writer(somewhere)
     somewhere.error = FileNotFoundError(errno.ENOENT, "nobody there")

@@ -32,7 +32,7 @@ from ztunnel.reasons import Reason
 from ztunnel.spiffe import SpiffeId
 from ztunnel.state import OWN_PORTS, LocalPod, State
 
-__all__ = ["CHECKS", "Client", "Request", "Verdict", "authorize"]
+__all__ = ["CHECKS", "NODE_PLAINTEXT", "Client", "Request", "Verdict", "authorize"]
 
 
 class Request(msgspec.Struct, frozen=True):

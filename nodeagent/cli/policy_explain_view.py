@@ -26,6 +26,9 @@ WIDTH: Final = 80
 _NEAREST: Final = 5
 """Rules of one action that are shown; an operator looks for the one that was meant to match."""
 
+_WHOLE: Final = 3
+"""Answers that are told whole: a service may have one for each of its endpoints."""
+
 _VALUES: Final = 4
 """Values of a condition that are shown; lists may have thousands."""
 
@@ -57,15 +60,33 @@ _ORDER: Final = ("DENY", "ALLOW", "AUDIT")
 
 def lines(explanation: Explanation, *, everything: bool) -> Iterator[str]:
     """Yield the lines. With `everything` no rule and no value is left out."""
-    for number, answer in enumerate(explanation.answers):
+    answers = explanation.answers
+    whole = len(answers) if everything else _WHOLE
+    for number, answer in enumerate(answers[:whole]):
         if number:
             yield ""
         yield from _answer(explanation, answer, everything=everything)
-    for answer in explanation.without_identity:
+    yield from _short(answers[whole:], "", everything=everything)
+    several = len(answers) > 1 or len(explanation.without_identity) > 1
+    without = "Without its identity (plaintext): "
+    if several:
+        yield from _short(explanation.without_identity, without, everything=everything)
+    else:
+        for answer in explanation.without_identity:
+            yield ""
+            yield from wrapped(without + summary(answer))
+
+
+def _short(answers: Sequence[Answer], prefix: str, *, everything: bool) -> Iterator[str]:
+    """Yield verdicts and grounds only."""
+    shown = answers if everything else answers[:_NAMED]
+    for answer in shown:
         yield ""
-        if len(explanation.answers) > 1 or len(explanation.without_identity) > 1:
-            yield from wrapped(f"To {_destinations(answer)}:")
-        yield from wrapped(f"Without its identity (plaintext): {summary(answer)}")
+        yield from wrapped(f"To {_destinations(answer)}")
+        yield from wrapped(prefix + summary(answer), 2)
+    if len(answers) > len(shown):
+        yield ""
+        yield f"And {len(answers) - len(shown)} more answers: --all shows them"
 
 
 def summary(answer: Answer) -> str:
@@ -133,18 +154,23 @@ def _answer(explanation: Explanation, answer: Answer, *, everything: bool) -> It
 
 
 def _caller(answer: Answer) -> str:
-    where = f" from {answer.source}" if answer.source else " (address not known)"
+    where = f" from {_some(answer.sources)}" if answer.sources else ""
     way = ", HBONE" if answer.way == "hbone" else ", plaintext"
     return f"{answer.identity or 'no identity'}{where}{way}"
 
 
 def _destinations(answer: Answer) -> str:
-    shown = [
-        f"{each.workload or 'no workload'} at {_authority(each.address, each.port)}"
-        for each in answer.destinations[:_NAMED]
-    ]
-    left = len(answer.destinations) - len(shown)
-    return ", ".join(shown) + (f" and {left} more" if left else "")
+    return _some(
+        [
+            f"{each.workload or 'no workload'} at {_authority(each.address, each.port)}"
+            for each in answer.destinations
+        ]
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    left = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {left} more" if left > 0 else "")
 
 
 def _authority(address: str, port: int) -> str:

@@ -8,6 +8,7 @@ instead, and that a service leads where ztunnel would take it. It is pure, and j
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Final
 
@@ -27,6 +28,7 @@ __all__ = [
     "Target",
     "address_of",
     "caller",
+    "sources",
     "split_port",
     "targets",
 ]
@@ -35,6 +37,12 @@ PLAINTEXT: Final = "plaintext"
 """A caller of whom nothing is known but that it has no identity."""
 
 _SCHEME: Final = "spiffe://"
+
+_PORT: Final = re.compile(r"([0-9.]+|\[[0-9A-Fa-f:.]+\]):[0-9]+")
+"""An address with a port, as the access log has callers: the port means nothing to a policy."""
+
+MAX_SOURCES: Final = 64
+"""Addresses of one caller that are judged each for itself; a caller with more must name one."""
 
 _SUGGESTED: Final = 3
 """Names that are offered for one that is not known."""
@@ -54,11 +62,11 @@ class Caller(msgspec.Struct, frozen=True):
     identity: SpiffeId | None
     sources: tuple[bytes, ...] = ()
 
-    def source_for(self, destination: bytes) -> bytes:
-        """Return the address to call from: of the destination's family, if there is one."""
+    def sources_for(self, destination: bytes) -> tuple[bytes, ...]:
+        """Return the addresses to call from: of the destination's family, if there is one."""
         wanted = address.is_ipv4(destination)
-        alike = (each for each in self.sources if address.is_ipv4(each) is wanted)
-        return next(alike, self.sources[0] if self.sources else address.ANY)
+        alike = tuple(each for each in self.sources if address.is_ipv4(each) is wanted)
+        return alike or self.sources
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -76,7 +84,7 @@ def caller(off: Offline, text: str) -> Caller:
     """
     if text == PLAINTEXT:
         return Caller(text, None)
-    packed = _packed(text)
+    packed = _packed(_PORT.sub(r"\1", text))
     if packed is not None:
         found = off.workload_at(packed)
         return Caller(text, _identity(found), (packed,))
@@ -124,6 +132,24 @@ def _identity(workload: Workload | None) -> SpiffeId | None:
 
 def _addresses(workload: Workload) -> tuple[bytes, ...]:
     return tuple(map(address.pack, workload.addresses))
+
+
+def sources(off: Offline, who: Caller, target: Target) -> tuple[bytes, ...]:
+    """Return the addresses to judge `who` from: one where all get the same verdict, else all.
+
+    Raises QuestionError if the verdict depends on the address, and it is not known.
+    """
+    found = who.sources_for(target.address)
+    asking = off.asks_source(target.workload, target.port, who.identity)
+    if not asking:
+        return found[:1] or (address.ANY,)
+    if not found or len(found) > MAX_SOURCES:
+        count = f", and {who.name} has {len(found)}" if found else ""
+        raise QuestionError(
+            f"the answer depends on the caller's address, by {asking}{count}: name one with "
+            "--from-address (in a table of tests: source)"
+        )
+    return found
 
 
 def split_port(text: str) -> tuple[str, int]:

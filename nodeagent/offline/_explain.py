@@ -13,13 +13,13 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.offline._ask import PLAINTEXT, Caller, QuestionError, Target
+from nodeagent.offline._ask import PLAINTEXT, Caller, Target, sources
 from nodeagent.offline._offline import ModeInForce, Offline, PassedOver
 from ztunnel import address
 from ztunnel.authorize import Verdict
 from ztunnel.policy import DEFAULT_DENY, Match
 from ztunnel.policy.explain import Considered, Miss
-from ztunnel.protocol import Attribute, Authorization
+from ztunnel.protocol import Authorization
 from ztunnel.reasons import CAUSES, Reason
 
 __all__ = [
@@ -172,15 +172,15 @@ class PassedOverReport(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """One verdict, and all that it is given on. `judged` is false where no agent judges.
 
-    `identity` is empty for plaintext, `source` if the address is not known. `asked_policy` is false
-    if the caller was refused before: then `rules` are what would have been asked next.
+    `identity` is empty for plaintext, `sources` if no address is known. `asked_policy` is false if
+    the caller was refused before: then `rules` are what would have been asked next.
     `default_deny` are the ALLOW policies none of whose rules match, where that decided. `rules`
     come nearest first: by the number of conditions that would have to hold for them to match.
     `passed_over` are the nearest of the policies that other workloads are selected by.
     """
 
     identity: str
-    source: str
+    sources: tuple[str, ...]
     way: str
     destinations: tuple[Destination, ...]
     judged: bool
@@ -217,31 +217,22 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explain(off: Offline, caller: Caller, targets: Sequence[Target]) -> tuple[Answer, ...]:
-    """Return the answers for all targets, those alike together. Raises QuestionError."""
-    alike: dict[tuple[Verdict | None, ModeInForce | None, bytes], list[Target]] = {}
+    """Return the answers for all targets, those alike together, refusals first.
+
+    Raises QuestionError.
+    """
+    alike: dict[tuple[Verdict | None, ModeInForce | None], list[tuple[bytes, Target]]] = {}
     for target in targets:
-        source = caller.source_for(target.address)
-        if not source and off.judged(target.workload):
-            check_source(off, target)
-        verdict = off.judge(target.workload, target.port, caller.identity, source, target.address)
         mode = off.mode(target.workload, target.port)
-        alike.setdefault((verdict, mode, source), []).append(target)
-    return tuple(
-        _answer(off, caller, verdict, mode, source, found)
-        for (verdict, mode, source), found in alike.items()
-    )
-
-
-def check_source(off: Offline, target: Target) -> None:
-    """Raise QuestionError if a verdict would depend on an address that is not known."""
-    for policy in off.trace(target.workload, target.port, None, address.ANY).policies:
-        for rule in policy.rules:
-            conditions = (*rule.conditions, *(each for found in rule.sources for each in found))
-            if any(each.attribute is Attribute.SOURCE_IP for each in conditions):
-                raise QuestionError(
-                    f"the answer depends on the caller's address, which {rule.origin} asks for: "
-                    "add --from-address ADDRESS"
-                )
+        for source in sources(off, caller, target):
+            verdict = off.judge(
+                target.workload, target.port, caller.identity, source, target.address
+            )
+            alike.setdefault((verdict, mode), []).append((source, target))
+    answers = [
+        _answer(off, caller, verdict, mode, found) for (verdict, mode), found in alike.items()
+    ]
+    return tuple(sorted(answers, key=lambda answer: answer.allowed))
 
 
 def _answer(
@@ -249,31 +240,32 @@ def _answer(
     caller: Caller,
     verdict: Verdict | None,
     mode: ModeInForce | None,
-    source: bytes,
-    found: Sequence[Target],
+    found: Sequence[tuple[bytes, Target]],
 ) -> Answer:
     identity = str(caller.identity) if caller.identity is not None else ""
+    callers = tuple(dict.fromkeys(address.text(source) for source, _ in found if source))
+    called = dict.fromkeys(target for _, target in found)
     destinations = tuple(
-        Destination(each.workload, address.text(each.address), each.port) for each in found
+        Destination(each.workload, address.text(each.address), each.port) for each in called
     )
     way = HBONE if identity else PLAINTEXT
     if verdict is None:
         return Answer(
             identity=identity,
-            source=address.text(source),
+            sources=callers,
             # Who is outside the mesh is called in plaintext, by whomsoever.
             way=PLAINTEXT,
             destinations=destinations,
             judged=False,
             allowed=True,
         )
-    first = found[0]
+    source, first = found[0]
     trace = off.trace(first.workload, first.port, caller.identity, source, first.address)
     default_deny = verdict.origin.startswith(DEFAULT_DENY)
     asked = verdict.allow or verdict.reason not in _BEFORE_POLICY
     return Answer(
         identity=identity,
-        source=address.text(source),
+        sources=callers,
         way=way,
         destinations=destinations,
         judged=True,

@@ -20,11 +20,20 @@ from nodeagent.mesh import MeshState
 from nodeagent.policy import Level
 from nodeagent.settings import Settings, for_tunnel
 from ztunnel import address, state
-from ztunnel.authorize import Request, Verdict, authorize
+from ztunnel.authorize import NODE_PLAINTEXT, Request, Verdict, authorize
 from ztunnel.policy import facts
 from ztunnel.policy.explain import Trace, trace
 from ztunnel.policy.scopes import Kind
-from ztunnel.protocol import Action, Authorization, DataPlane, Mode, TrustBundle, Workload
+from ztunnel.protocol import (
+    Action,
+    Attribute,
+    Authorization,
+    DataPlane,
+    Mode,
+    Rule,
+    TrustBundle,
+    Workload,
+)
 from ztunnel.spiffe import SpiffeId
 from ztunnel.state import LocalPod, State
 
@@ -163,6 +172,20 @@ class Offline:
         level = self._levels.get(found.origin) or Level.DEFAULT
         return ModeInForce(found.mode, level, found.origin)
 
+    def asks_source(self, uid: str, port: int, identity: SpiffeId | None) -> str:
+        """Return what makes a verdict depend on the caller's address, "" if nothing does."""
+        if not self.judged(uid):
+            return ""
+        for group in self.state.scopes.of(uid):
+            for index in group.indexes.values():
+                for each in index.policies.values():
+                    for rule in each.rules:
+                        if _asks_source(rule):
+                            return rule.origin
+        mode = self.mode(uid, port)
+        strict = mode is not None and mode.mode is Mode.STRICT
+        return NODE_PLAINTEXT if self.settings.node_plaintext and not identity and strict else ""
+
     def passed_over(self, uid: str) -> list[PassedOver]:
         """Return the policies that a workload's labels keep from it, those of the nearest first."""
         labels = self._labels.get(uid, {})
@@ -194,6 +217,11 @@ class Offline:
         """Return the first address of a workload; what is no address if it has lost all."""
         addresses = self.workloads[uid].addresses
         return address.pack(addresses[0]) if addresses else address.ANY
+
+
+def _asks_source(rule: Rule) -> bool:
+    conditions = (*rule.conditions, *(each for found in rule.sources for each in found))
+    return any(each.attribute is Attribute.SOURCE_IP for each in conditions)
 
 
 def _lacks(

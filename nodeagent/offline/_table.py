@@ -14,8 +14,16 @@ from typing import Annotated, Final
 import msgspec
 
 from nodeagent.api import Check, ConfigError, Mark, quote, read_struct_of_list, values
-from nodeagent.offline._ask import Caller, QuestionError, Target, caller, split_port, targets
-from nodeagent.offline._explain import Place, check_source
+from nodeagent.offline._ask import (
+    Caller,
+    QuestionError,
+    Target,
+    caller,
+    sources,
+    split_port,
+    targets,
+)
+from nodeagent.offline._explain import Place
 from nodeagent.offline._offline import Offline
 from ztunnel import address
 from ztunnel.authorize import Verdict
@@ -140,7 +148,11 @@ def run_case(off: Offline, case: Case, mark: Mark, file: str) -> Result:
     try:
         who = _caller(off, case)
         name, port = split_port(case.to)
-        found = [_compare(off, case, who, target) for target in targets(off, name, port)]
+        found = [
+            _compare(off, case, who, source, target)
+            for target in targets(off, name, port)
+            for source in sources(off, who, target)
+        ]
     except QuestionError as error:
         text = str(ConfigError(file, mark.line, mark.column, mark.field, str(error)))
         return msgspec.structs.replace(result, outcome=Outcome.BROKEN, error=text)
@@ -177,10 +189,7 @@ def _caller(off: Offline, case: Case) -> Caller:
     return who
 
 
-def _compare(off: Offline, case: Case, who: Caller, target: Target) -> _Compared:
-    source = who.source_for(target.address)
-    if not source:
-        check_source(off, target)
+def _compare(off: Offline, case: Case, who: Caller, source: bytes, target: Target) -> _Compared:
     verdict = off.judge(target.workload, target.port, who.identity, source, target.address)
     mode = off.mode(target.workload, target.port)
     came = Expect.ALLOW if verdict is None or verdict.allow else Expect.DENY

@@ -2,88 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from nodeagent.admin import AdminServer, Configuration, Status
-from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
 from nodeagent.cli import cli
 from nodeagent.cli.policy_explain_view import WIDTH
-from support.resources import read
-from ztunnel import protocol
-
-MESH = """\
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata:
-  name: web
-  namespace: shop
-  labels: {app: web}
-  annotations: {nodeagent.io/netns: web}
-spec: {address: 10.1.0.2, serviceAccount: web}
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata:
-  name: pay
-  namespace: shop
-  labels: {app: pay}
-  annotations: {nodeagent.io/netns: "other:pay", nodeagent.io/addresses: "fd00::3"}
-spec: {address: 10.1.0.3, serviceAccount: pay}
----
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {name: legacy, namespace: shop}
-spec: {address: 10.1.0.9}
----
-apiVersion: networking.istio.io/v1
-kind: ServiceEntry
-metadata: {name: pay, namespace: shop}
-spec:
-  hosts: [pay.shop.example]
-  addresses: [10.9.0.1]
-  ports: [{number: 80, name: http, targetPort: 8080}]
-  resolution: STATIC
-  location: MESH_INTERNAL
-  workloadSelector: {labels: {app: pay}}
-"""
-CALLERS = """\
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: callers, namespace: shop}
-spec:
-  selector: {matchLabels: {app: pay}}
-  rules:
-  - from: [{source: {principals: ["cluster.local/ns/shop/sa/till"]}}]
-    to: [{operation: {ports: ["443"]}}]
-  - from: [{source: {principals: ["cluster.local/ns/shop/sa/web"]}}]
-    to: [{operation: {ports: ["443", "8443"]}}]
-"""
-DENY = """\
----
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {name: no-web, namespace: shop}
-spec:
-  action: DENY
-  rules:
-  - from: [{source: {namespaces: [shop]}}]
-    to: [{operation: {ports: ["443"], methods: [GET]}}]
-"""
-STRICT = """\
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop}
-spec: {mtls: {mode: STRICT}}
-"""
+from support.shop import CALLERS, DENY, MESH, STRICT
 
 
 def explain(*arguments: str, given: str = "") -> Result:
@@ -159,6 +87,8 @@ def test_an_allow_rule_decides() -> None:
     [
         ("shop/web", "shop/pay:80", True, "hbone"),
         ("10.1.0.2", "shop/pay:80", True, "hbone"),
+        ("10.1.0.2:40001", "shop/pay:80", True, "hbone"),
+        ("[fd00::3]:40001", "shop/pay:80", True, "hbone"),
         ("spiffe://cluster.local/ns/shop/sa/web", "shop/pay:80", True, "hbone"),
         ("cluster.local/ns/shop/sa/web", "shop/pay:80", True, "hbone"),
         ("spiffe://cluster.local/ns/far/sa/nobody", "shop/pay:80", True, "hbone"),
@@ -229,11 +159,63 @@ def test_addresses_of_one_workload_that_are_judged_differently_are_told_apart() 
     )
     found = told("shop/web", "shop/pay:80", "-", given=MESH + policy)
     assert [(each["allowed"], each["destinations"][0]["address"]) for each in found["answers"]] == [
-        (True, "10.1.0.3"), (False, "fd00::3"),
+        (False, "fd00::3"), (True, "10.1.0.3"),
     ]  # fmt: skip
     text = explain("shop/web", "shop/pay:80", "-", given=MESH + policy)
     assert text.exit_code == 1
     assert text.stdout.count("shop/web -> shop/pay:80: ") == 2
+
+
+def replicas(count: int) -> str:
+    """More workloads of one identity, each with an address of its own."""
+    web = MESH.partition("---")[0]
+    return "".join(
+        web.replace("name: web", f"name: web{number}")
+        .replace("netns: web", f"netns: web{number}")
+        .replace("10.1.0.2", f"10.2.0.{number + 1}")
+        + "---\n"
+        for number in range(count)
+    )
+
+
+def test_each_address_of_an_identity_is_judged_where_a_rule_asks_for_it() -> None:
+    identity = "spiffe://cluster.local/ns/shop/sa/web"
+    by_address = BY_ADDRESS.replace("192.0.2.0/24", "10.2.0.1")
+    found = told(identity, "shop/pay:443", "-", given=replicas(3) + MESH + by_address)
+    assert [(each["allowed"], each["sources"]) for each in found["answers"]] == [
+        (False, ["10.2.0.1"]), (True, ["10.1.0.2", "10.2.0.2", "10.2.0.3"]),
+    ]  # fmt: skip
+    one = told(identity, "shop/pay:443", "-", given=replicas(3) + MESH)
+    assert [each["sources"] for each in one["answers"]] == [["10.1.0.2"]]
+    asked = (identity, "shop/pay:443", "-")
+    many_more = explain(*asked, given=replicas(80) + MESH + by_address)
+    assert many_more.exit_code == 2
+    assert "has 81: name one with --from-address" in many_more.stderr
+
+
+def test_of_very_many_answers_the_first_are_told_whole() -> None:
+    service = MESH.rpartition("---\n")[2].replace("app: pay", "app: web")
+    policies = "".join(
+        f"""---
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata:
+  name: r{number}
+  namespace: shop
+  labels: {{app: web}}
+  annotations: {{nodeagent.io/netns: r{number}, nodeagent.io/callers: "set:nobody"}}
+spec: {{address: 10.3.0.{number}}}
+"""
+        for number in range(1, 31)
+    )
+    given = MESH.rpartition("---\n")[0] + "---\n" + service + policies
+    result = explain("shop/web", "pay.shop.example:80", "-", given=given)
+    assert result.exit_code == 1
+    assert result.stdout.count("-> pay.shop.example:80: REFUSED") == 3
+    assert "more answers: --all shows them" in result.stdout
+    assert len(result.stdout.splitlines()) < 150
+    found = told("shop/web", "pay.shop.example:80", "-", given=given)
+    assert len(found["answers"]) == 31
 
 
 def test_dry_runs_and_audits_are_told() -> None:
@@ -374,102 +356,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     empty = explain("shop/web", "shop/pay:80", str(tmp_path))
     assert empty.exit_code == 2
     assert "holds no file" in empty.stderr
-
-
-# --- the running agent ---------------------------------------------------------------------------
-
-
-class Backend:
-    def __init__(self, found: Configuration | None) -> None:
-        self.found = found
-
-    async def status(self) -> Status:
-        raise NotImplementedError
-
-    async def missing(self) -> tuple[str, ...]:
-        return ()
-
-    def stuck(self) -> str:
-        return ""
-
-    def metrics(self) -> bytes:
-        return b""
-
-    def resources(self) -> tuple[protocol.Resource, ...]:
-        return ()
-
-    def configuration(self) -> Configuration | None:
-        return self.found
-
-    async def flows(self, age: int) -> bytes:
-        return b"%d" % age
-
-
-def of_agent(tmp_path: Path, found: Configuration | None, *arguments: str) -> Result:
-    async def main() -> Result:
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(tmp_path / "admin.sock"))
-        admin = AdminServer(Backend(found))
-        await admin.serve(listening)
-        try:
-            command = ["policy", *arguments, "--run-dir", str(tmp_path)]
-            return await asyncio.to_thread(CliRunner().invoke, cli, command)
-        finally:
-            await admin.close()
-
-    return asyncio.run(main())
-
-
-def configuration(pending: str = "", problems: tuple[str, ...] = ()) -> Configuration:
-    return Configuration(
-        schema=CONFIGURATION_SCHEMA,
-        source="/etc/nodeagent/mesh.d",
-        pending=pending,
-        problems=problems,
-        node="n1",
-        cluster="c",
-        trust_domain="cluster.local",
-        root_namespace="istio-system",
-        locality="",
-        node_addresses=(),
-        node_plaintext=False,
-        trusted=("cluster.local", "other.example"),
-        documents=Documents.of(read(MESH + CALLERS, file="/etc/nodeagent/mesh.d/shop.yaml")),
-    )
-
-
-def test_without_files_the_agent_is_asked_for_what_is_in_force(tmp_path: Path) -> None:
-    asked = ("explain", "shop/web", "shop/pay:8080")
-    result = of_agent(tmp_path, configuration(), *asked)
-    assert (result.exit_code, result.stderr) == (1, "")
-    assert "- shop/callers (/etc/nodeagent/mesh.d/shop.yaml:35)" in result.stdout
-    assert "config   in force on n1" in result.stdout
-
-
-def test_what_the_agent_trusts_is_trusted(tmp_path: Path) -> None:
-    stranger = "spiffe://other.example/ns/shop/sa/web"
-    asked = ("explain", stranger, "shop/web:80")
-    assert of_agent(tmp_path, configuration(), *asked).exit_code == 0
-
-
-def test_what_is_not_in_force_yet_is_said(tmp_path: Path) -> None:
-    waiting = configuration("ztunnel is not connected", ("shop.yaml:1:1: bad",))
-    result = of_agent(tmp_path, waiting, "explain", "shop/web", "shop/pay:8080")
-    assert result.exit_code == 1
-    assert "note: ztunnel is not connected\n" in result.stderr
-    assert "note: not in force, an older version is: shop.yaml:1:1: bad\n" in result.stderr
-
-
-def test_an_agent_that_cannot_be_asked(tmp_path: Path) -> None:
-    asked = ("shop/web", "shop/pay:80", "--run-dir", str(tmp_path))
-    for output in ("text", "json"):
-        result = explain(*asked, "-o", output)
-        assert (result.exit_code, result.stdout) == (3, "")
-        assert "nodeagent does not run here" in result.stderr
-        assert "as FILE" in result.stderr
-    early = of_agent(tmp_path, None, "explain", "shop/web", "shop/pay:80")
-    assert early.exit_code == 3
-    assert "no configuration is in force yet" in early.stderr
 
 
 def test_help_says_what_there_is_to_know() -> None:

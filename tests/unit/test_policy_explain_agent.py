@@ -1,0 +1,109 @@
+"""`nodeagent policy explain` without files: the running agent is asked for what is in force."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from nodeagent.admin import AdminServer, Configuration, Status
+from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
+from nodeagent.cli import cli
+from support.resources import read
+from support.shop import CALLERS, MESH
+from ztunnel import protocol
+
+
+class Backend:
+    def __init__(self, found: Configuration | None) -> None:
+        self.found = found
+
+    async def status(self) -> Status:
+        raise NotImplementedError
+
+    async def missing(self) -> tuple[str, ...]:
+        return ()
+
+    def stuck(self) -> str:
+        return ""
+
+    def metrics(self) -> bytes:
+        return b""
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        return ()
+
+    def configuration(self) -> Configuration | None:
+        return self.found
+
+    async def flows(self, age: int) -> bytes:
+        return b"%d" % age
+
+
+def of_agent(tmp_path: Path, found: Configuration | None, *arguments: str) -> Result:
+    async def main() -> Result:
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(tmp_path / "admin.sock"))
+        admin = AdminServer(Backend(found))
+        await admin.serve(listening)
+        try:
+            command = ["policy", *arguments, "--run-dir", str(tmp_path)]
+            return await asyncio.to_thread(CliRunner().invoke, cli, command)
+        finally:
+            await admin.close()
+
+    return asyncio.run(main())
+
+
+def configuration(pending: str = "", problems: tuple[str, ...] = ()) -> Configuration:
+    return Configuration(
+        schema=CONFIGURATION_SCHEMA,
+        source="/etc/nodeagent/mesh.d",
+        pending=pending,
+        problems=problems,
+        node="n1",
+        cluster="c",
+        trust_domain="cluster.local",
+        root_namespace="istio-system",
+        locality="",
+        node_addresses=(),
+        node_plaintext=False,
+        trusted=("cluster.local", "other.example"),
+        documents=Documents.of(read(MESH + CALLERS, file="/etc/nodeagent/mesh.d/shop.yaml")),
+    )
+
+
+def test_without_files_the_agent_is_asked_for_what_is_in_force(tmp_path: Path) -> None:
+    asked = ("explain", "shop/web", "shop/pay:8080")
+    result = of_agent(tmp_path, configuration(), *asked)
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "- shop/callers (/etc/nodeagent/mesh.d/shop.yaml:35)" in result.stdout
+    assert "config   in force on n1" in result.stdout
+
+
+def test_what_the_agent_trusts_is_trusted(tmp_path: Path) -> None:
+    stranger = "spiffe://other.example/ns/shop/sa/web"
+    asked = ("explain", stranger, "shop/web:80")
+    assert of_agent(tmp_path, configuration(), *asked).exit_code == 0
+
+
+def test_what_is_not_in_force_yet_is_said(tmp_path: Path) -> None:
+    waiting = configuration("ztunnel is not connected", ("shop.yaml:1:1: bad",))
+    result = of_agent(tmp_path, waiting, "explain", "shop/web", "shop/pay:8080")
+    assert result.exit_code == 1
+    assert "note: ztunnel is not connected\n" in result.stderr
+    assert "note: not in force, an older version is: shop.yaml:1:1: bad\n" in result.stderr
+
+
+def test_an_agent_that_cannot_be_asked(tmp_path: Path) -> None:
+    asked = ("shop/web", "shop/pay:80", "--run-dir", str(tmp_path))
+    for output in ("text", "json"):
+        result = CliRunner().invoke(cli, ["policy", "explain", *asked, "-o", output])
+        assert (result.exit_code, result.stdout) == (3, "")
+        assert "nodeagent does not run here" in result.stderr
+        assert "as FILE" in result.stderr
+    early = of_agent(tmp_path, None, "explain", "shop/web", "shop/pay:80")
+    assert early.exit_code == 3
+    assert "no configuration is in force yet" in early.stderr

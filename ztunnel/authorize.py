@@ -11,9 +11,9 @@ settings let pass STRICT is judged by it like any other plaintext.
 
 PeerAuthentication, as understood here: STRICT refuses who has no identity, unless the settings let
 the node's own addresses pass (`node_plaintext`, off by default), which the verdict then names.
-PERMISSIVE takes both. DISABLE takes plaintext, and HBONE as well: callers on other nodes are not
-told the mode, they call by HBONE whoever has an agent, and a call that proves an identity is never
-worse than one that does not.
+PERMISSIVE takes both. DISABLE takes plaintext, which is what callers with this agent send then
+(`route`), and HBONE as well: others do not know the mode, they call by HBONE whoever has an agent,
+and a call that proves an identity is never worse than one that does not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ztunnel.policy import DryRun, Match, decide, facts
 from ztunnel.protocol import Mode
 from ztunnel.reasons import Reason
 from ztunnel.spiffe import SpiffeId
-from ztunnel.state import OWN_PORTS, LocalPod, State
+from ztunnel.state import OWN_PORTS, LocalPod, State, mode_of
 
 __all__ = ["CHECKS", "NODE_PLAINTEXT", "Client", "Request", "Verdict", "authorize"]
 
@@ -120,12 +120,10 @@ def _is_probe(state: State, request: Request) -> bool:
 
 
 def _peer_authentication(state: State, request: Request) -> Verdict:
-    policy = state.policies.get(request.pod.workload)
-    if policy is None:
-        return _refuse(Reason.POLICY_MISSING)
-    mode = policy.port_modes.get(request.port, policy.mode)
-    origin = policy.port_origins.get(request.port, policy.origin)
+    mode, origin = mode_of(state, request.pod.workload, request.port)
     match mode:
+        case None:
+            return _refuse(Reason.POLICY_MISSING)
         case Mode.STRICT:
             if request.identity is None and _is_probe(state, request):
                 return _allow(NODE_PLAINTEXT, mode)

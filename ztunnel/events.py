@@ -110,6 +110,8 @@ class Events:
         self.early: Counter[tuple[Labels, str]] = Counter()
         """Connections that ended without a decision, by labels and response flag."""
         self.handshake_failures: Counter[tuple[Side, Reason]] = Counter()
+        self.failed: Counter[Reason] = Counter()
+        """Connections that did not end as they should, those without a line among them."""
         self.failure_lines = FailureLines(clock)
 
     def explain(self, upcall: Upcall, detail: str) -> None:
@@ -141,6 +143,8 @@ class Events:
 
     def _ended(self, state: State, event: Ended) -> list[Line]:
         reason = _REASONS[event.reason]
+        if _FAILURE[event.reason]:
+            self.failed[reason] += 1
         record = self._owner.decisions.get(event.decision) if event.decision else None
         outbound = event.kind == _OUTBOUND
         hbone = outbound and event.upstream_port == HBONE_PORT
@@ -322,12 +326,12 @@ class Events:
 
 
 def _policy(record: Record | None) -> str:
-    """Return the policy that let the connection in, kept it out, or cut it."""
+    """Return the policy that let the connection in, kept it out, cut it, or had it in plaintext."""
     if record is None:
         return ""
     if record.killed:
         return record.cut_by
-    return record.outcome.origin if isinstance(record.outcome, Verdict) else ""
+    return record.outcome.origin if isinstance(record.outcome, Verdict | Plain) else ""
 
 
 def _verdict(record: Record) -> Verdict | None:

@@ -219,6 +219,7 @@ def _decision(record: Record) -> dict[str, Any]:
         case Plain() as plain:
             entry["action"] = "plain"
             entry["target"] = address.authority(plain.target, plain.port)
+            entry["policy"] = plain.origin
         case Balance() as balance:
             entry["action"] = "balance"
             entry["choices"] = len(balance.choices)

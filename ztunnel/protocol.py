@@ -215,7 +215,9 @@ class Service(_Base, frozen=True, gc=False, tag="service"):
 
 
 class WorkloadPolicy(_Base, frozen=True, gc=False, tag="workload_policy"):
-    """Mutual TLS modes in force for one workload of this node, already resolved.
+    """Mutual TLS modes in force for one workload, already resolved.
+
+    Known of every workload of this node, and of others where a mode is DISABLE: callers obey it.
 
     `origin` and `port_origins` name the PeerAuthentication that decided, "namespace/name" with
     file and line, or "default". `uid` is the workload's.

@@ -2,7 +2,8 @@
 
 This module owns the routing rules. It promises that the answer depends on nothing but the
 snapshot and the arguments, and that no rule fails open: what the snapshot says speaks HBONE is
-never reached in plaintext, and what it only half knows is refused. It may not open a socket, read
+never reached in plaintext unless a policy asks for it, which the answer then names; and what it
+only half knows is refused. It may not open a socket, read
 a clock or draw random numbers (balancing is described, the core chooses).
 
 The rules, in order
@@ -12,17 +13,16 @@ The rules, in order
 3. A service's virtual address and port become endpoints: healthy ones, of the best locality, by
    weight. A port that the service does not have is refused, unless a workload has that address.
 4. An endpoint, or a destination that is a workload's address: HBONE to podIP:15008 if it speaks it,
-   plain TCP if it does not. The tunnel's own ports on a workload's address are refused, also when
-   they are what a service's port stands for.
+   plain TCP if it does not, or if its PeerAuthentication says DISABLE for that port. The tunnel's
+   own ports on a workload's address are refused, also when they are what a service's port stands
+   for.
 5. The pod itself, reached through a service or by its own address, is delivered straight inside its
    namespace: those bytes never leave the pod, and the capture passes direct calls to itself
    likewise.
 6. Anything else is outside the mesh: passed through untouched.
 
 A workload of the same node takes the same path as any other, unless the settings say otherwise
-(`same_node`, which turns a `Tunnel` into a `HandOver`). A mode of DISABLE is not told across
-nodes; a workload that speaks HBONE is called by HBONE whatever its mode, and accepts it
-(`authorize`).
+(`same_node`, which turns a `Tunnel` into a `HandOver`).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from urllib.parse import quote
 import msgspec
 
 from ztunnel import address
-from ztunnel.protocol import DataPlane, Endpoint, Service, Workload
+from ztunnel.protocol import DataPlane, Endpoint, Mode, Service, Workload
 from ztunnel.reasons import Reason
-from ztunnel.state import HBONE_PORT, OWN_PORTS, LocalPod, State
+from ztunnel.state import HBONE_PORT, OWN_PORTS, LocalPod, State, mode_of
 
 if TYPE_CHECKING:
     from ztunnel.authorize import Verdict
@@ -78,7 +78,8 @@ class Passthrough(msgspec.Struct, frozen=True):
 class Plain(msgspec.Struct, frozen=True):
     """Plain TCP to `target`. `workload` and `service` are uids, empty when unknown.
 
-    `hairpin`: the target is the calling pod itself.
+    `hairpin`: the target is the calling pod itself. `origin` names the policy because of which a
+    workload that speaks HBONE is called so.
     """
 
     target: bytes
@@ -86,6 +87,7 @@ class Plain(msgspec.Struct, frozen=True):
     workload: str = ""
     service: str = ""
     hairpin: bool = False
+    origin: str = ""
 
 
 class Tunnel(msgspec.Struct, frozen=True):
@@ -148,7 +150,7 @@ def route(state: State, pod: LocalPod, destination: bytes, port: int) -> Route:
             return _to_service(state, pod, source, service, destination, port)
     workload = state.workload_at(destination)
     if workload is not None:
-        return _to_workload(pod, source, workload, destination, port)
+        return _to_workload(state, pod, source, workload, destination, port)
     if services:
         return Refuse(Reason.UNKNOWN_PORT, services[-1].uid)
     if destination in pod.addresses:
@@ -157,6 +159,7 @@ def route(state: State, pod: LocalPod, destination: bytes, port: int) -> Route:
 
 
 def _to_workload(
+    state: State,
     pod: LocalPod,
     source: Workload,
     workload: Workload,
@@ -171,6 +174,9 @@ def _to_workload(
         return _hairpin(target, port, workload.uid, uid)
     if workload.data_plane is DataPlane.TCP:
         return Plain(target, port, workload.uid, uid)
+    mode, origin = mode_of(state, workload.uid, port)
+    if mode is Mode.DISABLE:
+        return Plain(target, port, workload.uid, uid, origin=origin)
     if not source.identity:
         # The pod's own workload has opted out of the mesh: it has no identity to prove.
         return Refuse(Reason.NO_CREDENTIAL, uid)
@@ -210,7 +216,7 @@ def _to_service(
             found = _to_unknown(pod, service, target, target_port)
             locality = ""
         elif workload.healthy:
-            found = _to_workload(pod, source, workload, target, target_port, service)
+            found = _to_workload(state, pod, source, workload, target, target_port, service)
             locality = workload.locality
         else:
             continue

@@ -31,6 +31,7 @@ __all__ = [
     "StateError",
     "apply",
     "is_large",
+    "mode_of",
 ]
 
 OUTBOUND_PORT: Final = 15001
@@ -111,6 +112,18 @@ class State(msgspec.Struct, frozen=True):
 
     def workload_of(self, pod: LocalPod) -> protocol.Workload | None:
         return self.workloads.get(pod.workload)
+
+
+def mode_of(state: State, workload: str, port: int) -> tuple[protocol.Mode | None, str]:
+    """Return the mode in force for a port of a workload and its origin; None where none is known.
+
+    Of another node's workloads DISABLE alone is known for certain: see `protocol.WorkloadPolicy`.
+    """
+    policy = state.policies.get(workload)
+    if policy is None:
+        return None, ""
+    mode = policy.port_modes.get(port, policy.mode)
+    return mode, policy.port_origins.get(port, policy.origin)
 
 
 EMPTY: Final = State(0, None, {}, {}, {}, {}, {}, {}, policy.NOWHERE, {}, {}, {})

@@ -63,6 +63,7 @@ class Picture(msgspec.Struct, frozen=True):
     bounds_us: tuple[int, ...]
     deadlines: tuple[str, ...]
     handshake_failures: dict[tuple[str, Reason], int]
+    failed: dict[Reason, int]
     expiries: dict[str, int]
     judged: dict[Judged, int]
     own: dict[str, float]
@@ -114,6 +115,7 @@ def take(
         bounds_us=bounds_us,
         deadlines=deadlines,
         handshake_failures=dict(tunnel.events.handshake_failures),
+        failed=dict(tunnel.events.failed),
         judged=dict(tunnel.judged),
         expiries={uid: identity.not_after for uid, identity in state.identities.items()},
         audit=tunnel.audit.counts(),
@@ -319,6 +321,14 @@ def _core(picture: Picture) -> Iterator[Metric]:
         "Reports of the core that found no room: log lines that are missing.",
         value=core.events_lost,
     )
+    failed = CounterMetricFamily(
+        "ztunnel_connections_failed",
+        "Connections that were refused, failed or cut, by the reason that the access log has.",
+        labels=["reason"],
+    )
+    for reason, ended in picture.failed.items():
+        failed.add_metric([reason.value], ended)
+    yield failed
     expired = CounterMetricFamily(
         "ztunnel_deadlines_expired",
         "Connections and waits that a deadline has ended, by its name in the settings.",

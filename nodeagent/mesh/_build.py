@@ -55,6 +55,7 @@ class Builder:
         self._resolve = Last(policy.resolve)
         self._authorizations: Last[_Once[AuthorizationPolicy]] = Last(_once)
         self._sets: Last[_Once[IdentitySet]] = Last(_once)
+        self._unenforced = Last(policy.unenforced)
         self._authorizer = policy.Authorizer(settings.root_namespace)
 
     def build(self, documents: Iterable[Document]) -> MeshState:
@@ -102,6 +103,7 @@ class Builder:
             left_out=authorizations.left_out,
             bindings=workloads.bindings,
             problems=authorizations.problems,
+            unenforced=self._unenforced(policies),
             warnings=tuple(str(warning) for warning in sorted(warnings)),
         )
 

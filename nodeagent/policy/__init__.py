@@ -18,6 +18,7 @@ from nodeagent.policy._peer_authentication import (
     origin_of,
     resolve,
 )
+from nodeagent.policy._unenforced import Unenforced, unenforced
 
 __all__ = [
     "DEFAULT_ORIGIN",
@@ -28,7 +29,9 @@ __all__ = [
     "Level",
     "Resolution",
     "Subject",
+    "Unenforced",
     "level_of",
     "origin_of",
     "resolve",
+    "unenforced",
 ]

@@ -1,8 +1,9 @@
 """PeerAuthentication: narrowest wins, the oldest wins on one level, UNSET inherits.
 
 This module owns the precedence. It promises that the order of documents never matters, that every
-document which loses or has no effect is named in a warning, and that a port without a mode of its
-own takes its workload's. It may not look at anything but labels, namespaces and ages.
+document which loses, has no effect or takes traffic out of mutual TLS is named in a warning, and
+that a port without a mode of its own takes its workload's. It may not look at anything but labels,
+namespaces and ages.
 
 Precedence, from Istio's reference of PeerAuthentication: a policy with a selector (not in the root
 namespace) is for the workloads of its namespace that it selects; one without is for its namespace,
@@ -70,7 +71,7 @@ class Subject(msgspec.Struct, frozen=True, gc=False):
 
 
 class Resolution(msgspec.Struct, frozen=True):
-    """`policies` by workload uid, one for each subject in the mesh that was asked for."""
+    """`policies` by workload uid, of subjects in the mesh: see `resolve`."""
 
     policies: dict[str, WorkloadPolicy]
     warnings: tuple[ConfigWarning, ...]
@@ -86,6 +87,8 @@ class _Levels:
         self._selectors: dict[str, dict[tuple[str, str], list[_Ranked]]] = {}
         """Policies with a selector by namespace, and there by the first of its labels."""
         ordered = sorted(policies, key=lambda item: (item.age, item.origin))
+        self.disable = any(map(_disables, ordered))
+        """Whether any policy says DISABLE: then the modes of other nodes' workloads matter, too."""
         for rank, policy in enumerate(ordered):
             namespace = policy.metadata.namespace
             match level_of(policy, root_namespace):
@@ -140,19 +143,25 @@ class _Levels:
 _Ranked = tuple[int, PeerAuthentication]
 
 
+def _disables(policy: PeerAuthentication) -> bool:
+    modes = (policy.spec.mtls, *policy.spec.port_level_mtls.values())
+    return any(each.mode is MtlsMode.DISABLE for each in modes)
+
+
 def resolve(
     policies: Iterable[PeerAuthentication],
     subjects: Iterable[Subject],
     root_namespace: str,
     here: Container[str] | None = None,
 ) -> Resolution:
-    """Return what is in force for each subject, or only for those `here` (uids); the warnings are
-    of all. The order of policies and subjects does not matter.
+    """Return what is in force for each subject, or only for those `here` (uids) and those that are
+    to be called in plaintext; the warnings are of all. No argument's order matters.
     """
     levels = _Levels(policies, root_namespace)
     resolved: dict[str, WorkloadPolicy] = {}
     overruled: dict[tuple[str, str], tuple[PeerAuthentication, PeerAuthentication, str]] = {}
     outside: dict[str, tuple[PeerAuthentication, list[str]]] = {}
+    clear: dict[str, tuple[PeerAuthentication, list[str]]] = {}
     # Of a hundred thousand subjects nearly all are of other nodes and need nothing.
     for subject in subjects:
         selecting = levels.selecting(subject)
@@ -161,16 +170,20 @@ def resolve(
             _, _, first = overruled.get((loser.uid, winner.uid), (loser, winner, subject.uid))
             named = min(first, subject.uid)
             overruled[loser.uid, winner.uid] = (loser, winner, named)
-        if not subject.in_mesh:
-            chain = levels.chain(subject, selecting)
-            for strict in _strict_sources(chain, selecting[:1]):
-                outside.setdefault(strict.uid, (strict, []))[1].append(subject.uid)
-        elif here is None or subject.uid in here:
-            chain = levels.chain(subject, selecting)
+        is_here = here is None or subject.uid in here
+        if subject.in_mesh and not is_here and not levels.disable:
+            continue
+        chain = levels.chain(subject, selecting)
+        found, mode = (clear, MtlsMode.DISABLE) if subject.in_mesh else (outside, MtlsMode.STRICT)
+        sources = _sources(mode, chain, selecting[:1])
+        for source in sources:
+            found.setdefault(source.uid, (source, []))[1].append(subject.uid)
+        if subject.in_mesh and (is_here or sources):
             resolved[subject.uid] = _in_force(subject, chain, selecting[:1])
     warnings = [*levels.warnings]
     warnings += [_overruled(*entry) for _, entry in sorted(overruled.items())]
     warnings += [_outside(policy, sorted(uids)) for _, (policy, uids) in sorted(outside.items())]
+    warnings += [_clear(policy, sorted(uids)) for _, (policy, uids) in sorted(clear.items())]
     return Resolution(resolved, tuple(sorted(warnings)))
 
 
@@ -193,15 +206,17 @@ def _in_force(
     return WorkloadPolicy(subject.uid, mode, origin, port_modes, port_origins)
 
 
-def _strict_sources(
-    chain: Sequence[PeerAuthentication], selecting: Sequence[PeerAuthentication]
+def _sources(
+    mode: MtlsMode,
+    chain: Sequence[PeerAuthentication],
+    selecting: Sequence[PeerAuthentication],
 ) -> list[PeerAuthentication]:
-    """Return the policies whose STRICT would be in force, if the workload were in the mesh."""
+    """Return the policies whose `mode` is in force, or would be for a workload in the mesh."""
     deciding = next((p for p in chain if p.spec.mtls.mode is not MtlsMode.UNSET), None)
-    found = [deciding] if deciding and deciding.spec.mtls.mode is MtlsMode.STRICT else []
+    found = [deciding] if deciding and deciding.spec.mtls.mode is mode else []
     for policy in selecting:
         ports = policy.spec.port_level_mtls.values()
-        if policy not in found and any(mtls.mode is MtlsMode.STRICT for mtls in ports):
+        if policy not in found and any(mtls.mode is mode for mtls in ports):
             found.append(policy)
     return found
 
@@ -230,10 +245,27 @@ def _overruled(
 
 
 def _outside(policy: PeerAuthentication, subjects: Sequence[str]) -> ConfigWarning:
-    named = ", ".join(subjects[:_NAMED])
-    more = f" and {len(subjects) - _NAMED} more" if len(subjects) > _NAMED else ""
     reason = (
-        f"asks for STRICT, and has no effect on workloads outside the mesh: {named}{more}; "
-        "enrol them, or do not count on it"
+        "asks for STRICT, and has no effect on workloads outside the mesh: "
+        f"{_some(subjects)}; enrol them, or do not count on it"
     )
     return _warning(policy, "spec", reason)
+
+
+def _clear(policy: PeerAuthentication, subjects: Sequence[str]) -> ConfigWarning:
+    ports = sorted(
+        port for port, mtls in policy.spec.port_level_mtls.items() if mtls.mode is MtlsMode.DISABLE
+    )
+    where = ""
+    if policy.spec.mtls.mode is not MtlsMode.DISABLE:
+        where = f", on port {', '.join(map(str, ports))}"
+    reason = (
+        "says DISABLE: traffic is in the clear, and callers prove no identity, to "
+        f"{_some(subjects)}{where}; with PERMISSIVE callers that can use mutual TLS do"
+    )
+    return _warning(policy, "spec", reason)
+
+
+def _some(subjects: Sequence[str]) -> str:
+    more = f" and {len(subjects) - _NAMED} more" if len(subjects) > _NAMED else ""
+    return ", ".join(subjects[:_NAMED]) + more

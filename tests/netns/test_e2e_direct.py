@@ -148,13 +148,24 @@ def test_a_pod_outside_the_mesh_is_passed_through(mesh: Mesh) -> None:
     assert "same_node" not in line
 
 
-@pytest.mark.parametrize("mode", ["STRICT", "PERMISSIVE", "DISABLE"])
+@pytest.mark.parametrize("mode", ["STRICT", "PERMISSIVE"])
 def test_each_mode_lets_the_identity_in(mesh: Mesh, mode: str) -> None:
     mesh.policy("near", peer_authentication(mode), mode=mode)
     port = mesh.visit("client", "near")
     line = mesh.line("client", "inbound", port)
     assert line["same_node"] == "direct"
     assert line["policy"].startswith("shop/tested (")
+
+
+def test_disable_is_plaintext_without_an_identity_as_across_nodes(mesh: Mesh) -> None:
+    mesh.policy("near", peer_authentication("DISABLE"), mode="DISABLE")
+    port = mesh.visit("client", "near")
+    for direction in ("outbound", "inbound"):
+        line = mesh.line("client", direction, port)
+        assert line["connection_security_policy"] == "none"
+        assert "same_node" not in line
+        assert "src.identity" not in line
+        assert line["policy"].startswith("shop/tested (")
 
 
 def test_strict_still_keeps_plaintext_out(mesh: Mesh) -> None:

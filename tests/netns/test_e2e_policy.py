@@ -11,6 +11,7 @@ import pytest
 from nodeagent.lab import Lab
 from support.e2e import (
     Mesh,
+    authority,
     peer_authentication,
     running,
     spec,
@@ -86,12 +87,68 @@ def test_strict_accepts_mutual_tls_only(mesh: Mesh, family: int) -> None:
     assert opened["src.identity"] == spiffe("client")
 
 
+def disabled(mesh: Mesh, *documents: dict[str, Any]) -> None:
+    """Put a DISABLE for `far` in force on its node, and on that of its caller."""
+    mesh.apply(*documents)
+    for node in ("node-1", "node-2"):
+        mesh.settled(node, _in_clear)
+
+
+def _in_clear(state: dict[str, Any]) -> bool:
+    return any("in the clear" in warning for warning in state["config"]["warnings"])
+
+
 @FAMILIES
-def test_disable_accepts_plaintext(mesh: Mesh, family: int) -> None:
-    mesh.policy("far", peer_authentication("DISABLE"), mode="DISABLE")
+def test_disable_is_called_in_plaintext_and_takes_what_comes(mesh: Mesh, family: int) -> None:
+    disabled(mesh, peer_authentication("DISABLE"))
     listener = mesh.listen("far")
+    port = listener.getsockname()[1]
     for client in ("client", "outsider"):
         accepts(mesh, client, listener, family)
+    for direction, pod in (("outbound", "client"), ("inbound", "far")):
+        line = mesh.line(pod, direction, port, src_workload="client")
+        assert line["connection_security_policy"] == "none"
+        assert "src.identity" not in line
+        assert "dst.hbone_addr" not in line
+        assert line["policy"].startswith("shop/tested (")
+    # Who does not know the mode comes by HBONE, and is taken at its proven word.
+    twin = mesh.hbone("twin", "far", family=family)
+    stream = twin.connect(authority(mesh.address("far", family), port))
+    assert twin.status(stream) == 200
+    app, _ = mesh.accept(listener)
+    twin.send(stream, b"", end=True)
+    app.close()
+    line = mesh.line("far", "inbound", port, src_identity=spiffe("twin"))
+    assert line["connection_security_policy"] == "mutual_tls"
+
+
+def test_disable_of_a_port_is_for_that_port_only(mesh: Mesh) -> None:
+    clear, kept = mesh.listen("far"), mesh.listen("far")
+    ports = {clear.getsockname()[1]: "DISABLE"}
+    disabled(mesh, peer_authentication("STRICT", app="far", ports=ports))
+    for listener, security in ((clear, "none"), (kept, "mutual_tls")):
+        accepts(mesh, "client", listener)
+        line = mesh.line("far", "inbound", listener.getsockname()[1])
+        assert line["connection_security_policy"] == security
+    accepts(mesh, "outsider", clear)
+    refuses(mesh, "outsider", kept)
+
+
+def test_disable_that_is_taken_back_is_mutual_tls_again(mesh: Mesh) -> None:
+    disabled(mesh, peer_authentication("DISABLE"))
+    sock, app, port = mesh.call("client", "far")
+    mesh.carries(sock, app)
+    mesh.apply(strict())
+    for node in ("node-1", "node-2"):
+        mesh.settled(node, lambda state: not _in_clear(state))
+    # STRICT cuts what came without an identity, and the next call brings one.
+    with pytest.raises(ConnectionResetError):
+        sock.recv(1)
+    assert mesh.line("far", "inbound", port)["reason"] == "policy_changed"
+    listener = mesh.listen("far")
+    accepts(mesh, "client", listener)
+    line = mesh.line("far", "inbound", listener.getsockname()[1])
+    assert line["src.identity"] == spiffe("client")
 
 
 def test_a_ports_mode_wins_over_the_workloads(mesh: Mesh) -> None:

@@ -107,15 +107,19 @@ def test_mesh_telemetry_labels_follow_istios_order() -> None:
     assert (bare.canonical_service, bare.canonical_revision, bare.app) == ("w", "latest", "")
 
 
-def test_mesh_policies_are_of_bound_workloads_only() -> None:
+def test_mesh_policies_are_of_bound_workloads_and_of_whom_to_call_in_plaintext() -> None:
     state = mesh(
         workload("shop/web", "10.1.0.2", netns="web", labels={"app": "web"}),
         workload("shop/far", "10.1.0.3", netns="n2:web", labels={"app": "web"}),
+        workload("shop/other", "10.1.0.4", netns="n2:other"),
+        workload("shop/legacy", "10.1.0.5", labels={"app": "web"}),
         peer("shop/web", "STRICT", selector={"app": "web"}, ports={80: "DISABLE"}),
     )
-    assert set(state.policies) == {"shop/web"}
-    assert state.policies["shop/web"].port_modes == {80: Mode.DISABLE}
-    assert state.policies["shop/web"].origin == "shop/web (mesh.yaml:1)"
+    assert set(state.policies) == {"shop/web", "shop/far"}
+    for found in state.policies.values():
+        assert found.port_modes == {80: Mode.DISABLE}
+        assert found.origin == "shop/web (mesh.yaml:1)"
+    assert "DISABLE" in " ".join(state.warnings)
 
 
 # --- conflicts ---------------------------------------------------------------------------------
@@ -360,7 +364,10 @@ def test_mesh_document_order_never_matters(chosen: list[int], chance: random.Ran
         for pair in itertools.product(each.addresses, (port.number for port in each.ports))
     ]
     assert len(pairs) == len(set(pairs))
-    assert state.policies.keys() == state.bindings.keys() <= state.workloads.keys()
+    assert state.bindings.keys() <= state.policies.keys() <= state.workloads.keys()
+    for uid in state.policies.keys() - state.bindings.keys():
+        found = state.policies[uid]
+        assert Mode.DISABLE in {found.mode, *found.port_modes.values()}
 
 
 def test_mesh_diff_of_equal_states_is_empty() -> None:

@@ -167,6 +167,39 @@ def test_policy_strict_outside_the_mesh_is_a_warning() -> None:
         assert resolve(policies(text), outside, ROOT).warnings == ()
 
 
+def test_policy_disable_is_a_warning_that_names_who_is_in_the_clear() -> None:
+    text = reasons(resolve(policies(peer("shop/all", "DISABLE")), [WEB], ROOT))
+    assert "PeerAuthentication shop/all says DISABLE: traffic is in the clear" in text
+    assert "to shop/web;" in text
+    ports = peer(
+        "shop/web", "STRICT", selector={"app": "web"}, ports={81: "DISABLE", 80: "DISABLE"}
+    )
+    assert "to shop/web, on port 80, 81;" in reasons(resolve(policies(ports), [WEB], ROOT))
+
+
+def test_policy_disable_that_is_overruled_or_for_nobody_puts_nobody_in_the_clear() -> None:
+    narrower = peer("shop/web", "STRICT", selector={"app": "web"})
+    for texts in (
+        (peer("shop/all", "DISABLE"), narrower),
+        (peer("other/all", "DISABLE"),),
+        (peer("shop/none", "DISABLE", selector={"app": "none"}),),
+    ):
+        found = [document for text in texts for document in policies(text)]
+        resolution = resolve(found, [WEB], ROOT)
+        assert "in the clear" not in reasons(resolution)
+        assert resolution.policies["shop/web"].mode is not Mode.DISABLE
+
+
+def test_policy_disable_is_known_of_workloads_elsewhere_and_no_other_mode() -> None:
+    far = Subject("shop/far", "shop", {"app": "far"})
+    for mode, known in (("DISABLE", {"shop/web", "shop/far"}), ("STRICT", {"shop/web"})):
+        found = resolve(policies(peer("shop/all", mode)), [WEB, far], ROOT, {"shop/web"})
+        assert found.policies.keys() == known
+    ports = peer("shop/far", "STRICT", selector={"app": "far"}, ports={80: "DISABLE"})
+    found = resolve(policies(ports), [WEB, far], ROOT, frozenset())
+    assert found.policies["shop/far"].port_modes == {80: Mode.DISABLE}
+
+
 LABELS = st.dictionaries(st.sampled_from("ab"), st.sampled_from("xy"), min_size=1)
 MODES = st.sampled_from([mode.value for mode in MtlsMode])
 POLICY = st.builds(

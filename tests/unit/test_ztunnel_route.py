@@ -1,9 +1,20 @@
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from support.mesh_state import SETTINGS, identity, ip, local, pod, service, state, workload
-from ztunnel.protocol import DataPlane, Endpoint, Resource
+from support.mesh_state import (
+    SETTINGS,
+    identity,
+    ip,
+    local,
+    pod,
+    policy,
+    service,
+    state,
+    workload,
+)
+from ztunnel.protocol import DataPlane, Endpoint, Mode, Resource
 from ztunnel.reasons import Reason
 from ztunnel.route import (
     MAX_CHOICES,
@@ -54,6 +65,37 @@ def test_ipv6_is_tunnelled_alike() -> None:
 
 def test_a_workload_without_hbone_gets_plain_tcp() -> None:
     assert go("10.3.0.1", 8080) == Plain(ip("10.3.0.1"), 8080, LEGACY.uid)
+
+
+def test_disable_is_obeyed_port_by_port_and_names_its_policy() -> None:
+    plain = Plain(ip("10.2.0.1"), 8080, HTTPBIN.uid, origin="istio-system/default")
+    assert go("10.2.0.1", 8080, policy(HTTPBIN.uid, Mode.DISABLE)) == plain
+    ports = policy(HTTPBIN.uid, Mode.STRICT, p8080=Mode.DISABLE)
+    clear = msgspec.structs.replace(plain, origin=f"{HTTPBIN.uid}-ports")
+    assert go("10.2.0.1", 8080, ports) == clear
+    assert isinstance(go("10.2.0.1", 8081, ports), Tunnel)
+    kept = policy(HTTPBIN.uid, Mode.DISABLE, p8080=Mode.PERMISSIVE)
+    assert isinstance(go("10.2.0.1", 8080, kept), Tunnel)
+
+
+@pytest.mark.parametrize("mode", [Mode.PERMISSIVE, Mode.STRICT])
+def test_no_other_mode_takes_mutual_tls_away(mode: Mode) -> None:
+    assert isinstance(go("10.2.0.1", 8080, policy(HTTPBIN.uid, mode)), Tunnel)
+    # It is a destination's mode that counts, and not a caller's.
+    assert isinstance(go("10.2.0.1", 8080, policy(SLEEP.uid, Mode.DISABLE)), Tunnel)
+
+
+def test_disable_is_obeyed_behind_a_service_by_the_workloads_own_port() -> None:
+    web = service("web", VIP, (Endpoint(HTTPBIN.uid, ""),))
+    found = go("10.96.0.1", 80, web, policy(HTTPBIN.uid, p8080=Mode.DISABLE))
+    assert found == Plain(ip("10.2.0.1"), 8080, HTTPBIN.uid, web.uid, origin=f"{HTTPBIN.uid}-ports")
+    assert isinstance(go("10.96.0.1", 80, web, policy(HTTPBIN.uid, p80=Mode.DISABLE)), Tunnel)
+
+
+@pytest.mark.parametrize("port", sorted(OWN_PORTS))
+def test_disable_opens_none_of_the_tunnels_own_ports(port: int) -> None:
+    asked = go("10.2.0.1", port, policy(HTTPBIN.uid, Mode.DISABLE))
+    assert asked == Refuse(Reason.SELF_CALL)
 
 
 def test_what_is_not_in_the_mesh_passes_through() -> None:

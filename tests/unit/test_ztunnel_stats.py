@@ -67,6 +67,7 @@ def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[S
         bounds_us=BOUNDS_US,
         deadlines=("connect", "idle"),
         handshake_failures={("client", Reason.CERT_EXPIRED): 3},
+        failed={Reason.POLICY_CHANGED: 4},
         expiries={identity("sleep"): NOW},
         judged={
             Judged(Client.ALLOWED, allow=True, audited=False, would=True): 4,
@@ -165,6 +166,8 @@ def test_the_tunnels_own_metrics_are_there(core: FakeCore) -> None:
     assert found["ztunnel_worker_accepted_total"][0].labels == {"worker": "0"}
     assert found["ztunnel_svid_expiry_timestamp_seconds"][0].value == NOW
     assert "version" in found["ztunnel_build_info"][0].labels
+    (failed,) = found["ztunnel_connections_failed_total"]
+    assert (failed.labels, failed.value) == ({"reason": "policy_changed"}, 4)
     (reported,) = found["ztunnel_tls_handshake_failures_reported_total"]
     assert reported.labels == {"side": "client", "reason": "certificate_expired"}
 
@@ -221,6 +224,7 @@ def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
         core.stats(),
         BOUNDS_US,
         ("connect", "idle"),
+        {},
         {},
         {},
         {},

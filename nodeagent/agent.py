@@ -393,6 +393,7 @@ class Agent:
             documents=self._documents,
             warnings=self._mesh.warnings,
             unresolved=self._mesh.problems,
+            unenforced=self._mesh.unenforced,
             policies=self._mesh.policies,
             authorizations=self._mesh.authorizations,
             pods=self._views(),

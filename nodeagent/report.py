@@ -27,6 +27,7 @@ from nodeagent.admin.model import (
     Problem,
     RecordingReport,
     Status,
+    UnenforcedReport,
     ZtunnelReport,
 )
 from nodeagent.api import ConfigError
@@ -34,6 +35,7 @@ from nodeagent.control import ZtunnelStatus
 from nodeagent.flows import RecorderStatus
 from nodeagent.identity import IdentityPhase, IdentityState, IdentityStatus
 from nodeagent.podkeeper import PodView
+from nodeagent.policy import Unenforced
 from nodeagent.settings import Settings
 from nodeagent.sources import SourceState
 from ztunnel import protocol
@@ -72,6 +74,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     documents: SourceState | None
     warnings: tuple[str, ...]
     unresolved: tuple[ConfigError, ...] = ()
+    unenforced: tuple[Unenforced, ...] = ()
     policies: Mapping[str, protocol.WorkloadPolicy]
     authorizations: Mapping[str, protocol.Authorization] = {}
     pods: Mapping[str, PodView]
@@ -254,6 +257,16 @@ def _config(facts: Facts) -> ConfigReport:
         documents=len(found.documents),
         problems=_problems(found.problems),
         unresolved=_problems(facts.unresolved),
+        unenforced=tuple(
+            UnenforcedReport(
+                policy=each.policy,
+                action=each.action,
+                origin=each.origin,
+                fields=each.fields,
+                effect=each.effect,
+            )
+            for each in facts.unenforced
+        ),
         warnings=(*map(str, found.warnings), *facts.warnings),
     )
 

@@ -25,6 +25,7 @@ __all__ = [
     "Problem",
     "RecordingReport",
     "Status",
+    "UnenforcedReport",
     "ZtunnelReport",
     "pods_by_state",
 ]
@@ -137,6 +138,19 @@ class ZtunnelReport(msgspec.Struct, frozen=True, kw_only=True):
     draining: tuple[DrainReport, ...] = ()
 
 
+class UnenforcedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """An AuthorizationPolicy ("namespace/name") that is in force otherwise than it is written.
+
+    `fields` are those that are not evaluated, `effect` says what is done instead.
+    """
+
+    policy: str
+    action: str
+    origin: str
+    fields: tuple[str, ...]
+    effect: str
+
+
 class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     loaded: bool
@@ -146,6 +160,7 @@ class ConfigReport(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     unresolved: tuple[Problem, ...] = ()
     """References of documents in force that lead nowhere: what depends on them is closed."""
+    unenforced: tuple[UnenforcedReport, ...] = ()
 
 
 class RecordingReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,6 +41,7 @@ __all__ = [
     "EMPTY_SELECTOR",
     "check_authorization_policy",
     "check_identity_set",
+    "past",
     "policy_marks",
     "set_marks",
 ]
@@ -87,6 +88,8 @@ _NO_REST: Final = {
     PolicyAction.AUDIT: "; there is no rest, so it marks every connection in the policy's scope",
 }
 
+_IDENTITY_KEYS: Final = frozenset({"source.principal", "source.namespace", "source.serviceAccount"})
+
 _PLAINTEXT: Final = (
     "also holds for callers without an identity (plaintext), which this rule therefore lets in: "
     'add principals: ["*"] to ask for one'
@@ -118,6 +121,8 @@ def check_identity_set(place: Place, document: IdentitySet) -> None:
     for index, value in enumerate(found):
         if patterns.set_of(value) and patterns.qualified(value, _own(document)) == document.uid:
             place.error("refers to the set itself: remove it", "spec", "identities", index)
+        elif patterns.looks_past(value):
+            place.warn(past(value), "spec", "identities", index)
     _repeated(place, found, ("spec", "identities"))
 
 
@@ -283,6 +288,7 @@ def _effects(place: Place, action: PolicyAction, rule: AuthorizationRule, at: Ke
                 ("notValues", condition.not_values) if denies else ("values", condition.values)
             )
             _past(place, action, found, (*at, "when", number, field))
+    _plaintext_when(place, action, rule, at)
 
 
 def _has_rest(rule: AuthorizationRule) -> bool:
@@ -304,12 +310,16 @@ def _past(place: Place, action: PolicyAction, found: Iterable[str], at: Keys) ->
         return
     for index, value in enumerate(found):
         if patterns.looks_past(value):
-            other = f"{value[:-1]}-evil" if value.endswith("*") else f"evil-{value[1:]}"
-            reason = (
-                f"{quote(value)} also matches names that merely go on, such as {quote(other)}: "
-                "end it at a separator, or list the names"
-            )
-            place.warn(reason, *at, index)
+            place.warn(past(value), *at, index)
+
+
+def past(value: str) -> str:
+    """Return the warning about a pattern whose star adjoins a name."""
+    other = f"{value[:-1]}-evil" if value.endswith("*") else f"evil-{value[1:]}"
+    return (
+        f"{quote(value)} also matches names that merely go on, such as {quote(other)}: "
+        "end it at a separator, or list the names"
+    )
 
 
 def _plaintext(
@@ -318,12 +328,7 @@ def _plaintext(
     """Warn of an ALLOW that only says who is not meant."""
     if action is not PolicyAction.ALLOW:
         return
-    asked = any(
-        condition.values
-        for condition in rule.when
-        if condition.key in {"source.principal", "source.namespace", "source.serviceAccount"}
-    )
-    if asked or source.principals or source.namespaces or source.service_accounts:
+    if _asks_when(rule) or _asks(source):
         return
     for field, given in (
         ("notPrincipals", source.not_principals),
@@ -332,6 +337,27 @@ def _plaintext(
     ):
         if given:
             place.warn(_PLAINTEXT, *at, field)
+
+
+def _plaintext_when(place: Place, action: PolicyAction, rule: AuthorizationRule, at: Keys) -> None:
+    """Warn of conditions of an ALLOW that only say who is not meant."""
+    if action is not PolicyAction.ALLOW or _asks_when(rule):
+        return
+    if rule.sources and all(_asks(each.source) for each in rule.sources):
+        return
+    for number, condition in enumerate(rule.when):
+        if condition.key in _IDENTITY_KEYS and condition.not_values:
+            place.warn(_PLAINTEXT, *at, "when", number, "notValues")
+
+
+def _asks(source: Source) -> bool:
+    """Return whether a source asks for an identity."""
+    return bool(source.principals or source.namespaces or source.service_accounts)
+
+
+def _asks_when(rule: AuthorizationRule) -> bool:
+    """Return whether a condition of a rule asks for an identity."""
+    return any(each.values for each in rule.when if each.key in _IDENTITY_KEYS)
 
 
 def _repeated(place: Place, found: tuple[str, ...], at: Keys) -> None:

@@ -19,6 +19,7 @@ from nodeagent.api._authorization_rules import (
     EMPTY_SELECTOR,
     check_authorization_policy,
     check_identity_set,
+    past,
     policy_marks,
     set_marks,
 )
@@ -121,16 +122,25 @@ def _workload_entry(place: Place, document: WorkloadEntry) -> None:
         if document.metadata.labels.get(key, value) != value:
             place.warn("has no effect: metadata.labels gives it too", "spec", "labels", key)
     if _binding.ANNOTATION_CALLERS in document.metadata.annotations:
-        if not _binding.speaks_hbone(document):
-            place.warn(
-                "has no effect: the workload is outside the mesh, so nobody enforces it",
-                "metadata", "annotations", _binding.ANNOTATION_CALLERS,
-            )  # fmt: skip
+        _callers(place, document)
     if _binding.ANNOTATION_NETNS in document.metadata.annotations and _binding.opted_out(document):
         place.warn(
             "has no effect: the label istio.io/dataplane-mode: none takes the workload out",
             "metadata", "annotations", _binding.ANNOTATION_NETNS,
         )  # fmt: skip
+
+
+def _callers(place: Place, document: WorkloadEntry) -> None:
+    at = ("metadata", "annotations", _binding.ANNOTATION_CALLERS)
+    if not _binding.speaks_hbone(document):
+        place.warn("has no effect: the workload is outside the mesh, so nobody enforces it", *at)
+    try:
+        found = _binding.callers(document) or ()
+    except ValueError:
+        # Said already: the whole annotation is an error.
+        return
+    for value in filter(patterns.looks_past, found):
+        place.warn(past(value), *at)
 
 
 def _service_entry(place: Place, spec: ServiceEntrySpec) -> None:

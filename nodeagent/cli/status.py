@@ -111,20 +111,7 @@ def _people(
         console.width = PLAIN_WIDTH
     healthy = found.ready and not findings
     console.print(Text(status_view.verdict(found, findings), "green" if healthy else "bold red"))
-    headings, rows = status_view.pod_rows(found, now, None, wide=wide)
-    if rows:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
-        for heading in headings:
-            table.add_column(heading, overflow="fold", no_wrap=wide)
-        state = headings.index("STATE")
-        for row in rows:
-            cells = [Text(cell) for cell in row.cells]
-            cells[state].stylize("green" if row.good else "red")
-            table.add_row(*cells)
-        console.print()
-        console.print(table)
-        if any(pod.port_modes for pod in found.pods):
-            console.print("* some ports have another mode: -o json shows them")
+    _pods(console, found, now, wide=wide)
     for note in status_view.notes(found):
         console.print()
         _indented(console, note, 0)
@@ -137,9 +124,34 @@ def _people(
         for finding in findings:
             _indented(console, f"{finding.code}: {finding.text}", 2)
             _indented(console, f"do: {finding.remedy}", 4)
-    if found.config.warnings:
-        console.print("\nWarnings:")
-        _lines(console, found.config.warnings)
+    for heading, lines in (
+        (
+            "Policies that are not enforced as they are written:",
+            status_view.unenforced_lines(found),
+        ),
+        ("Warnings:", found.config.warnings),
+    ):
+        if lines:
+            console.print(f"\n{heading}")
+            _lines(console, lines)
+
+
+def _pods(console: Console, found: Status, now: datetime, *, wide: bool) -> None:
+    headings, rows = status_view.pod_rows(found, now, None, wide=wide)
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=wide)
+    state = headings.index("STATE")
+    for row in rows:
+        cells = [Text(cell) for cell in row.cells]
+        cells[state].stylize("green" if row.good else "red")
+        table.add_row(*cells)
+    console.print()
+    console.print(table)
+    if any(pod.port_modes for pod in found.pods):
+        console.print("* some ports have another mode: -o json shows them")
 
 
 def _lines(console: Console, lines: Iterable[str]) -> None:

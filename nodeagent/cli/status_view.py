@@ -24,6 +24,7 @@ __all__ = [
     "findings",
     "notes",
     "pod_rows",
+    "unenforced_lines",
     "verdict",
 ]
 
@@ -33,6 +34,9 @@ _DAY: Final = 24 * _HOUR
 
 _TWO_UNITS_BELOW: Final = 10
 """Below ten of a unit the next smaller one still matters: "3m20s", but "15m"."""
+
+MAX_UNENFORCED: Final = 20
+"""Lines of policies that are not enforced as written: a screen of them. JSON has all."""
 
 _HEADINGS: Final = ("WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE")
 _WIDE_HEADINGS: Final = (
@@ -114,6 +118,18 @@ def notes(status: Status) -> tuple[str, ...]:
         "node (settings: same_node)"
     )
     return (note,)
+
+
+def unenforced_lines(status: Status) -> tuple[str, ...]:
+    """Return the policies that are in force otherwise than they are written, the first of many."""
+    found = status.config.unenforced
+    lines = tuple(
+        f"{each.action} {each.policy} ({each.origin}): without {', '.join(each.fields)}; "
+        f"{each.effect}"
+        for each in found[:MAX_UNENFORCED]
+    )
+    left = len(found) - MAX_UNENFORCED
+    return (*lines, f"and {left} more: -o json has all of them") if left > 0 else lines
 
 
 def _config(status: Status) -> list[Finding]:

@@ -47,6 +47,9 @@ RESCAN: Final = 0.5
 RESTLESS: Final = 5.0
 """Seconds after which a file that does not keep still is a problem that somebody must see."""
 
+MAX_WARNINGS: Final = 100
+"""Warnings of one change that are logged; a first load of very many policies may have thousands."""
+
 _DEBOUNCE_MS: Final = 200
 _STEP_MS: Final = 20
 
@@ -324,6 +327,13 @@ class FilesSource:
         for problem in now.problems:
             if problem not in known:
                 _log.error("config_refused", problem=str(problem))
+        told = set() if before is None else set(before.warnings)
+        fresh = [warning for warning in now.warnings if warning not in told]
+        for warning in fresh[:MAX_WARNINGS]:
+            _log.warning("config_warning", warning=str(warning))
+        if len(fresh) > MAX_WARNINGS:
+            left = len(fresh) - MAX_WARNINGS
+            _log.warning("config_warnings_left_out", count=left, remedy="nodeagent status -o json")
         _log.info(
             "config_state",
             version=now.version,

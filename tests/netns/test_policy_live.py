@@ -33,6 +33,7 @@ from support.corelab import (
     pair,
 )
 from support.mesh_state import (
+    DOMAIN,
     authorization,
     bundle,
     change,
@@ -48,6 +49,7 @@ from ztunnel import _core, tls
 from ztunnel.access_log import AccessLog, json_line
 from ztunnel.pods import PodSockets
 from ztunnel.protocol import Action, Credential, Mode, Removal, Resource
+from ztunnel.reasons import Reason
 from ztunnel.tunnel import Tunnel
 
 pytestmark = pytest.mark.netns
@@ -253,6 +255,18 @@ def test_what_is_no_longer_allowed_is_cut_and_its_neighbour_is_not(called: Calle
         assert sock.recv(1) == b""
     assert called.line("policy_changed")["policy"] == "default/no rules[0] (policy.yaml:1)"
     assert called.tunnel.recheck.cut == 1
+    assert called.tunnel.events.failed[Reason.POLICY_CHANGED] == 1
+
+
+def test_what_rests_on_a_trust_bundle_ends_with_it(called: Called) -> None:
+    sock = called.lab.connect()
+    assert asks(sock)
+    called.apply(removals=(Removal("trust_bundle", DOMAIN),))
+    with contextlib.suppress(ConnectionResetError):
+        assert sock.recv(1) == b""
+    assert called.line("trust_withdrawn")["src.identity"] == CLIENT_ID
+    assert called.tunnel.events.failed[Reason.TRUST_WITHDRAWN] >= 1
+    assert not call(called)
 
 
 def test_a_hit_asks_nobody_whatever_policies_are_in_force(called_once: Called) -> None:

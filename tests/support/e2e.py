@@ -412,6 +412,10 @@ class Mesh:
     def withdraw(self, name: str = "tested") -> None:
         self.lab.withdraw(name)
 
+    def defer(self, undo: Callable[[], object]) -> None:
+        """Call `undo` at the end of the test."""
+        self._cleanup.callback(undo)
+
     def settled(self, node: str, condition: Callable[[dict[str, Any]], bool]) -> None:
         """Wait until a node's state is as `condition` says, and its tunnel has put it in force."""
 

@@ -66,6 +66,14 @@ metadata: {name: deny, namespace: istio-system}
 spec: {action: DENY, rules: [{from: [{source: {principals: ["set:default/nobody"]}}]}]}
 """
 
+LAYER7 = """
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: read, namespace: default}
+spec: {action: DENY, rules: [{to: [{operation: {methods: [GET]}}]}]}
+"""
+
 
 class FakeCapture:
     def __init__(self) -> None:
@@ -376,6 +384,24 @@ def test_the_documents_that_questions_are_answered_by_are_those_in_force(tmp_pat
         assert told.authorizations[key[1]] == ztunnel.state[key]
         assert told.policies["default/a"] == ztunnel.state["workload_policy", "default/a"]
         assert told.workloads["default/a"] == ztunnel.state["workload", "default/a"]
+
+    run(tmp_path, test)
+
+
+def test_policies_with_parts_of_layer_7_show_in_the_status(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        await world.start()
+        await world.ztunnel()
+        world.source.say(WORKLOAD + LAYER7)
+        await world.ready()
+        status = await world.agent.status()
+        (found,) = status.config.unenforced
+        assert (found.policy, found.action) == ("default/read", "DENY")
+        assert (found.fields, found.origin) == (("methods",), "mesh.yaml:8")
+        (warning,) = status.config.warnings
+        assert "mesh.yaml:11:" in warning
+        world.source.say(WORKLOAD)
+        await world.until(lambda: not world.agent.picture().config.unenforced)
 
     run(tmp_path, test)
 

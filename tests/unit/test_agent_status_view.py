@@ -26,6 +26,7 @@ from nodeagent.admin.model import (
     PortMode,
     Problem,
     Status,
+    UnenforcedReport,
     ZtunnelReport,
 )
 from nodeagent.cli import status_view
@@ -145,6 +146,27 @@ def test_every_trouble_is_a_finding_with_a_remedy(
     assert finding.code == code
     assert word in finding.text
     assert finding.remedy
+
+
+def unenforced(number: int) -> UnenforcedReport:
+    return UnenforcedReport(
+        policy=f"shop/p{number}", action="DENY", origin="a.yaml:1",
+        fields=("methods", "paths"), effect="it denies more",
+    )  # fmt: skip
+
+
+def test_policies_that_are_not_enforced_as_written_have_a_line_each_and_no_screens() -> None:
+    def lines(count: int) -> tuple[str, ...]:
+        found = tuple(unenforced(number) for number in range(count))
+        return status_view.unenforced_lines(
+            picture(config=ConfigReport(source="x", loaded=True, unenforced=found))
+        )
+
+    assert lines(0) == ()
+    assert lines(1) == ("DENY shop/p0 (a.yaml:1): without methods, paths; it denies more",)
+    many = lines(status_view.MAX_UNENFORCED + 7)
+    assert len(many) == status_view.MAX_UNENFORCED + 1
+    assert many[-1] == "and 7 more: -o json has all of them"
 
 
 def test_rows_are_short_or_wide() -> None:

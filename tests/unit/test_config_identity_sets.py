@@ -34,6 +34,17 @@ def test_identity_set_is_read() -> None:
     assert document.marks[0].field == "spec.identities[3]"
 
 
+def test_identity_set_star_beside_a_name_says_what_else_it_matches() -> None:
+    """Whoever a set lets in by accident is let in by every policy that refers to it."""
+    (warning,) = warned(
+        identities("shop/partners", "cluster.local/ns/prod*", "other.example/*", "*")
+    )
+    assert "'cluster.local/ns/prod-evil'" in warning
+    called = {"nodeagent.io/callers": "cluster.local/ns/prod*, set:partners, */sa/web"}
+    (warning,) = warned(workload("shop/w", "10.0.0.1", netns="w", annotations=called))
+    assert "'cluster.local/ns/prod-evil'" in warning
+
+
 @pytest.mark.parametrize(
     "member",
     ["a*b", "spiffe://", "spiffe://set:x", "spiffe://Cluster.local/x", "set:", "x", "set:a/b/c",

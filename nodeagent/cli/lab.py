@@ -118,6 +118,7 @@ def lab(ctx: click.Context, base: Path) -> None:
 
     \b
     nodeagent lab demo                                   two nodes, real traffic, and the wire
+    nodeagent lab exercise istioinaction                 a rollout of mutual TLS, step by step
     nodeagent lab up sentences                           an exercise that comes with the agent
     nodeagent lab exec client -- curl -s sentences:5000
     nodeagent lab down
@@ -274,6 +275,46 @@ def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None: 
     uid = found.pod(pod, namespace).uid
     found.enrol(uid, enrolled=not undo)
     _say(f"{uid} is {'released' if undo else 'enrolled'}; it is in force within a second")
+
+
+@lab.command(short_help="Walk through an exercise, each step checked.")
+@click.argument("name")
+@click.option("--keep", is_flag=True, help="Leave the lab up at the end, to look around in.")
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text")
+@click.pass_obj
+@_errors
+def exercise(base: Path, name: str, keep: bool, output: str) -> None:  # noqa: FBT001 - click passes it by name
+    """Walk through the exercise NAME in a lab of its own: istioinaction, sentences.
+
+    Every step is shown as the commands that it is made of, and what it should bring about is
+    checked against what programs and daemons say. Removes the lab at the end, also when it is
+    interrupted. Exit code 0 only when everything that is said has been checked and holds.
+    """
+    from nodeagent.lab.steps import EXERCISES  # noqa: PLC0415 - of `exercise` alone
+
+    if name not in EXERCISES:
+        raise click.UsageError(f"no exercise is called {name}; known: {', '.join(EXERCISES)}")
+    import secrets  # noqa: PLC0415 - rarely needed
+
+    import msgspec  # noqa: PLC0415 - rarely needed
+
+    chosen = EXERCISES[name]
+    spec = msgspec.structs.replace(chosen.described(), name=f"{name}-{secrets.token_hex(3)}")
+    with _interruptible(), contextlib.ExitStack() as ending:
+        made = Lab.up(spec, base=base, progress=_say)
+        ending.callback(made.down)
+        done = chosen(made, lambda text: click.echo(text, err=output == "json")).run()
+        if keep:
+            ending.pop_all()
+            _say(f"lab {spec.name} is up; to remove it: nodeagent lab down {spec.name}")
+    if output == "json":
+        steps = [
+            {"title": step.title, "claims": [claim._asdict() for claim in step.claims]}
+            for step in done
+        ]
+        click.echo(json.dumps({"schema": 1, "exercise": name, "steps": steps}, indent=2))
+    if not all(claim.holds for step in done for claim in step.claims):
+        sys.exit(1)
 
 
 @lab.command(short_help="See the mesh at work, and what the wire carries.")

@@ -9,7 +9,6 @@ make anything hold.
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import subprocess
 import time
@@ -20,13 +19,14 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from nodeagent.lab import namespaces, pcap
+from nodeagent.lab.claims import CURL_REFUSALS, Claim, Claims, chain, host, polled
 from nodeagent.lab.lab import Lab
 from nodeagent.lab.model import PodPlan
 from nodeagent.lab.processes import members
 from nodeagent.lab.sniffer import Sniffer, tool
 from nodeagent.lab.spec import load_exercise
 
-__all__ = ["Claim", "Demo"]
+__all__ = ["Demo"]
 
 EXERCISE: Final = "istioinaction"
 HBONE: Final = 15008
@@ -38,9 +38,6 @@ HTTPBIN_URL: Final = "http://httpbin.default:8000/headers"
 WEB_API_URL: Final = "http://web-api.istioinaction:8080/"
 
 CURL: Final = ("-sS", "--fail", "--max-time", "10")
-LIVE_SECONDS: Final = 10.0
-"""How long the demonstration waits for what should take a second at most: log lines, an edit."""
-STEP_SECONDS: Final = 0.05
 
 STRICT: Final = {
     "apiVersion": "security.istio.io/v1",
@@ -48,13 +45,6 @@ STRICT: Final = {
     "metadata": {"name": "strict", "namespace": "default"},
     "spec": {"mtls": {"mode": "STRICT"}},
 }
-
-
-class Claim(NamedTuple):
-    """Something said about this run, and whether it held."""
-
-    text: str
-    holds: bool
 
 
 class Edge(NamedTuple):
@@ -76,23 +66,12 @@ MESH_EDGES: Final = (
 )
 
 
-def _polled(condition: Callable[[], bool]) -> bool:
-    """Ask until it holds, or the time is over."""
-    deadline = time.monotonic() + LIVE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(STEP_SECONDS)
-    return True
-
-
 class Demo:
     """One run, in a lab of its own."""
 
     def __init__(self, base: Path, show: Callable[[str], None]) -> None:
         self._base = base
-        self._show = show
-        self._claims: list[Claim] = []
+        self._claims = Claims(show)
         self._secret = f"mesh-secret-{secrets.token_hex(8)}"
         self._open = f"open-secret-{secrets.token_hex(8)}"
 
@@ -105,28 +84,20 @@ class Demo:
         with Lab.up(spec, base=self._base) as lab:
             took = time.monotonic() - begun
             plan = lab.state.plan
-            self._show(
+            self._claims.show(
                 f"Two nodes, {len(plan.pods)} pods, four daemons: ready after {took:.1f} s. "
                 "The pods know nothing of a mesh."
             )
             self._traffic(lab)
             self._strict(lab)
             spaces = {namespaces.inode(path) for path in namespaces.mounted(lab.layout.spaces)}
-        self._heading("Afterwards")
-        self._claim("the lab's directory is gone", not lab.layout.directory.exists())
+        self._claims.heading("Afterwards")
+        self._claims.claim("the lab's directory is gone", not lab.layout.directory.exists())
         mounted = namespaces.mounted(lab.layout.directory)
-        self._claim(f"{len(spaces)} namespaces are unmounted", not mounted)
-        self._claim("no process is left in them", not members(spaces))
-        held = sum(claim.holds for claim in self._claims)
-        self._show(f"\n{held} of {len(self._claims)} claims were checked and hold.")
-        return self._claims
-
-    def _heading(self, text: str) -> None:
-        self._show(f"\n{text}")
-
-    def _claim(self, text: str, holds: bool) -> None:  # noqa: FBT001 - the claim itself
-        self._claims.append(Claim(text, holds))
-        self._show(f"  {'ok    ' if holds else 'FAILED'} {text}")
+        self._claims.claim(f"{len(spaces)} namespaces are unmounted", not mounted)
+        self._claims.claim("no process is left in them", not members(spaces))
+        self._claims.summary()
+        return self._claims.made
 
     # --- traffic and the wire --------------------------------------------------------------------
 
@@ -145,14 +116,14 @@ class Demo:
         wire = Sniffer(lab.namespace("fabric"), port, pcaps / "wire.pcap")
         inside = Sniffer(lab.namespace(CLIENT), "lo", pcaps / "pod.pcap")
         with wire, inside:
-            self._heading("Traffic (real curl, plain HTTP, under PERMISSIVE)")
+            self._claims.heading("Traffic (real curl, plain HTTP, under PERMISSIVE)")
             self._requests(lab)
             self._log(lab)
-            _polled(lambda: self._open.encode() in wire.look().raw)
-            _polled(lambda: self._secret.encode() in inside.look().raw)
+            polled(lambda: self._open.encode() in wire.look().raw)
+            polled(lambda: self._secret.encode() in inside.look().raw)
             self._wire(lab, *wire.stop())
             seen = inside.stop()[0].raw.count(self._secret.encode())
-            self._claim(
+            self._claims.claim(
                 f"for contrast: on the pod's own loopback that secret is readable ({seen} times)",
                 seen > 0,
             )
@@ -160,38 +131,38 @@ class Demo:
     def _requests(self, lab: Lab) -> None:
         for family, option in (("IPv4", "-4"), ("IPv6", "-6")):
             code, body = self._curl(lab, CLIENT, HTTPBIN_URL, self._secret, option)
-            self._claim(
+            self._claims.claim(
                 f"{CLIENT} on node-1 → httpbin.default:8000 on node-2, {family}: arrives",
                 code == 0 and self._secret in body,
             )
         code, body = self._curl(lab, CLIENT, WEB_API_URL, self._secret)
-        names = list(_chain(body)) if code == 0 else []
-        self._claim(
+        names = list(chain(body)) if code == 0 else []
+        self._claims.claim(
             f"{CLIENT} → web-api on the same node → recommendation → purchase-history: "
             f"{len(names)} services answer",
             names == ["web-api", "recommendation", "purchase-history"],
         )
         code, body = self._curl(lab, OUTSIDER, HTTPBIN_URL, self._open)
-        self._claim(
+        self._claims.claim(
             f"{OUTSIDER}, outside the mesh → httpbin.default:8000: accepted in plaintext",
             code == 0 and self._open in body,
         )
 
     def _log(self, lab: Lab) -> None:
-        self._heading("Who called whom (the access logs of the destinations' tunnels)")
-        _polled(lambda: all(self._entry(lab, edge) for edge in MESH_EDGES))
+        self._claims.heading("Who called whom (the access logs of the destinations' tunnels)")
+        polled(lambda: all(self._entry(lab, edge) for edge in MESH_EDGES))
         for edge in MESH_EDGES:
             entry = self._entry(lab, edge)
             source, destination = lab.pod(edge.source).pod, lab.pod(edge.destination).pod
             where = "same node" if source.node == destination.node else "across nodes"
             if entry is None:
-                self._claim(f"{edge.source} → {edge.destination} is logged", holds=False)
+                self._claims.claim(f"{edge.source} → {edge.destination} is logged", holds=False)
                 continue
-            who = entry.get("src.identity") or f"no identity ({_host(entry['src.addr'])})"
+            who = entry.get("src.identity") or f"no identity ({host(entry['src.addr'])})"
             whom = entry.get("dst.identity") or edge.destination
             mode = entry["connection_security_policy"]
             said = MODES.get(mode, mode)
-            self._claim(f"{who}\n           → {whom}   {said}, {where}", mode == edge.mode)
+            self._claims.claim(f"{who}\n           → {whom}   {said}, {where}", mode == edge.mode)
 
     def _entry(self, lab: Lab, edge: Edge) -> dict[str, Any] | None:
         """Return the destination's log entry of this call, with both identities as due."""
@@ -206,7 +177,7 @@ class Demo:
         for entry in lab.node(destination.pod.node).access_log():
             if (
                 entry.get("direction") == "inbound"
-                and _host(entry.get("src.addr")) in source.addresses
+                and host(entry.get("src.addr")) in source.addresses
                 and entry.get("dst.workload") == destination.pod.name
                 and (entry.get("src.identity") or "") == wanted
                 and (not wanted or entry.get("dst.identity") == identity(destination))
@@ -216,7 +187,7 @@ class Demo:
         return None
 
     def _wire(self, lab: Lab, capture: pcap.Capture, dropped: int) -> None:
-        self._heading(
+        self._claims.heading(
             f"On the wire between the nodes (tcpdump: {capture.packets} packets, {dropped} dropped)"
         )
         hbone = [one for one in capture.streams if HBONE in (one.source_port, one.destination_port)]
@@ -228,7 +199,7 @@ class Demo:
             walk.accounted == len(one.data) and one.missing == 0
             for one, walk in zip(hbone, walks, strict=True)
         )
-        self._claim(
+        self._claims.claim(
             f"port {HBONE}: {size} bytes in {len(hbone)} streams are {records} TLS records, "
             f"{sealed} of them encrypted data, and nothing else",
             whole and sealed > 0,
@@ -236,23 +207,25 @@ class Demo:
         outsider = set(lab.addresses(OUTSIDER))
         others = [one for one in capture.streams if one not in hbone]
         foreign = [one for one in others if not outsider & {one.source, one.destination}]
-        self._claim(
+        self._claims.claim(
             f"the {len(others)} other streams are those of the pod outside the mesh",
             not foreign and bool(others),
         )
         found = _count(capture, self._secret)
-        self._claim(
+        self._claims.claim(
             f"the secret that the mesh carried is in none of them ({found} times)", not found
         )
         found = _count(capture, self._open)
-        self._claim(
+        self._claims.claim(
             f"the secret of the pod outside the mesh is readable there ({found} times)", found > 0
         )
 
     # --- STRICT ----------------------------------------------------------------------------------
 
     def _strict(self, lab: Lab) -> None:
-        self._heading("STRICT for namespace default (one file in the configuration directory)")
+        self._claims.heading(
+            "STRICT for namespace default (one file in the configuration directory)"
+        )
         begun = time.monotonic()
         lab.apply([STRICT], "strict")
         answer: list[tuple[int, str]] = []
@@ -261,43 +234,26 @@ class Demo:
             answer[:] = [self._curl(lab, OUTSIDER, HTTPBIN_URL, self._open)]
             return answer[0][0] != 0
 
-        held = _polled(refused)
+        held = polled(refused)
         took = time.monotonic() - begun
         code, said = answer[0]
-        self._claim(
+        self._claims.claim(
             f"{OUTSIDER} is refused after {took:.2f} s: {said.strip() if held else 'accepted'}",
             held and code in CURL_REFUSALS,
         )
         code, body = self._curl(lab, CLIENT, HTTPBIN_URL, self._secret)
-        self._claim(f"{CLIENT} still arrives", code == 0 and self._secret in body)
+        self._claims.claim(f"{CLIENT} still arrives", code == 0 and self._secret in body)
         with contextlib.suppress(StopIteration):
-            _polled(lambda: any(True for _ in self._denials(lab)))
-            self._claim(f"the log names the reason: {next(self._denials(lab))}", holds=True)
+            polled(lambda: any(True for _ in self._denials(lab)))
+            self._claims.claim(f"the log names the reason: {next(self._denials(lab))}", holds=True)
             return
-        self._claim("the log names the reason", holds=False)
+        self._claims.claim("the log names the reason", holds=False)
 
     def _denials(self, lab: Lab) -> Iterator[str]:
         outsider = lab.addresses(OUTSIDER)
         for entry in lab.node(lab.pod(HTTPBIN).pod.node).access_log():
-            if entry.get("error") and _host(entry.get("src.addr")) in outsider:
+            if entry.get("error") and host(entry.get("src.addr")) in outsider:
                 yield str(entry["error"])
-
-
-CURL_REFUSALS: Final = frozenset({7, 52, 56})
-"""curl's exit codes for a connection that was refused, closed without an answer, or reset."""
-
-
-def _host(address: object) -> str:
-    """Return the address of "a.b.c.d:port" or "[v6]:port"."""
-    return str(address).rpartition(":")[0].strip("[]")
-
-
-def _chain(body: str) -> Iterator[str]:
-    """Return the names of the services that answered, in the order of their calls."""
-    answer = json.loads(body)
-    while answer:
-        yield answer["name"]
-        answer = next(iter(answer.get("upstream_calls", [])), None)
 
 
 def _count(capture: pcap.Capture, secret: str) -> int:

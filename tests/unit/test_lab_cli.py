@@ -15,7 +15,7 @@ from nodeagent.lab import plan as planning
 from nodeagent.lab.processes import ProcessRecord
 from nodeagent.lab.store import State, Store
 
-COMMANDS = ["demo", "down", "enrol", "exec", "logs", "status", "up"]
+COMMANDS = ["demo", "down", "enrol", "exec", "exercise", "logs", "status", "up"]
 
 
 def invoke(base: Path, *arguments: str) -> Result:
@@ -55,6 +55,8 @@ def test_the_help_of_lab_names_its_commands(tmp_path: Path) -> None:
         (["exec", "client"], 2, "COMMAND"),
         (["exec", "client", "--", "true"], 1, "no lab is up"),
         (["exec", "--lab", "x", "client", "--", "true"], 1, "there is no lab x"),
+        (["exercise"], 2, "NAME"),
+        (["exercise", "nothing"], 2, "known: istioinaction, sentences"),
         (["down", "--all", "x"], 2, "not both"),
         (["down", "../x"], 1, "no name"),
         (["status", "x"], 1, "there is no lab x"),

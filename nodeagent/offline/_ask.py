@@ -17,7 +17,7 @@ import msgspec
 from nodeagent.api import quote, values
 from nodeagent.offline._offline import Offline
 from ztunnel import address
-from ztunnel.protocol import Service, Workload
+from ztunnel.protocol import Mode, Service, Workload
 from ztunnel.route import endpoints
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
 
@@ -27,6 +27,7 @@ __all__ = [
     "QuestionError",
     "Target",
     "address_of",
+    "as_seen",
     "caller",
     "sources",
     "split_port",
@@ -99,6 +100,18 @@ def caller(off: Offline, text: str) -> Caller:
             f"{PLAINTEXT!r} for a caller of whom nothing is known"
         )
     return Caller(text, _identity(workload), _addresses(workload))
+
+
+def as_seen(off: Offline, caller: Caller, target: Target) -> Caller:
+    """Return `caller` as `target` sees it: without its identity where DISABLE is in force.
+
+    Not one that was named by its SPIFFE ID: that may be any client of HBONE, and knows no mode.
+    """
+    mode = off.mode(target.workload, target.port)
+    named = caller.identity is not None and caller.name == str(caller.identity)
+    if mode is None or mode.mode is not Mode.DISABLE or named:
+        return caller
+    return msgspec.structs.replace(caller, identity=None)
 
 
 def address_of(text: str) -> bytes:

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.offline._ask import PLAINTEXT, Caller, Target, sources
+from nodeagent.offline._ask import PLAINTEXT, Caller, Target, as_seen, sources
 from nodeagent.offline._offline import ModeInForce, Offline, PassedOver
 from ztunnel import address
 from ztunnel.authorize import Verdict
@@ -224,13 +224,13 @@ def explain(off: Offline, caller: Caller, targets: Sequence[Target]) -> tuple[An
     alike: dict[tuple[Verdict | None, ModeInForce | None], list[tuple[bytes, Target]]] = {}
     for target in targets:
         mode = off.mode(target.workload, target.port)
-        for source in sources(off, caller, target):
-            verdict = off.judge(
-                target.workload, target.port, caller.identity, source, target.address
-            )
+        seen = as_seen(off, caller, target)
+        for source in sources(off, seen, target):
+            verdict = off.judge(target.workload, target.port, seen.identity, source, target.address)
             alike.setdefault((verdict, mode), []).append((source, target))
     answers = [
-        _answer(off, caller, verdict, mode, found) for (verdict, mode), found in alike.items()
+        _answer(off, as_seen(off, caller, found[0][1]), verdict, mode, found)
+        for (verdict, mode), found in alike.items()
     ]
     return tuple(sorted(answers, key=lambda answer: answer.allowed))
 

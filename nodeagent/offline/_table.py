@@ -18,6 +18,7 @@ from nodeagent.offline._ask import (
     Caller,
     QuestionError,
     Target,
+    as_seen,
     caller,
     sources,
     split_port,
@@ -190,7 +191,8 @@ def _caller(off: Offline, case: Case) -> Caller:
 
 
 def _compare(off: Offline, case: Case, who: Caller, source: bytes, target: Target) -> _Compared:
-    verdict = off.judge(target.workload, target.port, who.identity, source, target.address)
+    identity = as_seen(off, who, target).identity
+    verdict = off.judge(target.workload, target.port, identity, source, target.address)
     mode = off.mode(target.workload, target.port)
     came = Expect.ALLOW if verdict is None or verdict.allow else Expect.DENY
     differences: list[str] = []

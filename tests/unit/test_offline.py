@@ -150,6 +150,20 @@ def test_the_mode_and_the_level_that_it_comes_from(
     assert evaluator.mode("shop/out", port) is None
 
 
+def test_disable_takes_the_identity_of_who_knows_the_mode() -> None:
+    known = of(peer("shop/far", "DISABLE", selector={"app": "far"}), DENY_FAR)
+    (far,) = offline.targets(known, "shop/far", 80)
+    (web,) = offline.targets(known, "shop/web", 80)
+    caller = offline.caller(known, "shop/web")
+    (answer,) = offline.explain(known, caller, [far])
+    assert (answer.identity, answer.way, answer.client) == ("", "plaintext", "without_identity")
+    (answer,) = offline.explain(known, caller, [web])
+    assert (answer.identity, answer.way) == ("spiffe://td/ns/shop/sa/web", "hbone")
+    # A client of HBONE that does not know the mode proves its identity all the same.
+    (answer,) = offline.explain(known, offline.caller(known, str(A)), [far])
+    assert (answer.identity, answer.allowed) == (str(A), False)
+
+
 def test_the_trace_is_that_of_the_verdict() -> None:
     evaluator = of(DENY_FAR)
     found = evaluator.trace("shop/far", 80, A, SOURCE)

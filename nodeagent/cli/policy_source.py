@@ -16,7 +16,7 @@ import msgspec
 
 from nodeagent import offline
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Configuration
-from nodeagent.api import Document
+from nodeagent.api import Document, values
 from nodeagent.cli import RefusedInputError
 from nodeagent.cli.policy import many, settings_of
 from nodeagent.cli.reach import get, run_directory
@@ -66,6 +66,10 @@ def from_files(names: Sequence[str], settings_file: Path | None, trusted: Iterab
     """Return the configuration of files and directories. Raises RefusedInputError."""
     settings = settings_of(settings_file)
     try:
+        domains = tuple(map(values.trust_domain, trusted))
+    except ValueError as error:
+        raise RefusedInputError(str(error)) from None
+    try:
         found = offline.read(names, settings.node)
     except offline.NoFilesError as error:
         raise RefusedInputError(str(error)) from None
@@ -79,7 +83,7 @@ def from_files(names: Sequence[str], settings_file: Path | None, trusted: Iterab
         name=many(found.files, "file"),
         documents=found.documents,
         settings=settings,
-        trusted=tuple(trusted),
+        trusted=domains,
         warnings=found.warnings,
     )
 
@@ -89,7 +93,7 @@ def from_agent(run_dir: Path | None, settings_file: Path | None) -> Source:
     directory = run_directory(run_dir, settings_file)
     found = get(directory, "/configuration", Configuration, CONFIGURATION_SCHEMA, MAX_ANSWER)
     notes = [found.pending] if found.pending else []
-    notes += [f"not in force, an older version is: {each}" for each in found.problems]
+    notes += [f"refused, a last good version is in force: {each}" for each in found.problems]
     return Source(
         name=f"in force on {found.node}",
         documents=found.documents.all(),

@@ -94,7 +94,7 @@ def test_what_is_not_in_force_yet_is_said(tmp_path: Path) -> None:
     result = of_agent(tmp_path, waiting, "explain", "shop/web", "shop/pay:8080")
     assert result.exit_code == 1
     assert "note: ztunnel is not connected\n" in result.stderr
-    assert "note: not in force, an older version is: shop.yaml:1:1: bad\n" in result.stderr
+    assert "note: refused, a last good version is in force: shop.yaml:1:1: bad\n" in result.stderr
 
 
 def test_an_agent_that_cannot_be_asked(tmp_path: Path) -> None:

@@ -322,6 +322,7 @@ def test_a_long_list_is_cut_short() -> None:
         (("x" * 10_000, "shop/pay:80"), "is no workload"),
         (("--from-address", "shop/web", "plaintext", "shop/pay:80"), "is no IP address"),
         (("--run-dir", "/x", "shop/web", "shop/pay:80"), "--run-dir"),
+        (("--trust", "UPPER", "shop/web", "shop/pay:80"), "is no trust domain"),
     ],
 )
 def test_a_question_that_cannot_be_asked(arguments: tuple[str, ...], said: str) -> None:
@@ -334,6 +335,7 @@ def test_a_question_that_cannot_be_asked(arguments: tuple[str, ...], said: str) 
 @pytest.mark.parametrize(
     "text, said",
     [
+        ("", "standard input: is empty"),
         ("a: [", "standard input:2:1: not YAML"),
         (MESH.replace("spec: {address: 10.1.0.9}", "spec: {adress: 10.1.0.9}"), "unknown field"),
         (MESH + MESH.partition("---")[0].join(("---\n", "")), "already taken"),
@@ -349,6 +351,34 @@ def test_a_configuration_with_errors_decides_nothing(text: str, said: str) -> No
     assert "policy check" in result.stderr
 
 
+def test_of_two_that_contradict_each_other_the_one_in_force_is_named() -> None:
+    permissive = STRICT.replace("default", "later").replace("STRICT", "PERMISSIVE")
+    given = MESH + STRICT + permissive + CALLERS + DENY
+    result = explain("shop/web", "shop/pay:443", "-", given=given)
+    assert result.exit_code == 1
+    assert "by       DENY shop/no-web rules[0]" in result.stdout
+    assert "shop/callers rules[1] (standard input:53): matches\n" in result.stdout
+    assert "STRICT, set for the namespace by shop/default" in result.stdout
+    assert "warnings: nodeagent policy check shows what has no effect" in result.stderr
+
+
+def test_ten_thousand_policies_in_many_files(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    for number in range(4):
+        policies = (
+            "{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, "
+            f"metadata: {{name: p{number}-{each}, namespace: shop}}, spec: {{rules: "
+            f'[{{from: [{{source: {{principals: ["cluster.local/ns/far/sa/s{each}"]}}}}]}}]}}}}\n'
+            for each in range(2500)
+        )
+        (tmp_path / f"{number}.yaml").write_text("---\n".join(policies))
+    result = explain("shop/web", "shop/pay:80", str(tmp_path))
+    assert result.exit_code == 1
+    assert "no rule of the 10000 ALLOW policies for it matches" in result.stdout
+    assert "- and 9992 more\n" in result.stdout
+    assert len(result.stdout.splitlines()) < 80
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = explain("shop/web", "shop/pay:80", str(tmp_path / "nowhere.yaml"))
     assert missing.exit_code == 2
@@ -361,5 +391,37 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_help_says_what_there_is_to_know() -> None:
     result = explain("--help")
     assert result.exit_code == 0
-    for word in ("SRC", "DST:PORT", "FILE", "--plaintext", "--from-address", "Exit codes"):
-        assert word in result.stdout
+    assert result.stdout == HELP
+
+
+HELP = """\
+Usage: cli policy explain [OPTIONS] SRC DST:PORT [FILE...]
+
+  Say whether SRC may call DST, which rule decides, and how far the others are
+  from it.
+
+  SRC  a workload (NAMESPACE/NAME), a SPIFFE ID, an address, or "plaintext"
+  DST  a workload, a service (NAMESPACE/HOST or HOST), or an address
+
+  Without FILE the running agent is asked for what it has in force. With FILE
+  (files, directories, or - for standard input) only these count; no agent is
+  needed.
+
+  A rule is as near as it lacks few conditions; the nearest come first.
+
+  Exit codes: 0 allowed; 1 refused; 2 wrong usage, or files that cannot be used;
+  3 the agent cannot be reached.
+
+Options:
+  --plaintext               SRC calls without its identity.
+  --from-address ADDRESS    The address that SRC calls from.
+  --all                     Show every rule, not only the nearest.
+  --trust DOMAIN            With FILE: a further trust domain whose roots the
+                            node holds. May be repeated.
+  --run-dir PATH            Without FILE: the agent's run directory.
+                            [/run/nodeagent]
+  --settings FILE           The agent's settings: trust domain, root namespace,
+                            node. Default: the defaults.
+  -o, --output [text|json]  [default: text]
+  -h, --help                Show this message and exit.
+"""

@@ -337,7 +337,7 @@ def _policy(record: Record | None) -> str:
 def _verdict(record: Record) -> Verdict | None:
     """Return the verdict on who wants in; of a hand-over that of the called pod's side."""
     match record.outcome:
-        case Verdict() as verdict:
+        case Verdict() as verdict if record.key.kind != _OUTBOUND:
             return verdict
         case HandOver(verdict=verdict):
             return verdict

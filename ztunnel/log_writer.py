@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
@@ -34,6 +35,10 @@ TURN_SECONDS: Final = 1.0
 
 RETRY_SECONDS: Final = 1.0
 """Until a destination that failed is tried again: a restart of its other side takes less."""
+
+NOTICE_SECONDS: Final = 10.0
+"""Between messages that say how many lines were lost: of a destination that is always too slow they
+must not be another burden."""
 
 STDOUT: Final = "-"
 """The path that stands for standard output."""
@@ -170,6 +175,7 @@ class Writer(Generic[T]):
         self._overflow = dict.fromkeys(_CAUSES, 0)  # by the thread that gives
         self._failed = dict.fromkeys(_CAUSES, 0)  # by the thread that writes
         self._said = 0
+        self._say_at = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -238,6 +244,7 @@ class Writer(Generic[T]):
                 self._reopen.clear()
                 self._open_again()
             self._deliver(messages)
+            self._tell_lost(last=last)
         self._destination.close()
 
     def _take(self) -> tuple[list[_Message], bool]:
@@ -279,7 +286,7 @@ class Writer(Generic[T]):
             else:
                 self.written += sum(message.lines for message in messages[:sent])
                 del messages[:sent]
-                messages[:0] = self._recovered()
+                self.cause = None
 
     def _open_early(self) -> None:
         """Open before there is a line: what is wrong shows at once, and not when it matters."""
@@ -308,15 +315,17 @@ class Writer(Generic[T]):
     def _drop(self, messages: Sequence[_Message], cause: Cause) -> None:
         self._failed[cause] += sum(message.lines for message in messages)
 
-    def _recovered(self) -> list[_Message]:
-        """Return the message that says what was lost, if something was."""
-        self.cause = None
+    def _tell_lost(self, *, last: bool) -> None:
+        """Say what was lost, once lines go out again."""
         total = sum(self.lost.values())
-        lines, self._said = total - self._said, total
-        if not lines:
-            return []
+        lines, now = total - self._said, time.monotonic()
+        if not lines or self.cause is not None or (now < self._say_at and not last):
+            return
+        self._said = total
+        self._say_at = now + NOTICE_SECONDS
         _log.warning("log lines were dropped", log=self.name, lines=lines, total=total)
-        return [_Message(self._notice(lines), 0)] if self._notice is not None else []
+        if self._notice is not None:
+            self._deliver([_Message(self._notice(lines), 0)])
 
     def _open_again(self) -> None:
         if not self._opened:

@@ -11,6 +11,7 @@ import pytest
 from support.fake_core import record
 from support.mesh_state import SETTINGS, authorization, identity, ip, policy, principals, source
 from support.tunnel_rig import SLEEP, Rig, chain_of, ended
+from ztunnel import tunnel
 from ztunnel._core import Failed
 from ztunnel.audit import log
 from ztunnel.corelike import Kind
@@ -217,6 +218,21 @@ def test_what_goes_out_is_judged_elsewhere(rig: Rig) -> None:
     decision = rig.core.answers[rig.outbound("10.3.0.1")]
     ended(rig, decision, Kind.OUTBOUND, Reason.CONNECT_REFUSED, destination=ip("10.3.0.1"))
     assert not rig.audited
+
+
+def test_a_failing_judgement_is_audited_of_what_comes_in_only(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(tunnel, "route", broken)
+    monkeypatch.setattr(tunnel, "authorize", broken)
+    decision = rig.core.answers[rig.outbound("10.2.0.1")]
+    ended(rig, decision, Kind.OUTBOUND, Reason.INTERNAL, destination=ip("10.2.0.1"))
+    assert not rig.audited
+    plain(rig, reason=Reason.INTERNAL)
+    assert verdicts(rig) == [("connection", "UNAUTHORIZED", "agent:internal_error")]
 
 
 @with_settings(lines_per_second=20)

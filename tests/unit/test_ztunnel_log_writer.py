@@ -113,7 +113,7 @@ def test_what_can_never_be_sent_holds_up_nothing(
     assert somewhere.tried.wait(SECONDS)
     running.give("next")
     wait_until(lambda: running.written == 1, "the next is written")
-    assert somewhere.got == [b"next\n", b"1 lost\n"]
+    assert somewhere.got == [b"1 lost\n", b"next\n"]
     assert running.lost[Cause.TOO_LONG] == 1
 
 
@@ -129,6 +129,39 @@ def test_a_writer_that_does_not_keep_drops_at_once(somewhere: Somewhere) -> None
     made.finish()
     made.join(SECONDS)
     assert somewhere.got == [b"kept\n", b"1 lost\n"]
+
+
+def test_a_destination_that_is_always_too_slow_is_not_told_so_all_the_time(
+    somewhere: Somewhere,
+) -> None:
+    go_on = threading.Semaphore(0)
+    sends = threading.Semaphore(0)
+    real = somewhere.send
+
+    def send(messages: Sequence[bytes], /) -> int:
+        sends.release()
+        go_on.acquire(timeout=SECONDS)
+        return real(messages)
+
+    somewhere.send = send  # type: ignore[method-assign]  # each time that the test says
+    made = writer(somewhere, capacity=1)
+    made.start()
+    for notices in (1, 0, 0):
+        made.give("sent")
+        assert sends.acquire(timeout=SECONDS)
+        made.give("waits")
+        for _ in range(5):
+            made.give("lost")
+        for _ in range(notices + 1):
+            go_on.release()
+            assert sends.acquire(timeout=SECONDS)
+        go_on.release()
+        wait_until(lambda: made.waiting == 0, "what waited is taken")
+    go_on.release()
+    made.finish()
+    made.join(SECONDS)
+    assert made.lost[Cause.SLOW] == 15
+    assert [each for each in somewhere.got if b"lost" in each] == [b"5 lost\n", b"10 lost\n"]
 
 
 def test_what_is_wrong_shows_before_there_is_a_line(

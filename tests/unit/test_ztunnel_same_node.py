@@ -460,6 +460,21 @@ def test_the_servers_side_reports_what_was_audited_there(rig: Node) -> None:
     assert here.client == "identity_allowed"
 
 
+def test_the_audit_log_has_the_called_side_of_it(rig: Node, joined: int) -> None:
+    deny = authorization("default/no", Action.DENY, source(SLEEPS), workloads=(NEAR.uid,))
+    rig.apply(deny)
+    ended(rig, joined, Kind.OUTBOUND, Reason.POLICY_CHANGED, destination=ip("10.1.0.2"))
+    said = [(each["event"], each["verdict"], each["policy"]) for each in rig.audited]
+    assert said == [
+        ("caller", "AUTHORIZED", "default"),
+        ("connection", "UNAUTHORIZED", "no"),
+    ]
+    for each in rig.audited:
+        assert each["identity"] == identity("sleep")
+        assert (each["dst.addr"], each["dst.workload"]) == ("10.1.0.2:8080", "near")
+        assert each["connection_security_policy"] == "none"
+
+
 def test_a_cut_names_the_policy_at_both_sides(rig: Node, joined: int) -> None:
     rig.apply(removals=(Removal("workload_policy", NEAR.uid),))
     ended(rig, joined, Kind.OUTBOUND, Reason.POLICY_CHANGED, destination=ip("10.1.0.2"))

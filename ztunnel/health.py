@@ -6,7 +6,8 @@ that every check names what is wrong in words for the operator. It may not repai
 Questions that ztunnel answers (`Query.what`):
 
 `status`     one object: versions, checks, counters, pods with their identity and certificate's
-             end, and how far a drain is (`upgrade.Upgrade.status`).
+             end, what is wrong with each sink of the audit log ("" if nothing is), and how far a
+             drain is (`upgrade.Upgrade.status`).
 `drain`      hand over: the process whose id is the argument `successor` serves from now on.
              Answered once nothing is accepted any more (by the daemon, not here).
 `decisions`  what the core was told: an array of at most MAX_LISTED decisions and MAX_LISTED_BYTES;
@@ -159,6 +160,7 @@ class Health:
             "workloads": len(tunnel.state.workloads),
             "services": len(tunnel.state.services),
             "authorizations": len(tunnel.state.authorizations),
+            "audit": tunnel.audit.counts().problems,
             "trust_domains": sorted(tunnel.state.bundles),
             "pods": [self._pod(held) for held in tunnel.pods],
             "certificates": {

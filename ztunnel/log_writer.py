@@ -172,6 +172,8 @@ class Writer(Generic[T]):
         self.written = 0
         self.cause: Cause | None = None
         """What is wrong with the destination now; None while lines go out."""
+        self.problem = ""
+        """The same for people."""
         self._overflow = dict.fromkeys(_CAUSES, 0)  # by the thread that gives
         self._failed = dict.fromkeys(_CAUSES, 0)  # by the thread that writes
         self._said = 0
@@ -286,7 +288,7 @@ class Writer(Generic[T]):
             else:
                 self.written += sum(message.lines for message in messages[:sent])
                 del messages[:sent]
-                self.cause = None
+                self._well()
 
     def _open_early(self) -> None:
         """Open before there is a line: what is wrong shows at once, and not when it matters."""
@@ -296,7 +298,7 @@ class Writer(Generic[T]):
             self._trouble(error)
         else:
             self._opened = True
-            self.cause = None
+            self._well()
 
     def _trouble(self, error: OSError) -> Cause:
         slow = isinstance(error, TimeoutError)
@@ -310,7 +312,12 @@ class Writer(Generic[T]):
                 error=str(error),
             )
         self.cause = Cause.SLOW if slow else Cause.UNAVAILABLE
+        self.problem = f"{self.cause.value}: {error}"
         return self.cause
+
+    def _well(self) -> None:
+        self.cause = None
+        self.problem = ""
 
     def _drop(self, messages: Sequence[_Message], cause: Cause) -> None:
         self._failed[cause] += sum(message.lines for message in messages)

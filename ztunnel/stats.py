@@ -432,8 +432,8 @@ def _audit(picture: Picture) -> Iterator[Metric]:
     working = GaugeMetricFamily(
         "ztunnel_audit_sink_up", "1 while a sink takes audit lines.", labels=["sink"]
     )
-    for sink, works in picture.audit.working.items():
-        working.add_metric([sink], float(works))
+    for sink, problem in picture.audit.problems.items():
+        working.add_metric([sink], float(not problem))
     yield working
 
 

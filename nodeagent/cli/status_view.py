@@ -7,8 +7,9 @@ added at the end. Pure: the time and the time zone come in as values.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime, tzinfo
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -195,7 +196,26 @@ def _ztunnel(status: Status) -> list[Finding]:
         )
     if ztunnel.error:
         found.append(Finding("ztunnel-silent", ztunnel.error, "journalctl -u ztunnel"))
+    for sink, problem in _audit_problems(ztunnel.own):
+        found.append(
+            Finding(
+                "audit-sink",
+                f"the audit log does not get on with its sink {sink}: {problem}",
+                "mend what it names; lines wait, and those that find no room are counted",
+            )
+        )
     return found
+
+
+def _audit_problems(own: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """Return the sinks of the audit log with which something is wrong. A ztunnel of another release
+    may not say.
+    """
+    sinks = own.get("audit") if own is not None else None
+    if isinstance(sinks, dict):
+        for sink, problem in sinks.items():
+            if problem:
+                yield str(sink), str(problem)
 
 
 def _certificate(certificate: CertificateReport, now: datetime) -> list[Finding]:

@@ -118,6 +118,16 @@ PROBLEM = Problem(file="a.yaml", line=3, column=7, field="spec.mtls", reason="un
         ),
         ({"ztunnel": ZtunnelReport(connected=False)}, "ztunnel-not-connected", "not connected"),
         (
+            {
+                "ztunnel": ZtunnelReport(
+                    connected=True,
+                    own={"audit": {"file": "", "journal": "unavailable: no such file"}},
+                )
+            },
+            "audit-sink",
+            "sink journal: unavailable: no such file",
+        ),
+        (
             {"ztunnel": ZtunnelReport(connected=True, rejected="full")},
             "ztunnel-rejected",
             "full",

@@ -11,6 +11,7 @@ from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
 from ztunnel import labels
 from ztunnel._core import PodCounters, Stats
+from ztunnel.audit import Counts
 from ztunnel.authorize import Client
 from ztunnel.decisions import Counters
 from ztunnel.judge import Judged
@@ -75,6 +76,9 @@ def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[S
             Judged(Client.WITHOUT_IDENTITY, allow=False, audited=True, would=False): 1,
         },
         own={"pods": 4, "internal_errors_total": 1},
+        audit=Counts(
+            {"file": 7}, {("all", "rate"): 3, ("file", "slow"): 2}, {"file": "", "journal": "gone"}
+        ),
     )
     found: dict[str, list[Sample]] = {}
     for family in text_string_to_metric_families(render(picture).decode()):
@@ -245,3 +249,18 @@ def test_a_service_outside_the_cluster_keeps_its_hostname() -> None:
     assert labels.service_name(outside) == "web"
     renamed = type(outside)("default/api.example.com", "api.example.com", "default", (), (), ())
     assert labels.service_name(renamed) == "api.example.com"
+
+
+def test_the_audit_log_is_counted_by_sink_and_cause(core: FakeCore) -> None:
+    found = samples(core)
+    assert [(each.labels, each.value) for each in found["ztunnel_audit_lines_total"]] == [
+        ({"sink": "file"}, 7)
+    ]
+    assert [(each.labels, each.value) for each in found["ztunnel_audit_left_out_total"]] == [
+        ({"sink": "all", "cause": "rate"}, 3),
+        ({"sink": "file", "cause": "slow"}, 2),
+    ]
+    assert [(each.labels, each.value) for each in found["ztunnel_audit_sink_up"]] == [
+        ({"sink": "file"}, 1),
+        ({"sink": "journal"}, 0),
+    ]

@@ -60,11 +60,11 @@ _KINDS: Final = {
 
 
 class Counts(NamedTuple):
-    """Lines by sink, and those left out by sink and cause; and which sinks work now."""
+    """Lines by sink, those left out by sink and cause; and what is wrong with each sink, or ""."""
 
     written: dict[str, int]
     left_out: dict[tuple[str, str], int]
-    working: dict[str, bool]
+    problems: dict[str, str]
 
 
 class AuditLog:
@@ -167,4 +167,4 @@ class AuditLog:
     def counts(self) -> Counts:
         left_out = self._outlets.lost
         left_out[EVERY_SINK, RATE] = sum(bucket.left_out for bucket in self._buckets.values())
-        return Counts(dict(self._outlets.written), dict(left_out), self._outlets.working)
+        return Counts(dict(self._outlets.written), dict(left_out), self._outlets.problems)

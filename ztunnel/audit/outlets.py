@@ -172,8 +172,9 @@ class Outlets:
         return found
 
     @property
-    def working(self) -> dict[str, bool]:
-        return {name: sink.writer.cause is None for name, sink in self._sinks.items()}
+    def problems(self) -> dict[str, str]:
+        """What is wrong with each sink now, "" if nothing is."""
+        return {name: sink.writer.problem for name, sink in self._sinks.items()}
 
 
 def _lost(name: str, writer: Writer[Line]) -> dict[tuple[str, str], int]:

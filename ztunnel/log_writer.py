@@ -91,9 +91,12 @@ class File:
             descriptor = os.dup(sys.stdout.fileno())
         else:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._path, flags, 0o640)
+            # A FIFO that nobody reads is an error (open(2)), and no wait for ever.
+            descriptor = os.open(self._path, flags | os.O_NONBLOCK, 0o640)
+            os.set_blocking(descriptor, True)
         self.close()
         self._descriptor = descriptor
+        self._torn = self._torn and os.fstat(descriptor).st_size > 0
 
     def send(self, messages: Sequence[bytes], /) -> int:
         text = b"".join(messages)

@@ -250,6 +250,13 @@ def test_a_line_that_was_cut_off_damages_no_other(
     assert path.read_text().splitlines() == ["line one", "lin", "line two", "line three"]
 
 
+def test_a_fifo_that_nobody_reads_is_no_wait_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="No such device"):
+        File(str(path)).open()
+
+
 def test_a_moved_file_is_reopened_when_asked(tmp_path: Path) -> None:
     path, moved = tmp_path / "log", tmp_path / "log.1"
     made = writer(File(str(path)))

@@ -63,7 +63,8 @@ class Outlets:
         self._wall = wall
         self._stdout = stdout
         self._shared = shared
-        self._to_shared: Spell | None = None
+        self._put: Callable[[Line], None] | None = None
+        """Into the shared log, if lines are to go there."""
         self._sinks: dict[str, _Sink] = {}
         self._ending: list[tuple[str, Writer[Line]]] = []
         """Sinks that are no longer wanted, and write what waits."""
@@ -73,7 +74,7 @@ class Outlets:
 
     def __bool__(self) -> bool:
         """True if there is anybody to tell."""
-        return bool(self._sinks) or self._to_shared is not None
+        return bool(self._sinks) or self._put is not None
 
     def configure(self, settings: AuditSettings, node: str) -> None:
         """Have the sinks of `settings`. What cannot be opened is tried again, and logged."""
@@ -84,10 +85,10 @@ class Outlets:
         for name, plan in wanted.items():
             if name not in self._sinks:
                 self._sinks[name] = _Sink(plan.made_of, self._begun(name, plan))
+        self._put = None
         if settings.stdout and self._stdout is not None and self._shared is not None:
-            self._to_shared = _lines(self._stdout, node)
-        else:
-            self._to_shared = None
+            shared, spell = self._shared, _lines(self._stdout, node)
+            self._put = lambda line: shared.put(spell(line), 1)
 
     def _wanted(self, settings: AuditSettings, node: str) -> dict[str, _Plan]:
         form, facility = settings.form, settings.facility
@@ -133,8 +134,8 @@ class Outlets:
     def give(self, line: Line) -> None:
         for sink in self._sinks.values():
             sink.writer.give(line)
-        if self._to_shared is not None and self._shared is not None:
-            self._shared.put(self._to_shared(line), 1)
+        if self._put is not None:
+            self._put(line)
             self._written["stdout"] += 1
 
     def reopen(self) -> None:
@@ -174,7 +175,10 @@ class Outlets:
     @property
     def problems(self) -> dict[str, str]:
         """What is wrong with each sink now, "" if nothing is."""
-        return {name: sink.writer.problem for name, sink in self._sinks.items()}
+        return {
+            name: sink.writer.problem if sink.writer.alive else "its thread has ended: see the log"
+            for name, sink in self._sinks.items()
+        }
 
 
 def _lost(name: str, writer: Writer[Line]) -> dict[tuple[str, str], int]:

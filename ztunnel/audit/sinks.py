@@ -7,7 +7,9 @@ not know what a message says.
 
 from __future__ import annotations
 
+import abc
 import errno
+import select
 import socket
 from collections.abc import Sequence
 from typing import Final
@@ -24,10 +26,13 @@ SEND_SECONDS: Final = 1.0
 CONNECT_SECONDS: Final = 5.0
 """Two SYNs of a TCP connect: whoever answers at all answers in less."""
 
+_THROWN_AWAY: Final = 4096
+"""Bytes at once; syslog receivers send none."""
+
 Address = str | tuple[str, int]
 
 
-class _Socket:
+class _Socket(abc.ABC):
     """A connected socket, or none."""
 
     def __init__(self, family: int, kind: int, address: Address) -> None:
@@ -45,18 +50,29 @@ class _Socket:
             made.settimeout(SEND_SECONDS)
         except TimeoutError:
             made.close()
-            # Not slow, as a peer is that does not take more: nobody is there.
-            raise OSError(errno.ETIMEDOUT, "no answer") from None
+            # Not slow, as one is that does not take more: nobody is there. (Without a number, as
+            # ETIMEDOUT would make it a TimeoutError again.)
+            raise OSError("no answer to connect") from None
         except BaseException:
             made.close()
             raise
         self._socket = made
 
-    @property
-    def _connected(self) -> socket.socket:
+    def send(self, messages: Sequence[bytes], /) -> int:
         if self._socket is None:
             raise OSError(errno.ENOTCONN, "not connected")
-        return self._socket
+        for number, message in enumerate(messages):
+            try:
+                self._send_one(self._socket, message)
+            except (OSError, MessageTooLongError):
+                if number:
+                    return number
+                raise
+        return len(messages)
+
+    @abc.abstractmethod
+    def _send_one(self, connected: socket.socket, message: bytes) -> None:
+        """Send a message whole. Raises as `Destination.send` does."""
 
     def close(self) -> None:
         if self._socket is not None:
@@ -70,14 +86,13 @@ class Datagrams(_Socket):
     def __init__(self, family: int, address: Address) -> None:
         super().__init__(family, socket.SOCK_DGRAM, address)
 
-    def send(self, messages: Sequence[bytes], /) -> int:
+    def _send_one(self, connected: socket.socket, message: bytes) -> None:
         try:
-            self._connected.send(messages[0])
+            connected.send(message)
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise MessageTooLongError from None
             raise
-        return 1
 
 
 class Stream(_Socket):
@@ -86,13 +101,24 @@ class Stream(_Socket):
     def __init__(self, family: int, address: Address) -> None:
         super().__init__(family, socket.SOCK_STREAM, address)
 
-    def send(self, messages: Sequence[bytes], /) -> int:
+    def _send_one(self, connected: socket.socket, message: bytes) -> None:
+        if _has_ended(connected):
+            raise OSError("the receiver has closed the connection")
         try:
-            self._connected.sendall(framed(messages[0]))
+            connected.sendall(framed(message))
         except TimeoutError:
             # A part may be on its way: the rest can only follow on another connection, whole.
-            raise OSError(errno.ETIMEDOUT, "the receiver takes nothing") from None
-        return 1
+            raise OSError("the receiver takes nothing") from None
+
+
+def _has_ended(connected: socket.socket) -> bool:
+    """True if the other side has closed: what is sent then is lost without an error.
+
+    What a receiver says is not for us, and thrown away.
+    """
+    poll = select.poll()
+    poll.register(connected, select.POLLIN)
+    return bool(poll.poll(0)) and not connected.recv(_THROWN_AWAY)
 
 
 def destination(syslog: Syslog) -> Destination:

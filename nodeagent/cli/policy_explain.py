@@ -130,8 +130,12 @@ def _explain(
     without: tuple[offline.Answer, ...] = ()
     if caller.identity is not None and caller.name != str(caller.identity):
         anonymous = Caller(caller.name, None, caller.sources)
-        judged = [target for target in targets if off.judged(target.workload)]
-        without = offline.explain(off, anonymous, judged)
+        proved = [
+            target
+            for target in targets
+            if off.judged(target.workload) and offline.as_seen(off, caller, target).identity
+        ]
+        without = offline.explain(off, anonymous, proved)
     return Explanation(
         configuration=configuration,
         source=source,

@@ -134,7 +134,8 @@ def _answer(explanation: Explanation, answer: Answer, *, everything: bool) -> It
     if answer.mtls is not None:
         level = _LEVELS[answer.mtls.level]
         by = "" if answer.mtls.level == "default" else f" {answer.mtls.by.text}"
-        yield from _fact("mTLS", f"{answer.mtls.mode}, {level}{by}")
+        left = "; callers leave their identity out" if answer.mtls.mode == "DISABLE" else ""
+        yield from _fact("mTLS", f"{answer.mtls.mode}, {level}{by}{left}")
     for audit in answer.audits:
         yield from _fact("audit", f"marked by {_marked(audit)}")
     if answer.dry_run is not None:

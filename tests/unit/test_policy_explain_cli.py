@@ -133,6 +133,15 @@ def test_the_callers_identity_can_be_taken_away() -> None:
     assert found["without_identity"] == []
 
 
+def test_under_disable_there_is_no_identity_to_take_away() -> None:
+    given = MESH + STRICT.replace("STRICT", "DISABLE")
+    result = explain("shop/web", "shop/pay:80", "-", given=given)
+    assert result.exit_code == 0
+    assert "caller   no identity from 10.1.0.2, plaintext" in result.stdout
+    assert "callers leave their identity out" in " ".join(result.stdout.split())
+    assert "Without its identity" not in result.stdout
+
+
 def test_a_further_trust_domain_can_be_trusted() -> None:
     stranger = "spiffe://other.example/ns/shop/sa/web"
     assert not told(stranger, "shop/pay:80", "-", given=MESH)["allowed"]

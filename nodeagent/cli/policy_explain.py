@@ -130,11 +130,7 @@ def _explain(
     without: tuple[offline.Answer, ...] = ()
     if caller.identity is not None and caller.name != str(caller.identity):
         anonymous = Caller(caller.name, None, caller.sources)
-        proved = [
-            target
-            for target in targets
-            if off.judged(target.workload) and offline.as_seen(off, caller, target).identity
-        ]
+        proved = [each for each in targets if offline.proves_identity(off, caller, each)]
         without = offline.explain(off, anonymous, proved)
     return Explanation(
         configuration=configuration,

@@ -103,7 +103,7 @@ def _verdict(answer: Answer) -> str:
 def _grounds(answer: Answer) -> str:
     """Return what the verdict rests on."""
     if not answer.judged:
-        return "outside the mesh, no agent judges who calls"
+        return answer.cause
     if answer.default_deny:
         count = len(answer.default_deny)
         policies = "ALLOW policy" if count == 1 else f"{count} ALLOW policies"

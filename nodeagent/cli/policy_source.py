@@ -93,6 +93,8 @@ def from_agent(run_dir: Path | None, settings_file: Path | None) -> Source:
     directory = run_directory(run_dir, settings_file)
     found = get(directory, "/configuration", Configuration, CONFIGURATION_SCHEMA, MAX_ANSWER)
     notes = [found.pending] if found.pending else []
+    if found.trust_domain not in found.trusted:
+        notes.append(f"the node holds no roots of {found.trust_domain} yet: here it is taken to")
     notes += [f"refused, a last good version is in force: {each}" for each in found.problems]
     return Source(
         name=f"in force on {found.node}",

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.offline._ask import PLAINTEXT, Caller, Target, as_seen, sources
+from nodeagent.offline._ask import PLAINTEXT, Caller, Target, as_seen, is_itself, judge, sources
 from nodeagent.offline._offline import ModeInForce, Offline, PassedOver
 from ztunnel import address
 from ztunnel.authorize import Verdict
@@ -44,19 +44,11 @@ EXPLAIN_SCHEMA: Final = 1
 
 HBONE: Final = "hbone"
 
+ITSELF: Final = "within its own pod, whose calls to itself nobody judges"
+OUTSIDE: Final = "outside the mesh, where no agent judges who calls"
+
 PASSED_OVER: Final = 20
 """Policies that do not count and are told: enough to find the one with a misspelt label."""
-
-_BEFORE_POLICY: Final = frozenset(
-    {
-        Reason.AUTHORITY_MISMATCH,
-        Reason.SELF_CALL,
-        Reason.TRUST_DOMAIN,
-        Reason.POLICY_MISSING,
-        Reason.STRICT_PLAINTEXT,
-    }
-)
-"""Reasons by which a caller is refused before AuthorizationPolicy is asked."""
 
 _PLACE: Final = re.compile(r"(.+) \((.+):([0-9]+)\)", re.DOTALL)
 
@@ -172,11 +164,12 @@ class PassedOverReport(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """One verdict, and all that it is given on. `judged` is false where no agent judges.
 
-    `identity` is empty for plaintext, `sources` if no address is known. `asked_policy` is false if
-    the caller was refused before: then `rules` are what would have been asked next.
-    `default_deny` are the ALLOW policies none of whose rules match, where that decided. `rules`
-    come nearest first: by the number of conditions that would have to hold for them to match.
-    `passed_over` are the nearest of the policies that other workloads are selected by.
+    `cause` says in words why it was refused, or not judged. `identity` is empty for plaintext,
+    `sources` if no address is known. `asked_policy` is false if the caller was refused before: then
+    `rules` are what would have been asked next. `default_deny` are the ALLOW policies none of whose
+    rules match, where that decided. `rules` come nearest first: by the number of conditions that
+    would have to hold for them to match. `passed_over` are the nearest of the policies that other
+    workloads are selected by.
     """
 
     identity: str
@@ -226,7 +219,7 @@ def explain(off: Offline, caller: Caller, targets: Sequence[Target]) -> tuple[An
         mode = off.mode(target.workload, target.port)
         seen = as_seen(off, caller, target)
         for source in sources(off, seen, target):
-            verdict = off.judge(target.workload, target.port, seen.identity, source, target.address)
+            verdict = judge(off, caller, source, target)
             alike.setdefault((verdict, mode), []).append((source, target))
     answers = [
         _answer(off, as_seen(off, caller, found[0][1]), verdict, mode, found)
@@ -249,20 +242,21 @@ def _answer(
         Destination(each.workload, address.text(each.address), each.port) for each in called
     )
     way = HBONE if identity else PLAINTEXT
+    source, first = found[0]
     if verdict is None:
         return Answer(
             identity=identity,
             sources=callers,
-            # Who is outside the mesh is called in plaintext, by whomsoever.
+            # Nobody who judges is nobody who could be shown an identity.
             way=PLAINTEXT,
             destinations=destinations,
             judged=False,
             allowed=True,
+            cause=ITSELF if is_itself(off, caller, source, first) else OUTSIDE,
         )
-    source, first = found[0]
     trace = off.trace(first.workload, first.port, caller.identity, source, first.address)
     default_deny = verdict.origin.startswith(DEFAULT_DENY)
-    asked = verdict.allow or verdict.reason not in _BEFORE_POLICY
+    asked = verdict.allow or verdict.reason is Reason.POLICY_DENIED
     return Answer(
         identity=identity,
         sources=callers,

@@ -10,7 +10,8 @@ for `node_plaintext` and the trust domain only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -23,14 +24,14 @@ from ztunnel import address, state
 from ztunnel.authorize import NODE_PLAINTEXT, Request, Verdict, authorize
 from ztunnel.policy import facts
 from ztunnel.policy.explain import Trace, trace
-from ztunnel.policy.scopes import Kind
+from ztunnel.policy.scopes import Group, Kind
 from ztunnel.protocol import (
     Action,
     Attribute,
     Authorization,
     DataPlane,
     Mode,
-    Rule,
+    Service,
     TrustBundle,
     Workload,
 )
@@ -75,6 +76,7 @@ class Offline:
         self.settings = settings
         self.mesh = found
         self.state = told
+        self._asking: dict[int, str] = {}
         self._levels: dict[str, Level | None] = {}
         self._selecting: dict[str, list[AuthorizationPolicy]] = {}
         self._labels: dict[str, Mapping[str, str]] = {}
@@ -113,6 +115,23 @@ class Offline:
     @property
     def workloads(self) -> Mapping[str, Workload]:
         return self.state.workloads
+
+    @functools.cached_property
+    def by_identity(self) -> Mapping[str, Sequence[Workload]]:
+        """Workloads by the SPIFFE ID that they prove."""
+        found: dict[str, list[Workload]] = {}
+        for workload in self.workloads.values():
+            found.setdefault(workload.identity, []).append(workload)
+        return found
+
+    @functools.cached_property
+    def services_called(self) -> Mapping[str, Sequence[Service]]:
+        """Services by uid, and by host."""
+        found: dict[str, list[Service]] = {}
+        for service in self.state.services.values():
+            for name in (service.uid, service.hostname):
+                found.setdefault(name, []).append(service)
+        return found
 
     def workload_at(self, packed: bytes) -> Workload | None:
         """Return the workload that has this address (`ztunnel.address.pack`)."""
@@ -177,11 +196,12 @@ class Offline:
         if not self.judged(uid):
             return ""
         for group in self.state.scopes.of(uid):
-            for index in group.indexes.values():
-                for each in index.policies.values():
-                    for rule in each.rules:
-                        if _asks_source(rule):
-                            return rule.origin
+            # Groups live as long as the state, and are shared by many workloads.
+            origin = self._asking.get(id(group))
+            if origin is None:
+                origin = self._asking[id(group)] = _asks_source(group)
+            if origin:
+                return origin
         mode = self.mode(uid, port)
         strict = mode is not None and mode.mode is Mode.STRICT
         return NODE_PLAINTEXT if self.settings.node_plaintext and not identity and strict else ""
@@ -219,9 +239,14 @@ class Offline:
         return address.pack(addresses[0]) if addresses else address.ANY
 
 
-def _asks_source(rule: Rule) -> bool:
-    conditions = (*rule.conditions, *(each for found in rule.sources for each in found))
-    return any(each.attribute is Attribute.SOURCE_IP for each in conditions)
+def _asks_source(group: Group) -> str:
+    """Return the first rule that looks at the caller's address, "" if none does."""
+    policies = (each for index in group.indexes.values() for each in index.policies.values())
+    for rule in (rule for each in policies for rule in each.rules):
+        conditions = (*rule.conditions, *(each for found in rule.sources for each in found))
+        if any(each.attribute is Attribute.SOURCE_IP for each in conditions):
+            return rule.origin
+    return ""
 
 
 def _lacks(

@@ -18,8 +18,8 @@ from nodeagent.offline._ask import (
     Caller,
     QuestionError,
     Target,
-    as_seen,
     caller,
+    judge,
     sources,
     split_port,
     targets,
@@ -191,8 +191,7 @@ def _caller(off: Offline, case: Case) -> Caller:
 
 
 def _compare(off: Offline, case: Case, who: Caller, source: bytes, target: Target) -> _Compared:
-    identity = as_seen(off, who, target).identity
-    verdict = off.judge(target.workload, target.port, identity, source, target.address)
+    verdict = judge(off, who, source, target)
     mode = off.mode(target.workload, target.port)
     came = Expect.ALLOW if verdict is None or verdict.allow else Expect.DENY
     differences: list[str] = []

@@ -151,13 +151,14 @@ def test_the_mode_and_the_level_that_it_comes_from(
 
 
 def test_disable_takes_the_identity_of_who_knows_the_mode() -> None:
-    known = of(peer("shop/far", "DISABLE", selector={"app": "far"}), DENY_FAR)
+    beside = workload("shop/beside", "10.1.0.5", netns="beside")
+    known = of(beside, peer("shop/far", "DISABLE", selector={"app": "far"}), DENY_FAR)
     (far,) = offline.targets(known, "shop/far", 80)
-    (web,) = offline.targets(known, "shop/web", 80)
+    (near,) = offline.targets(known, "shop/beside", 80)
     caller = offline.caller(known, "shop/web")
     (answer,) = offline.explain(known, caller, [far])
     assert (answer.identity, answer.way, answer.client) == ("", "plaintext", "without_identity")
-    (answer,) = offline.explain(known, caller, [web])
+    (answer,) = offline.explain(known, caller, [near])
     assert (answer.identity, answer.way) == ("spiffe://td/ns/shop/sa/web", "hbone")
     # A client of HBONE that does not know the mode proves its identity all the same.
     (answer,) = offline.explain(known, offline.caller(known, str(A)), [far])

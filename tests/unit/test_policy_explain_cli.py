@@ -13,6 +13,8 @@ from nodeagent.cli import cli
 from nodeagent.cli.policy_explain_view import WIDTH
 from support.shop import CALLERS, DENY, MESH, STRICT
 
+WEB = "spiffe://cluster.local/ns/shop/sa/web"
+
 
 def explain(*arguments: str, given: str = "") -> Result:
     return CliRunner().invoke(cli, ["policy", "explain", *arguments], input=given)
@@ -88,7 +90,7 @@ def test_an_allow_rule_decides() -> None:
         ("shop/web", "shop/pay:80", True, "hbone"),
         ("10.1.0.2", "shop/pay:80", True, "hbone"),
         ("10.1.0.2:40001", "shop/pay:80", True, "hbone"),
-        ("[fd00::3]:40001", "shop/pay:80", True, "hbone"),
+        ("[fd00::3]:40001", "shop/web:80", True, "hbone"),
         ("spiffe://cluster.local/ns/shop/sa/web", "shop/pay:80", True, "hbone"),
         ("cluster.local/ns/shop/sa/web", "shop/pay:80", True, "hbone"),
         ("spiffe://cluster.local/ns/far/sa/nobody", "shop/pay:80", True, "hbone"),
@@ -122,6 +124,16 @@ def test_who_is_outside_the_mesh_is_not_judged() -> None:
     result = explain("shop/web", "shop/legacy:80", "-", given=MESH + STRICT)
     assert result.exit_code == 0
     assert result.stdout.startswith("shop/web -> shop/legacy:80: NOT JUDGED\n")
+
+
+def test_nobody_judges_what_a_workload_says_to_itself() -> None:
+    for caller in ("shop/web", "10.1.0.2", WEB):
+        result = explain(caller, "shop/web:80", "-", given=MESH + STRICT)
+        assert result.exit_code == 0
+        assert "NOT JUDGED\n  by       within its own pod" in result.stdout
+        assert "Without its identity" not in result.stdout
+    replica = explain(WEB, "shop/web:80", "-", given=replicas(1) + MESH + STRICT)
+    assert "ALLOWED" in replica.stdout
 
 
 def test_the_callers_identity_can_be_taken_away() -> None:
@@ -188,15 +200,14 @@ def replicas(count: int) -> str:
 
 
 def test_each_address_of_an_identity_is_judged_where_a_rule_asks_for_it() -> None:
-    identity = "spiffe://cluster.local/ns/shop/sa/web"
     by_address = BY_ADDRESS.replace("192.0.2.0/24", "10.2.0.1")
-    found = told(identity, "shop/pay:443", "-", given=replicas(3) + MESH + by_address)
+    found = told(WEB, "shop/pay:443", "-", given=replicas(3) + MESH + by_address)
     assert [(each["allowed"], each["sources"]) for each in found["answers"]] == [
         (False, ["10.2.0.1"]), (True, ["10.1.0.2", "10.2.0.2", "10.2.0.3"]),
     ]  # fmt: skip
-    one = told(identity, "shop/pay:443", "-", given=replicas(3) + MESH)
+    one = told(WEB, "shop/pay:443", "-", given=replicas(3) + MESH)
     assert [each["sources"] for each in one["answers"]] == [["10.1.0.2"]]
-    asked = (identity, "shop/pay:443", "-")
+    asked = (WEB, "shop/pay:443", "-")
     many_more = explain(*asked, given=replicas(80) + MESH + by_address)
     assert many_more.exit_code == 2
     assert "has 81: name one with --from-address" in many_more.stderr

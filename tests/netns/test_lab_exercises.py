@@ -17,6 +17,7 @@ from typing import Any, Final
 import pytest
 
 from nodeagent.lab import Lab
+from nodeagent.lab.claims import CURL_REFUSALS
 from nodeagent.lab.processes import environment
 from nodeagent.lab.steps import EXERCISES, Exercise, MutualTls, Rollout
 from support.e2e import running
@@ -25,8 +26,6 @@ from support.netns import wait_until
 pytestmark = pytest.mark.netns
 
 CLI = [sys.executable, "-c", "from nodeagent.cli import cli; cli(prog_name='nodeagent')", "lab"]
-RESET: Final = {52, 56}
-"""curl's exit codes for an empty answer and for a reset."""
 
 
 def curl(lab: Lab, pod: str, url: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +69,7 @@ def both_are_answered(lab: Lab) -> None:
 def one_is_locked(lab: Lab) -> None:
     answer = curl(lab, OUTSIDE, WEB_API)
     assert "purchase-history" in answer.stdout
-    assert curl(lab, OUTSIDE, "purchase-history.istioinaction:8080").returncode in RESET
+    assert curl(lab, OUTSIDE, "purchase-history.istioinaction:8080").returncode in CURL_REFUSALS
     assert curl(lab, SLEEP, "purchase-history.istioinaction:8080").returncode == 0
 
 
@@ -95,7 +94,7 @@ def plaintext_is_marked(lab: Lab) -> None:
 
 
 def plaintext_is_refused(lab: Lab) -> None:
-    assert curl(lab, OUTSIDE, WEB_API).returncode in RESET
+    assert curl(lab, OUTSIDE, WEB_API).returncode in CURL_REFUSALS
     assert "purchase-history" in curl(lab, SLEEP, WEB_API).stdout
     assert curl(lab, OUTSIDE, "httpbin.default:8000/headers").returncode == 0
 

@@ -94,7 +94,8 @@ def from_agent(run_dir: Path | None, settings_file: Path | None) -> Source:
     found = get(directory, "/configuration", Configuration, CONFIGURATION_SCHEMA, MAX_ANSWER)
     notes = [found.pending] if found.pending else []
     if found.trust_domain not in found.trusted:
-        notes.append(f"the node holds no roots of {found.trust_domain} yet: here it is taken to")
+        domain = found.trust_domain
+        notes.append(f"no roots of {domain} are held yet: its identities are refused until then")
     notes += [f"refused, a last good version is in force: {each}" for each in found.problems]
     return Source(
         name=f"in force on {found.node}",

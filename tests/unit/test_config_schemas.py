@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nodeagent import api
+from nodeagent import api, offline
 from support.resources import authorization, identities, peer, read, refuse, service, workload
 
 DIRECTORY = Path(__file__).parents[2] / "schemas"
@@ -74,7 +74,14 @@ def accepts(schema: dict[str, Any], value: object) -> bool:
         rules.pop(ignored, None)
     kinds = rules.pop("type", None)
     wanted = [kinds] if isinstance(kinds, str) else kinds
-    names = {dict: "object", list: "array", str: "string", int: "integer", type(None): "null"}
+    names = {
+        dict: "object",
+        list: "array",
+        str: "string",
+        int: "integer",
+        bool: "boolean",
+        type(None): "null",
+    }
     if wanted is not None and names[type(value)] not in wanted:
         return False
     return all(JUDGES[keyword](argument, value, schema) for keyword, argument in rules.items())
@@ -120,6 +127,17 @@ def test_schemas_find_common_mistakes(kind: str) -> None:
 
 def test_every_kind_has_a_schema() -> None:
     assert set(api.json_schemas()) == set(GOOD) == set(BAD)
+
+
+def test_the_schema_of_tables_accepts_the_documented_one() -> None:
+    schema = api.json_schema("PolicyTests", offline.Table)
+    text = (DIRECTORY.parent / "docs" / "policy.md").read_text(encoding="utf-8")
+    example = text.partition("```yaml\n# shop.tests.yaml\n")[2].partition("```")[0]
+    offline.read_table(example.encode(), "shop.tests.yaml")
+    table = yaml.safe_load(example)
+    assert accepts(schema, table)
+    assert not accepts(schema, {"tests": [{**table["tests"][0], "expect": "maybe"}]})
+    assert not accepts(schema, {"tests": [{"from": "shop/web", "expect": "deny"}]})
 
 
 def test_crd_says_what_the_schema_says_of_the_spec() -> None:

@@ -213,13 +213,6 @@ def test_any_bytes_are_a_table_or_an_error_with_its_file(data: bytes) -> None:
         offline.read_table(data, "tests.yaml")
 
 
-def test_the_table_of_the_documentation_is_one() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
-    example = text.partition("```yaml\n# shop.tests.yaml\n")[2].partition("```")[0]
-    table, marks = offline.read_table(example.encode(), "shop.tests.yaml")
-    assert len(table.tests) == len(marks) == 3
-
-
 def test_a_directory_without_documents_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(offline.NoFilesError, match="holds no file"):
         offline.read([str(tmp_path)], "n1")

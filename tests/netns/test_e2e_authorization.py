@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
+from click.testing import CliRunner
 
+from nodeagent.cli import cli
 from nodeagent.lab import Lab
 from support.e2e import PODS, Mesh, running, spec, spiffe, watched, with_changes
 from support.netns import wait_until
@@ -243,3 +246,38 @@ def test_a_workloads_own_callers_are_let_in_and_nobody_else(mesh: Mesh) -> None:
         mesh.refuses(client, mesh.address("near"), port, b"secret")
     assert f"shop/near {CALLERS}" in mesh.line("near", "inbound", port, reason="policy_denied",
                                                src_workload="client")["policy"]  # fmt: skip
+
+
+def explain(mesh: Mesh, node: str, client: str, port: int) -> tuple[int, dict[str, Any]]:
+    """Return the exit code and the answer of a node's agent."""
+    asked = ["policy", "explain", PODS[client], f"{PODS['far']}:{port}", "-o", "json"]
+    command = [*asked, "--run-dir", str(mesh.lab.layout.run(node))]
+    result = CliRunner().invoke(cli, command)
+    assert result.stdout, result.stderr
+    (answer,) = json.loads(result.stdout)["answers"]
+    return result.exit_code, answer
+
+
+def test_explain_says_what_becomes_of_connections_and_names_the_rule_of_the_log(
+    mesh: Mesh,
+) -> None:
+    enforce(mesh, authorization("ALLOW", source(principals=[NEAR])))
+    listener = mesh.listen("far")
+    port = listener.getsockname()[1]
+    for client, judge, reason in (
+        ("near", accepts, ""),
+        ("client", refuses, "policy_denied"),
+        ("legacy", refuses, "policy_denied"),
+    ):
+        judge(mesh, client, listener)
+        # Whichever agent is asked: both have the same documents.
+        for node in ("node-1", "node-2"):
+            code, answer = explain(mesh, node, client, port)
+            assert (code, answer["reason"]) == (1 if reason else 0, reason)
+            assert answer["way"] == ("plaintext" if client == "legacy" else "hbone")
+            if not reason:
+                line = mesh.line("far", "inbound", port)
+                assert answer["by"]["text"] == line["policy"]
+                assert answer["identity"] == line["src.identity"]
+            else:
+                assert [each["name"] for each in answer["default_deny"]] == ["shop/tested"]

@@ -87,8 +87,8 @@ class _Levels:
         self._selectors: dict[str, dict[tuple[str, str], list[_Ranked]]] = {}
         """Policies with a selector by namespace, and there by the first of its labels."""
         ordered = sorted(policies, key=lambda item: (item.age, item.origin))
-        self.disable = any(map(_disables, ordered))
-        """Whether any policy says DISABLE: then the modes of other nodes' workloads matter, too."""
+        self.disabling = [policy for policy in ordered if _disables(policy)]
+        self._disabling = frozenset(map(id, self.disabling))
         for rank, policy in enumerate(ordered):
             namespace = policy.metadata.namespace
             match level_of(policy, root_namespace):
@@ -139,6 +139,10 @@ class _Levels:
         namespace = self.namespaces.get(subject.namespace, ())
         return [*selecting[:1], *namespace[:1], *self.mesh[:1]]
 
+    def disables(self, chain: Iterable[PeerAuthentication]) -> bool:
+        """Return whether any policy of a chain says DISABLE anywhere."""
+        return not self._disabling.isdisjoint(map(id, chain))
+
 
 _Ranked = tuple[int, PeerAuthentication]
 
@@ -171,9 +175,12 @@ def resolve(
             named = min(first, subject.uid)
             overruled[loser.uid, winner.uid] = (loser, winner, named)
         is_here = here is None or subject.uid in here
-        if subject.in_mesh and not is_here and not levels.disable:
+        elsewhere = subject.in_mesh and not is_here
+        if elsewhere and not levels.disabling:
             continue
         chain = levels.chain(subject, selecting)
+        if elsewhere and not levels.disables(chain):
+            continue
         found, mode = (clear, MtlsMode.DISABLE) if subject.in_mesh else (outside, MtlsMode.STRICT)
         sources = _sources(mode, chain, selecting[:1])
         for source in sources:
@@ -184,6 +191,7 @@ def resolve(
     warnings += [_overruled(*entry) for _, entry in sorted(overruled.items())]
     warnings += [_outside(policy, sorted(uids)) for _, (policy, uids) in sorted(outside.items())]
     warnings += [_clear(policy, sorted(uids)) for _, (policy, uids) in sorted(clear.items())]
+    warnings += [_idle(policy) for policy in levels.disabling if policy.uid not in clear]
     return Resolution(resolved, tuple(sorted(warnings)))
 
 
@@ -262,6 +270,13 @@ def _clear(policy: PeerAuthentication, subjects: Sequence[str]) -> ConfigWarning
     reason = (
         "says DISABLE: traffic is in the clear, and callers prove no identity, to "
         f"{_some(subjects)}{where}; with PERMISSIVE callers that can use mutual TLS do"
+    )
+    return _warning(policy, "spec", reason)
+
+
+def _idle(policy: PeerAuthentication) -> ConfigWarning:
+    reason = (
+        "says DISABLE, which has callers leave mutual TLS out; now it is in force for no workload"
     )
     return _warning(policy, "spec", reason)
 

@@ -24,6 +24,12 @@ kind: PeerAuthentication
 metadata: {name: default, namespace: shop}
 spec: {mtls: {mode: STRICT}}
 """
+WORKLOAD = """\
+apiVersion: networking.istio.io/v1
+kind: WorkloadEntry
+metadata: {name: web, namespace: shop, annotations: {nodeagent.io/netns: web}}
+spec: {address: 10.0.0.1}
+"""
 
 
 def check(*arguments: str, given: str = "") -> Result:
@@ -144,3 +150,23 @@ def test_the_settings_say_which_namespace_is_the_root(tmp_path: Path) -> None:
     result = check(file, "--settings", settings)
     assert result.exit_code == 0
     assert "in the root namespace" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        (
+            STRICT.replace("STRICT", "DISABLE"),
+            "says DISABLE, which has callers leave mutual TLS out",
+        ),
+        (
+            STRICT.replace("STRICT", "DISABLE") + "---\n" + WORKLOAD,
+            "says DISABLE: traffic is in the clear, and callers prove no identity, to shop/web;",
+        ),
+    ],
+)
+def test_disable_is_a_warning_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    file = write(tmp_path, "shop.yaml", text)
+    result = check(file)
+    assert result.exit_code == 0
+    assert f"warning: {file}:1:1: spec: PeerAuthentication shop/default {said}" in result.stdout

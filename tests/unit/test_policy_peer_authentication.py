@@ -187,6 +187,7 @@ def test_policy_disable_that_is_overruled_or_for_nobody_puts_nobody_in_the_clear
         found = [document for text in texts for document in policies(text)]
         resolution = resolve(found, [WEB], ROOT)
         assert "in the clear" not in reasons(resolution)
+        assert "now it is in force for no workload" in reasons(resolution)
         assert resolution.policies["shop/web"].mode is not Mode.DISABLE
 
 

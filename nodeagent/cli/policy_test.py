@@ -131,14 +131,12 @@ def test(
 
 
 def _table(file: str) -> tuple[str, Table, tuple[Mark, ...]]:
-    shown = "standard input" if file == offline.STDIN else file
+    """Return what FILE is called, what it holds, and the places of its tests."""
     try:
-        table, marks = offline.read_table(offline.read_bytes(file), shown)
+        shown, data = offline.read_file(file)
+        table, marks = offline.read_table(data, shown)
     except ConfigError as error:
         raise RefusedInputError(str(error)) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RefusedInputError(f"{shown}: cannot be read: {reason}") from None
     return shown, table, marks
 
 

@@ -21,7 +21,7 @@ from nodeagent.offline._ask import (
     split_port,
     targets,
 )
-from nodeagent.offline._documents import STDIN, Documents, NoFilesError, read, read_bytes
+from nodeagent.offline._documents import STDIN, Documents, NoFilesError, read, read_file
 from nodeagent.offline._explain import (
     EXPLAIN_SCHEMA,
     Answer,
@@ -64,7 +64,7 @@ __all__ = [
     "explain",
     "proves_identity",
     "read",
-    "read_bytes",
+    "read_file",
     "read_table",
     "run_case",
     "split_port",

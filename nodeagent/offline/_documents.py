@@ -18,7 +18,7 @@ import msgspec
 from nodeagent import api
 from nodeagent.api import ConfigError, Document
 
-__all__ = ["STDIN", "Documents", "NoFilesError", "read", "read_bytes"]
+__all__ = ["STDIN", "Documents", "NoFilesError", "read", "read_file"]
 
 STDIN: Final = "-"
 
@@ -52,14 +52,12 @@ def read(names: Sequence[str], node: str) -> Documents:
     errors: dict[ConfigError, None] = {}
     warnings: dict[str, None] = {}
     for name in files:
-        shown = "standard input" if name == STDIN else name
         try:
-            loaded = api.load_file(read_bytes(name), shown, node)
-        except (OSError, ValueError) as error:
-            # ValueError: a name that no file can have, such as one with a NUL.
-            reason = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-            errors[ConfigError(shown, 0, 0, "", reason)] = None
+            shown, data = read_file(name)
+        except ConfigError as error:
+            errors[error] = None
             continue
+        loaded = api.load_file(data, shown, node)
         documents += loaded.documents
         errors.update(dict.fromkeys(loaded.errors))
         warnings.update(dict.fromkeys(map(str, loaded.warnings)))
@@ -85,14 +83,26 @@ def _expand(names: Sequence[str]) -> list[str]:
             if entry.suffix in SUFFIXES and not entry.name.startswith(".")
         ]
         if not inside:
-            raise NoFilesError(f"{name} holds no file that ends in {', '.join(SUFFIXES)}")
+            raise NoFilesError(
+                f"{name} holds no file that ends in {', '.join(SUFFIXES)}: name one that does"
+            )
         found.update(dict.fromkeys(inside))
     return list(found)
 
 
-def read_bytes(name: str) -> bytes:
-    """Return what a file or STDIN holds, MOST_BYTES at most. Raises OSError, ValueError."""
+def read_file(name: str) -> tuple[str, bytes]:
+    """Return what a file or STDIN is called in messages, and what it holds, MOST_BYTES at most.
+
+    Raises ConfigError.
+    """
     if name == STDIN:
-        return sys.stdin.buffer.read(MOST_BYTES)
-    with Path(name).open("rb") as stream:
-        return stream.read(MOST_BYTES)
+        return "standard input", sys.stdin.buffer.read(MOST_BYTES)
+    if not name.isprintable():
+        # As the agent refuses it in its own directory: such a name breaks lines and JSON.
+        raise ConfigError(ascii(name), 0, 0, "", "has a name that is no text: rename it")
+    try:
+        with Path(name).open("rb") as stream:
+            return name, stream.read(MOST_BYTES)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        raise ConfigError(name, 0, 0, "", reason) from None

@@ -131,6 +131,23 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     assert "nowhere.yaml: cannot be read: No such file" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["\udcff.yaml", "a\x1b[31m.yaml", "a\nb.yaml"])
+def test_a_name_that_is_no_text_is_refused_as_the_agent_refuses_it(
+    tmp_path: Path, name: str
+) -> None:
+    file = write(tmp_path, name, ALLOW)
+    for output in ("text", "json"):
+        for given in (file, str(tmp_path)):
+            result = check(given, "-o", output)
+            assert result.exit_code == 1
+            assert "has a name that is no text: rename it" in result.stdout
+    asked = CliRunner().invoke(cli, ["policy", "explain", "plaintext", "shop/pay:80", file])
+    assert asked.exit_code == 2
+    tested = CliRunner().invoke(cli, ["policy", "test", file, "--config", file])
+    assert tested.exit_code == 2
+    assert "has a name that is no text: rename it" in tested.stderr
+
+
 def test_wrong_usage(tmp_path: Path) -> None:
     assert check().exit_code == 2
     empty = check(str(tmp_path))

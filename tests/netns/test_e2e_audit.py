@@ -309,6 +309,10 @@ def test_a_journal_that_hangs_holds_up_nobody_and_gets_its_lines_later(
         )
         for _ in range(20):
             mesh.visit("client", "far")
+        wait_until(
+            lambda: mesh.status("node-2")["ztunnel"]["own"]["audit"]["journal"],
+            "nodeagent says what is wrong with the journal",
+        )
         assert mesh.count("far", "ztunnel_audit_sink_up", sink="file")
         assert mesh.count("far", "ztunnel_audit_sink_up", sink="syslog")
 

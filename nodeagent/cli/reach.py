@@ -27,6 +27,8 @@ EXIT_UNREACHABLE: Final = 3
 ANSWER_SECONDS: Final = 10.0
 """The daemon itself waits at most a few seconds for ztunnel's part."""
 
+OTHER_RELEASE: Final = "use the nodeagent command of the daemon's own release"
+
 A = TypeVar("A")
 
 
@@ -65,13 +67,13 @@ def get(directory: Path, resource: str, kind: type[A], schema: int, most: int) -
             what = resource.strip("/")
             raise UnreachableError(
                 f"the daemon speaks {what} schema {spoken}, this command {schema}",
-                "use the nodeagent command of the daemon's own release",
+                OTHER_RELEASE,
             )
         return msgspec.json.decode(body, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UnreachableError(
             f"nodeagent's answer is not understood: {error}",
-            "use the nodeagent command of the daemon's own release",
+            OTHER_RELEASE,
         ) from error
 
 
@@ -102,7 +104,14 @@ def _request(path: Path, resource: str, most: int) -> bytes:
         raise UnreachableError(f"{path}: {error}", "journalctl -u nodeagent") from error
     finally:
         connection.close()
-    if response.status != http.HTTPStatus.OK or len(body) > most:
+    if len(body) > most:
+        raise UnreachableError(
+            f"nodeagent's answer has more than {most} bytes",
+            "name the files to answer by, if the command takes any",
+        )
+    if response.status == http.HTTPStatus.NOT_FOUND:
+        raise UnreachableError(f"nodeagent knows no {resource}", OTHER_RELEASE)
+    if response.status != http.HTTPStatus.OK:
         raise UnreachableError(
             f"nodeagent answered {response.status}: {body[:200].decode(errors='replace').strip()}",
             "journalctl -u nodeagent",

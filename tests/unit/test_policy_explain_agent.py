@@ -6,6 +6,9 @@ import asyncio
 import socket
 from pathlib import Path
 
+import msgspec
+import pytest
+from aiohttp import web
 from click.testing import CliRunner, Result
 
 from nodeagent.admin import AdminServer, Configuration, Status
@@ -95,6 +98,25 @@ def test_what_is_not_in_force_yet_is_said(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "note: ztunnel is not connected\n" in result.stderr
     assert "note: refused, a last good version is in force: shop.yaml:1:1: bad\n" in result.stderr
+
+
+def test_an_agent_of_another_release_is_none_to_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = msgspec.structs.replace(configuration(), schema=CONFIGURATION_SCHEMA + 1)
+    result = of_agent(tmp_path, other, "explain", "shop/web", "shop/pay:80")
+    assert result.exit_code == 3
+    assert "configuration schema 2, this command 1" in result.stderr
+    (tmp_path / "admin.sock").unlink()
+    monkeypatch.setattr("nodeagent.admin.server.AdminServer._configuration", _not_found)
+    older = of_agent(tmp_path, None, "explain", "shop/web", "shop/pay:80")
+    assert older.exit_code == 3
+    assert "nodeagent knows no /configuration" in older.stderr
+    assert "own release" in older.stderr
+
+
+async def _not_found(_server: AdminServer, _request: web.Request) -> web.Response:
+    raise web.HTTPNotFound
 
 
 def test_an_agent_that_cannot_be_asked(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from nodeagent.lab import Lab
 from support import rfc5424
 from support.audit_lines import heard, journal_fields, listening
-from support.e2e import PODS, Mesh, running, spec, spiffe, strict, watched
+from support.e2e import PODS, Mesh, authority, running, spec, spiffe, strict, watched
+from support.hbone import Gone, Shown
 from support.netns import wait_until
 
 pytestmark = pytest.mark.netns
@@ -218,6 +220,33 @@ def test_plaintext_that_strict_refuses_has_no_identity(mesh: Mesh, sinks: Sinks)
     assert message["reason"] == "strict_requires_mtls"
     assert message["client"] == "without_identity"
     assert message["mode"] == "STRICT"
+
+
+@pytest.mark.parametrize("why", ["another trust domain", "no certificate", "expired"])
+def test_who_is_not_believed_is_unknown(mesh: Mesh, sinks: Sinks, why: str) -> None:
+    shown = {
+        "another trust domain": lambda: mesh.shown("spiffe://elsewhere.test/ns/shop/sa/twin"),
+        "no certificate": lambda: Shown(leaf=None),
+        "expired": lambda: mesh.shown(not_before=time.time() - 7200, not_after=time.time() - 3600),
+    }
+    before = len(sinks.text())
+    with pytest.raises(Gone):  # noqa: PT012 - TLS 1.3 tells a client late
+        client = mesh.hbone("twin", "far", shown[why]())
+        client.status(client.connect(authority(mesh.address("far"), 8080)))
+    line = wait_until(
+        lambda: next(
+            (found for found in map(TEXT.fullmatch, sinks.text()[before:]) if found), None
+        ),
+        "the file has a line",
+    )
+    assert line is not None
+    assert (line["identity"], line["verdict"], line["event"]) == (None, "UNAUTHORIZED", "handshake")
+    assert line["policy"] in {
+        "agent:trust_domain_mismatch",
+        "agent:certificate_untrusted",
+        "agent:certificate_missing",
+        "agent:certificate_expired",
+    }
 
 
 def test_what_an_audit_policy_marks_has_the_flag_and_its_rule(mesh: Mesh, sinks: Sinks) -> None:

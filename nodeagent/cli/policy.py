@@ -27,6 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
     cls=LazyGroup,
     lazy={
         "check": "nodeagent.cli.policy_check:check",
+        "diff": "nodeagent.cli.policy_diff:diff",
         "explain": "nodeagent.cli.policy_explain:explain",
         "test": "nodeagent.cli.policy_test:test",
     },

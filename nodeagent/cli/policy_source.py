@@ -23,7 +23,7 @@ from nodeagent.cli.reach import get, run_directory
 from nodeagent.offline import Offline
 from nodeagent.settings import Settings
 
-__all__ = ["Source", "from_agent", "from_files"]
+__all__ = ["Source", "from_agent", "from_files", "of_files"]
 
 MAX_ANSWER: Final = 512 * 1024 * 1024
 """Bytes of the agent's documents: about half a million workloads."""
@@ -64,7 +64,11 @@ class Source(msgspec.Struct, frozen=True):
 
 def from_files(names: Sequence[str], settings_file: Path | None, trusted: Iterable[str]) -> Source:
     """Return the configuration of files and directories. Raises RefusedInputError."""
-    settings = settings_of(settings_file)
+    return of_files(names, settings_of(settings_file), trusted)
+
+
+def of_files(names: Sequence[str], settings: Settings, trusted: Iterable[str]) -> Source:
+    """Return the configuration of files and directories. Raises RefusedInputError."""
     try:
         domains = tuple(map(values.trust_domain, trusted))
     except ValueError as error:

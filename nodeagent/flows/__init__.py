@@ -8,7 +8,7 @@ aside and not in the way. It may not judge: what it keeps are ztunnel's own verd
 
 from nodeagent.flows._model import SCHEMA, Recorded, Recording
 from nodeagent.flows._recorder import Recorder, RecorderStatus
-from nodeagent.flows._store import FILE_NAME, FlowStore, StoreError, read
+from nodeagent.flows._store import FILE_NAME, FlowStore, StoreError, read, recording
 
 __all__ = [
     "FILE_NAME",
@@ -20,4 +20,5 @@ __all__ = [
     "Recording",
     "StoreError",
     "read",
+    "recording",
 ]

@@ -19,8 +19,8 @@ import msgspec
 import structlog
 
 from nodeagent.flow_settings import Keep
-from nodeagent.flows._model import SCHEMA, Recorded, Recording
-from nodeagent.flows._store import HOUR, MAX_READ, FlowStore, StoreError, read
+from nodeagent.flows._model import SCHEMA, Recording
+from nodeagent.flows._store import HOUR, FlowStore, StoreError, recording
 from ztunnel.protocol import Flow
 
 __all__ = ["Recorder", "RecorderStatus"]
@@ -36,6 +36,9 @@ RETRY_SECONDS: Final = 30.0
 """Until a file that cannot be used is tried again."""
 
 log = structlog.get_logger()
+
+
+OFF: Final = "the settings do not ask for it: flows.retention_hours is 0"
 
 
 class RecorderStatus(msgspec.Struct, frozen=True):
@@ -125,28 +128,13 @@ class Recorder:
             written = threading.Event()
             self._queue.put(written)
             written.wait(WRITTEN_SECONDS)
-        now = self._wall()
-        since = max(0.0, now - age)
-        problem = self._problem
-        found: list[Recorded] = []
-        oldest: float | None = None
         if not self.enabled:
-            problem = "the settings do not ask for it: flows.retention_hours is 0"
-        else:
-            try:
-                found, oldest = read(self.path, since)
-            except StoreError as error:
-                problem = problem or str(error)
-        return Recording(
-            schema=SCHEMA,
-            node=node,
-            time=datetime.fromtimestamp(now, UTC),
-            since=datetime.fromtimestamp(since, UTC),
-            oldest=None if oldest is None else datetime.fromtimestamp(oldest, UTC),
-            flows=tuple(found[:MAX_READ]),
-            truncated=len(found) > MAX_READ,
-            problem=problem,
-        )
+            return _nothing(node, self._wall(), age, OFF)
+        try:
+            found = recording(self.path, node, self._wall(), age)
+        except StoreError as error:
+            return _nothing(node, self._wall(), age, self._problem or str(error))
+        return msgspec.structs.replace(found, problem=self._problem)
 
     # --- the thread -----------------------------------------------------------------------------
 
@@ -199,3 +187,15 @@ class Recorder:
         self._retry_at = self._clock() + RETRY_SECONDS
         # The next attempt begins with the file itself.
         self._store.close()
+
+
+def _nothing(node: str, now: float, age: int, problem: str) -> Recording:
+    return Recording(
+        schema=SCHEMA,
+        node=node,
+        time=datetime.fromtimestamp(now, UTC),
+        since=datetime.fromtimestamp(max(0.0, now - age), UTC),
+        oldest=None,
+        flows=(),
+        problem=problem,
+    )

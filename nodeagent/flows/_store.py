@@ -26,10 +26,10 @@ from urllib.parse import quote
 import structlog
 
 from nodeagent.flow_settings import Keep
-from nodeagent.flows._model import Recorded
+from nodeagent.flows._model import SCHEMA, Recorded, Recording
 from ztunnel.protocol import Flow, FlowKey
 
-__all__ = ["FILE_NAME", "MAX_READ", "FlowStore", "StoreError", "read"]
+__all__ = ["FILE_NAME", "FlowStore", "StoreError", "read", "recording"]
 
 FILE_NAME: Final = "flows.db"
 BROKEN: Final = ".broken"
@@ -345,6 +345,24 @@ class FlowStore:
         """Forget what was known of the file's rows: they may be others now."""
         self._known.clear()
         self._hour = -1
+
+
+def recording(path: Path, node: str, now: float, age: int) -> Recording:
+    """Return what was seen in the last `age` seconds, as it is published. Raises StoreError.
+
+    `now` is seconds since the epoch.
+    """
+    since = max(0.0, now - age)
+    found, oldest = read(path, since)
+    return Recording(
+        schema=SCHEMA,
+        node=node,
+        time=datetime.fromtimestamp(now, UTC),
+        since=datetime.fromtimestamp(since, UTC),
+        oldest=None if oldest is None else datetime.fromtimestamp(oldest, UTC),
+        flows=tuple(found[:MAX_READ]),
+        truncated=len(found) > MAX_READ,
+    )
 
 
 def read(path: Path, since: float, most: int = MAX_READ) -> tuple[list[Recorded], float | None]:

@@ -33,11 +33,20 @@ from nodeagent.offline._explain import (
     UnreadReport,
     explain,
 )
-from nodeagent.offline._offline import ModeInForce, Offline, UnusableError
+from nodeagent.offline._offline import (
+    OWN_PORTS,
+    Group,
+    ModeInForce,
+    Offline,
+    UnusableError,
+    Verdict,
+    pack,
+)
 from nodeagent.offline._table import Case, Outcome, Result, Table, read_table, run_case
 
 __all__ = [
     "EXPLAIN_SCHEMA",
+    "OWN_PORTS",
     "PLAINTEXT",
     "STDIN",
     "Answer",
@@ -45,6 +54,7 @@ __all__ = [
     "Case",
     "Documents",
     "Explanation",
+    "Group",
     "MissReport",
     "ModeInForce",
     "NoFilesError",
@@ -59,9 +69,11 @@ __all__ = [
     "Target",
     "UnreadReport",
     "UnusableError",
+    "Verdict",
     "address_of",
     "caller",
     "explain",
+    "pack",
     "proves_identity",
     "read",
     "read_file",

@@ -21,6 +21,7 @@ from nodeagent.mesh import MeshState
 from nodeagent.policy import Level
 from nodeagent.settings import Settings, for_tunnel
 from ztunnel import address, state
+from ztunnel.address import pack
 from ztunnel.authorize import NODE_PLAINTEXT, Request, Verdict, authorize
 from ztunnel.policy import facts
 from ztunnel.policy.explain import Trace, trace
@@ -36,9 +37,18 @@ from ztunnel.protocol import (
     Workload,
 )
 from ztunnel.spiffe import SpiffeId
-from ztunnel.state import LocalPod, State
+from ztunnel.state import OWN_PORTS, LocalPod, State
 
-__all__ = ["ModeInForce", "Offline", "PassedOver", "UnusableError"]
+__all__ = [
+    "OWN_PORTS",
+    "Group",
+    "ModeInForce",
+    "Offline",
+    "PassedOver",
+    "UnusableError",
+    "Verdict",
+    "pack",
+]
 
 
 class UnusableError(Exception):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from nodeagent.cli import cli
 from nodeagent.lab import Lab
 from support.e2e import Mesh, running, spec, spiffe, strict, watched
 from support.netns import wait_until
@@ -117,3 +121,85 @@ def test_metrics_of_one_label_set_are_the_sums_of_its_callers_ports(mesh: Mesh) 
         mesh.visit("legacy", "far")
     mesh.counted("far", metric, before + 3, **labels)
     assert mesh.count("far", metric, **labels) == before + 3
+
+
+# --- what would a change break? -----------------------------------------------------------------
+
+
+def proposed(mesh: Mesh, folder: Path, *documents: dict[str, Any]) -> Path:
+    """Return a directory of the configuration in force with these documents besides."""
+    shutil.copytree(mesh.lab.layout.config, folder)
+    # JSON is YAML too.
+    text = "\n---\n".join(json.dumps(document) for document in documents)
+    (folder / "proposed.yaml").write_text(text)
+    return folder
+
+
+def foretold(mesh: Mesh, node: str, new: Path) -> tuple[int, Found]:
+    """Ask the node's agent what would break; return the exit code and the callers."""
+    run = mesh.lab.layout.run(node)
+    command = ["policy", "diff", "--running", str(new), "--flows", "--since", "1h"]
+    result = CliRunner().invoke(cli, [*command, "--run-dir", str(run), "-o", "json"])
+    assert result.stdout, result.output
+    report = json.loads(result.stdout)
+    assert report["breaks"] is bool(result.exit_code)
+    return result.exit_code, report["flows"]["breaks"]
+
+
+def authorization(*rules: dict[str, Any], action: str = "ALLOW", app: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "AuthorizationPolicy",
+        "metadata": {"name": f"for-{app}", "namespace": "shop"},
+        "spec": {
+            "selector": {"matchLabels": {"app": app}},
+            "action": action,
+            "rules": list(rules),
+        },
+    }
+
+
+def called_by(*callers: str) -> dict[str, Any]:
+    principals = [spiffe(caller).removeprefix("spiffe://") for caller in callers]
+    return {"from": [{"source": {"principals": principals}}]}
+
+
+def test_who_is_foretold_to_break_breaks_and_nobody_else(mesh: Mesh, tmp_path: Path) -> None:
+    listener = mesh.listen("far")
+    port: int = listener.getsockname()[1]
+    for caller in ("client", "legacy", "outsider"):
+        mesh.visit(caller, "far", listener=listener)
+    node = mesh.node_of("far")
+    change = (strict("far"), authorization(called_by("near"), app="far"))
+    code, breaks = foretold(mesh, node, proposed(mesh, tmp_path / "new", *change))
+    assert code == 1
+    mine = [each for each in breaks if each["port"] == port]
+    # `client` by the policy, both others by the mode that comes first.
+    assert {(each["workload"], each["new"]["reason"]) for each in mine} == {
+        ("shop/client", "policy_denied"),
+        ("shop/legacy", "strict_requires_mtls"),
+        ("", "strict_requires_mtls"),
+    }
+    assert all("proposed.yaml:" in each["new"]["origin"] for each in mine)
+    mesh.apply(*change, name="proposed")
+    mesh.settled(node, lambda state: "for-far" in json.dumps(state["pods"]))
+    mesh.settled(node, lambda state: "strict-far" in json.dumps(state["pods"]))
+    for caller in ("client", "legacy", "outsider"):
+        mesh.refuses(caller, mesh.address("far"), port, b"?")
+
+
+def test_what_is_foretold_to_break_nobody_breaks_nobody(mesh: Mesh, tmp_path: Path) -> None:
+    # A workload of its own: what others have recorded of `far` is not this test's.
+    listener = mesh.listen("near")
+    for _ in range(2):
+        mesh.visit("client", "near", listener=listener)
+    node = mesh.node_of("near")
+    change = (strict("near"), authorization(called_by("client", "far"), app="near"))
+    code, breaks = foretold(mesh, node, proposed(mesh, tmp_path / "new", *change))
+    assert (code, breaks) == (0, [])
+    mesh.apply(*change, name="proposed")
+    mesh.settled(node, lambda state: "for-near" in json.dumps(state["pods"]))
+    mesh.settled(node, lambda state: "strict-near" in json.dumps(state["pods"]))
+    mesh.visit("client", "near", listener=listener)
+    # And it does keep others out.
+    mesh.refuses("outsider", mesh.address("near"), listener.getsockname()[1], b"?")

@@ -139,14 +139,18 @@ def _regrouped(
 ) -> dict[str, Group]:
     result = dict(groups)
     made: dict[tuple[int, ...], Group] = {}
+    newcomers = _Newcomers(result)
     # Those that are new last: a further replica finds the group of the others.
     for place in sorted(changes, key=lambda place: place not in groups):
         before = groups.get(place, _NOTHING)
         key = (id(before), *map(id, changes[place]))
         group = made.get(key)
         if group is None:
-            group = _shared(result, changes[place]) if before is _NOTHING else None
-            group = made[key] = group or before.changed(changes[place])
+            if before is _NOTHING:
+                group = newcomers.group(changes[place])
+            else:
+                group = before.changed(changes[place])
+            made[key] = group
         if group.indexes:
             result[place] = group
         else:
@@ -154,8 +158,22 @@ def _regrouped(
     return result
 
 
-def _shared(groups: Mapping[str, Group], changes: Iterable[_Change]) -> Group | None:
-    """Return the group that is already there of just the policies that `changes` bring."""
-    wanted = {change.after.uid for change in changes if change.after is not None}
-    distinct = {id(group): group for group in groups.values()}
-    return next((group for group in distinct.values() if group.holds_just(wanted)), None)
+class _Newcomers:
+    """The groups of places that had none, shared with those of `groups` as they have become."""
+
+    def __init__(self, groups: Mapping[str, Group]) -> None:
+        self._groups = groups
+        self._there: list[Group] | None = None
+        self._made: dict[frozenset[str], Group] = {}
+
+    def group(self, changes: Sequence[_Change]) -> Group:
+        """Return the group of just the policies that `changes` bring."""
+        wanted = frozenset(change.after.uid for change in changes if change.after is not None)
+        if self._there is None:
+            # Once: looking at what is made here would take the square of their number.
+            self._there = list({id(group): group for group in self._groups.values()}.values())
+        found = self._made.get(wanted)
+        if found is None:
+            there = (group for group in self._there if group.holds_just(wanted))
+            found = self._made[wanted] = next(there, None) or _NOTHING.changed(changes)
+        return found

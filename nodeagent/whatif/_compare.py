@@ -1,0 +1,186 @@
+"""Two configurations compared by what they decide, for callers that stand for all.
+
+This module owns the comparison. It promises that a workload which both judge by the same rules is
+asked about only for callers who themselves change; that callers, ports and workloads with the same
+change are one entry; and that the number of judgements and of entries is bounded, with what was
+left out counted. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from nodeagent.offline import OWN_PORTS, Offline, Verdict
+from nodeagent.whatif._callers import Caller, Callers, Shown
+from nodeagent.whatif._model import CallChange, Comparison, ModeChange, Side
+from nodeagent.whatif._places import Place, conditions, places
+from ztunnel.protocol import Attribute, Condition, Mode
+
+__all__ = ["ALL_PORTS", "NOT_JUDGED", "OTHER_PORTS", "compare", "side"]
+
+MAX_JUDGED: Final = 150_000
+"""Pairs of judgements, about 30 µs each: five seconds."""
+
+MAX_LISTED: Final = 2_000
+"""Entries of each list, the first by workload: a megabyte of JSON or two."""
+
+ALL_PORTS: Final = "all"
+OTHER_PORTS: Final = "other"
+
+FIRST_OTHER: Final = 1
+"""From which on a port is looked for that no policy names."""
+
+NOT_JUDGED: Final = Side(allowed=True, judged=False)
+"""Where no agent judges, everybody gets in."""
+
+
+class _Call(NamedTuple):
+    place: Place
+    caller: Caller
+    port: str
+    number: int
+
+
+_Outcome = tuple[Side, Side]
+
+
+def compare(old: Offline, new: Offline, domains: Iterable[str]) -> Comparison:
+    """Return how `new` differs from `old`. `domains` are the trust domains that both trust."""
+    found = places(old, new)
+    callers = Callers(old, new, domains)
+    calls = _Calls(found, callers)
+    outcomes: dict[tuple[_Outcome, tuple[str, ...], Place], list[str]] = {}
+    for place, caller, ports in calls.all():
+        by_outcome: dict[_Outcome, list[str]] = {}
+        for port, number in ports:
+            outcome = (
+                _side(old, place, caller.old, number),
+                _side(new, place, caller.new, number),
+            )
+            if outcome[0].allowed != outcome[1].allowed:
+                by_outcome.setdefault(outcome, []).append(port)
+        for outcome, changed in by_outcome.items():
+            named = (ALL_PORTS,) if len(changed) == len(ports) else tuple(changed)
+            outcomes.setdefault((outcome, named, place), []).append(caller.name)
+    changes = _merged(outcomes)
+    refused = [each for each in changes if each.old.allowed]
+    admitted = [each for each in changes if not each.old.allowed]
+    modes = _modes(old, new, found)
+    lists = (refused, admitted, modes)
+    return Comparison(
+        modes=tuple(modes[:MAX_LISTED]),
+        refused=tuple(refused[:MAX_LISTED]),
+        admitted=tuple(admitted[:MAX_LISTED]),
+        workloads_added=tuple(sorted(new.workloads.keys() - old.workloads.keys())),
+        workloads_removed=tuple(sorted(old.workloads.keys() - new.workloads.keys())),
+        sampled=calls.sampled,
+        unlooked=calls.unlooked,
+        left_out=sum(max(0, len(each) - MAX_LISTED) for each in lists),
+    )
+
+
+class _Calls:
+    """Which calls are asked about, within the bound."""
+
+    def __init__(self, found: Sequence[Place], callers: Callers) -> None:
+        self._places = found
+        self._callers = callers
+        self._left = MAX_JUDGED
+        changing = sum(place.old.groups != place.new.groups for place in found)
+        # Twice the identities: as many callers again that stand for others, or ports.
+        self.sampled = changing * 2 * len(callers.identities) > MAX_JUDGED
+        self.unlooked = 0
+
+    def all(self) -> Iterator[tuple[Place, Caller, Sequence[tuple[str, int]]]]:
+        """Yield place, caller and ports (as they are called, and to judge by) to ask about."""
+        for place in self._places:
+            named = list(conditions(place.policies))
+            callers: Sequence[Caller] = self._callers.moving
+            if place.old.groups != place.new.groups or place.old.judged != place.new.judged:
+                some = self._callers.some_of if self.sampled else self._callers.all_of
+                callers = some(named)
+            elif place.changes:
+                # Nobody who proves an identity is let in or refused by a mode.
+                callers = [*callers, *self._callers.without_identity(named)]
+            ports = _ports(place, named)
+            for position, caller in enumerate(callers):
+                if self._left < len(ports):
+                    self.unlooked += len(callers) - position
+                    break
+                self._left -= len(ports)
+                yield place, caller, ports
+
+
+def _ports(place: Place, named: Sequence[Condition]) -> Sequence[tuple[str, int]]:
+    """Return the ports that the rules of a place could tell apart, and one for all others."""
+    modes = (*place.old.port_modes, *place.new.port_modes)
+    numbers = {port for port, _ in modes} | {
+        int(value)
+        for condition in named
+        if condition.attribute is Attribute.DESTINATION_PORT
+        for value in (*condition.values, *condition.not_values)
+    }
+    other = FIRST_OTHER
+    while other in numbers or other in OWN_PORTS:
+        other += 1
+    return [*((str(port), port) for port in sorted(numbers - OWN_PORTS)), (OTHER_PORTS, other)]
+
+
+def _side(off: Offline, place: Place, shown: Shown, port: int) -> Side:
+    verdict = off.judge(place.workloads[0], port, shown.identity, shown.source)
+    return side(verdict)
+
+
+def side(verdict: Verdict | None) -> Side:
+    """Return what a report says of a verdict; None is that of nobody."""
+    if verdict is None:
+        return NOT_JUDGED
+    reason = "" if verdict.allow else verdict.reason.value
+    return Side(allowed=verdict.allow, reason=reason, origin=verdict.origin)
+
+
+def _merged(
+    outcomes: dict[tuple[_Outcome, tuple[str, ...], Place], list[str]],
+) -> list[CallChange]:
+    """Return one entry for the same callers, ports and outcome, with all workloads."""
+    merged: dict[tuple[_Outcome, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for (outcome, ports, place), callers in outcomes.items():
+        merged.setdefault((outcome, ports, tuple(callers)), []).extend(place.workloads)
+    found = [
+        CallChange(
+            callers=callers,
+            workloads=tuple(sorted(workloads)),
+            ports=ports,
+            old=outcome[0],
+            new=outcome[1],
+        )
+        for (outcome, ports, callers), workloads in merged.items()
+    ]
+    return sorted(found, key=lambda each: (each.workloads, each.ports, each.callers))
+
+
+def _modes(old: Offline, new: Offline, found: Iterable[Place]) -> list[ModeChange]:
+    """Return the modes that change, of workloads that both configurations have in the mesh."""
+    merged: dict[tuple[str, str, str, str], list[str]] = {}
+    for place in found:
+        if not (place.changes and place.old.judged and place.new.judged):
+            continue
+        ports = {port for port, _ in (*place.old.port_modes, *place.new.port_modes)}
+        for uid in place.workloads:
+            for port in (0, *sorted(ports)):
+                before, _ = _mode(old, uid, port)
+                after, origin = _mode(new, uid, port)
+                if before is not after:
+                    key = (str(port or ""), before.value, after.value, origin)
+                    merged.setdefault(key, []).append(uid)
+    found_modes = [
+        ModeChange(workloads=tuple(sorted(uids)), port=port, old=was, new=then, origin=origin)
+        for (port, was, then, origin), uids in merged.items()
+    ]
+    return sorted(found_modes, key=lambda each: (each.workloads, each.port))
+
+
+def _mode(off: Offline, uid: str, port: int) -> tuple[Mode, str]:
+    policy = off.state.policies[uid]
+    return policy.port_modes.get(port, policy.mode), policy.port_origins.get(port, policy.origin)

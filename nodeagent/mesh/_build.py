@@ -55,6 +55,7 @@ class Builder:
         self._resolve = Last(policy.resolve)
         self._authorizations: Last[_Once[AuthorizationPolicy]] = Last(_once)
         self._sets: Last[_Once[IdentitySet]] = Last(_once)
+        self._evasions = Last(policy.Evasions())
         self._unenforced = Last(policy.unenforced)
         self._authorizer = policy.Authorizer(settings.root_namespace)
 
@@ -94,6 +95,7 @@ class Builder:
             *policies_twice,
             *sets_twice,
             *authorizations.warnings,
+            *self._evasions(policies, authorizations.policies, resolution.policies, judged),
         }
         return MeshState(
             workloads=workloads.resources,

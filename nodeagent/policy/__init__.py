@@ -8,6 +8,7 @@ tunnel.
 """
 
 from nodeagent.policy._authorization import Authorizations, Authorizer, LeftOut
+from nodeagent.policy._evasion import Evasions
 from nodeagent.policy._identity_sets import IdentitySets
 from nodeagent.policy._peer_authentication import (
     DEFAULT_ORIGIN,
@@ -24,6 +25,7 @@ __all__ = [
     "DEFAULT_ORIGIN",
     "Authorizations",
     "Authorizer",
+    "Evasions",
     "IdentitySets",
     "LeftOut",
     "Level",

@@ -29,6 +29,7 @@ import structlog
 from nodeagent import mesh, reconcile, report
 from nodeagent.admin import Configuration, Metrics, Status
 from nodeagent.admin.model import PodState
+from nodeagent.api import Document
 from nodeagent.capture import Capture, Enrolment, Listeners
 from nodeagent.channel import close_all
 from nodeagent.control import ControlServer, QueryError
@@ -167,7 +168,7 @@ class Agent:
             # Nothing could be read: an empty mesh would take every pod out of it.
             log.error("no configuration yet", source=self.parts.source_name)
             return
-        found = await asyncio.to_thread(self._builder.build, state.documents)
+        found, upserts, removals = await asyncio.to_thread(self._build, state.documents)
         for warning in set(found.warnings) - set(self._mesh.warnings):
             log.warning("configuration", warning=warning)
         known = set(self._mesh.problems)
@@ -183,7 +184,6 @@ class Agent:
         # From here to the end ztunnel has an older state in force than what is wanted.
         self._in_force = None
         await self._tighten(wanted)
-        upserts, removals = mesh.diff(self._mesh, found)
         self._mesh, self._applied = found, state
         version = self.control.apply(upserts, removals)
         self._want_identities(wanted.values())
@@ -191,6 +191,13 @@ class Agent:
         self._in_force = version
         self.loaded.set()
         self.progressed()
+
+    def _build(
+        self, documents: Iterable[Document]
+    ) -> tuple[mesh.MeshState, tuple[mesh.Resource, ...], tuple[protocol.Removal, ...]]:
+        """On a worker thread: return what `documents` mean, and how that differs from before."""
+        found = self._builder.build(documents)
+        return found, *mesh.diff(self._mesh, found)
 
     async def _tighten(self, wanted: dict[str, reconcile.Wanted]) -> None:
         closing = [

@@ -88,7 +88,7 @@ def plan(old: State | None, new: State, version: int) -> Change:
     batch: list[protocol.Resource] = []
     size = 0
     base: State = {} if old is None else old
-    gone = sorted(key for key in base if key not in new)
+    gone = sorted(base.keys() - new.keys())
     removals = tuple(protocol.Removal(kind, uid) for kind, uid in gone)
     if old is None:
         parts.append(Part(protocol.Update(version, reset=True, commit=False)))

@@ -47,8 +47,8 @@ ztunnel, and a thousand pods that are enrolled at once would make a thousand cha
 after a quiet while goes at once."""
 
 LARGE_STATE: Final = 2000
-"""Resources from which on a whole state is encoded on a thread: 100,000 take most of a second, and
-others' heartbeats would wait."""
+"""Resources from which on two states are compared, and what differs encoded, on a thread: with
+100,000 the one takes a tenth of a second and the other, at first, half of one."""
 
 MAX_QUERIES: Final = 16
 """Questions of ours without an answer."""
@@ -335,10 +335,9 @@ class Session:
         await self._accept(state, version)
 
     async def _plan(self, state: published.State, version: int) -> published.Change:
-        old = self._acknowledged
-        if old is None and len(state) > LARGE_STATE:
-            return await asyncio.to_thread(published.plan, old, state, version)
-        return published.plan(old, state, version)
+        if len(state) > LARGE_STATE:
+            return await asyncio.to_thread(published.plan, self._acknowledged, state, version)
+        return published.plan(self._acknowledged, state, version)
 
     async def _accept(self, state: published.State, version: int) -> None:
         self._acknowledged = state

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Final
 
-PAUSE_SECONDS: Final = 0.001
+PAUSE_SECONDS: Final = 0.005
 """Between two connections: leaves the processors to those who are measured."""
 ANSWER_SECONDS: Final = 5.0
 

@@ -232,6 +232,10 @@ _DETAILS: Final = (
         "effect_max_ms",
     ),
     _own(
+        "100,000 workloads, 10,000 policies: nodeagent's CPU per edit", "ms", "policy",
+        "nodeagent_cpu_ms",
+    ),
+    _own(
         "100,000 workloads, 10,000 policies: in force after", "s", "policy", "loaded_seconds"
     ),
     _own("100,000 workloads, 10,000 policies: nodeagent", "MB", "policy", "nodeagent_mb"),

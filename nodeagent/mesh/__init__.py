@@ -9,7 +9,7 @@ It is pure: values in, values out.
 """
 
 from nodeagent.mesh._build import Builder, build
-from nodeagent.mesh._diff import diff
+from nodeagent.mesh._diff import Resource, diff
 from nodeagent.mesh._state import Binding, MeshState
 
-__all__ = ["Binding", "Builder", "MeshState", "build", "diff"]
+__all__ = ["Binding", "Builder", "MeshState", "Resource", "build", "diff"]

@@ -12,7 +12,7 @@ concerns, and of those that look at every document only what they have not seen 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nodeagent import policy
 from nodeagent.api import (
@@ -26,7 +26,7 @@ from nodeagent.api import (
 )
 from nodeagent.memo import Last
 from nodeagent.mesh._notes import Notes
-from nodeagent.mesh._services import read_services
+from nodeagent.mesh._services import ServiceReader
 from nodeagent.mesh._state import MeshState
 from nodeagent.mesh._workloads import WorkloadReader
 from nodeagent.settings import Settings
@@ -48,9 +48,9 @@ class Builder:
     def __init__(self, settings: Settings, *, everywhere: bool = False) -> None:
         self._settings = settings
         self._everywhere = everywhere
-        self._read_workloads = Last(WorkloadReader(settings).read)
+        self._read_workloads = WorkloadReader(settings).read
         self._service_entries: Last[_Once[ServiceEntry]] = Last(_once)
-        self._read_services = Last(read_services)
+        self._read_services = Last(ServiceReader(settings).read)
         self._authentications: Last[_Once[PeerAuthentication]] = Last(_once)
         self._resolve = Last(policy.resolve)
         self._authorizations: Last[_Once[AuthorizationPolicy]] = Last(_once)
@@ -61,30 +61,28 @@ class Builder:
 
     def build(self, documents: Iterable[Document]) -> MeshState:
         """Return what `documents` mean; their order does not matter."""
-        found = list(documents)
-        settings = self._settings
-        workloads = self._read_workloads(
-            [each for each in found if isinstance(each, WorkloadEntry)]
-        )
-        entries, entries_twice = self._service_entries(
-            [each for each in found if isinstance(each, ServiceEntry)]
-        )
-        services = self._read_services(entries, workloads, settings)
-        authentications, authentications_twice = self._authentications(
-            [each for each in found if isinstance(each, PeerAuthentication)]
-        )
+        found: dict[type[Document], list[Any]] = {}
+        for document in documents:
+            found.setdefault(type(document), []).append(document)
+        workloads = self._read_workloads(found.get(WorkloadEntry, []))
+        entries, entries_twice = self._service_entries(found.get(ServiceEntry, []))
+        services = self._read_services(entries, workloads)
         judged: Collection[str] = workloads.bindings.keys()
         if self._everywhere:
-            judged = {subject.uid for subject in workloads.subjects if subject.in_mesh}
+            judged = [each.uid for each in workloads.subjects.all() if each.in_mesh]
+        authentications, authentications_twice = self._authentications(
+            found.get(PeerAuthentication, [])
+        )
         resolution = self._resolve(
-            authentications, workloads.subjects, settings.root_namespace, judged
+            authentications,
+            workloads.subjects,
+            self._settings.root_namespace,
+            None if self._everywhere else judged,
         )
-        policies, policies_twice = self._authorizations(
-            [each for each in found if isinstance(each, AuthorizationPolicy)]
-        )
-        sets, sets_twice = self._sets([each for each in found if isinstance(each, IdentitySet)])
+        policies, policies_twice = self._authorizations(found.get(AuthorizationPolicy, []))
+        sets, sets_twice = self._sets(found.get(IdentitySet, []))
         authorizations = self._authorizer.authorize(
-            policies, sets, workloads.annotated, workloads.subjects, judged
+            policies, sets, workloads.annotated.values(), workloads.subjects, judged
         )
         warnings = {
             *workloads.warnings,

@@ -12,19 +12,17 @@ from collections.abc import Mapping
 from nodeagent.mesh._state import MeshState
 from ztunnel.protocol import Authorization, Removal, Service, Workload, WorkloadPolicy
 
-__all__ = ["diff"]
+__all__ = ["Resource", "diff"]
 
-_Resource = Workload | Service | WorkloadPolicy | Authorization
+Resource = Workload | Service | WorkloadPolicy | Authorization
 
 
-def diff(
-    old: MeshState | None, new: MeshState
-) -> tuple[tuple[_Resource, ...], tuple[Removal, ...]]:
+def diff(old: MeshState | None, new: MeshState) -> tuple[tuple[Resource, ...], tuple[Removal, ...]]:
     """Return the upserts and removals that lead from `old` (None: from nothing) to `new`."""
     before = old or MeshState()
-    upserts: list[_Resource] = []
+    upserts: list[Resource] = []
     removals: list[Removal] = []
-    pairs: tuple[tuple[str, Mapping[str, _Resource], Mapping[str, _Resource]], ...] = (
+    pairs: tuple[tuple[str, Mapping[str, Resource], Mapping[str, Resource]], ...] = (
         ("workload", before.workloads, new.workloads),
         ("service", before.services, new.services),
         ("workload_policy", before.policies, new.policies),

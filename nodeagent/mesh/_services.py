@@ -11,7 +11,8 @@ the first one has the addresses, for the endpoints are the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -24,11 +25,12 @@ from nodeagent.api import (
     ServiceLocation,
 )
 from nodeagent.mesh._notes import Notes, name
-from nodeagent.mesh._workloads import Reading, Workloads
+from nodeagent.mesh._workloads import Workloads
+from nodeagent.policy import Subject
 from nodeagent.settings import Settings
 from ztunnel.protocol import DataPlane, Endpoint, Service, ServicePort
 
-__all__ = ["Services", "read_services"]
+__all__ = ["ServiceReader", "Services"]
 
 
 class Services(msgspec.Struct, frozen=True):
@@ -38,79 +40,83 @@ class Services(msgspec.Struct, frozen=True):
     warnings: tuple[ConfigWarning, ...]
 
 
-def read_services(
-    entries: Sequence[ServiceEntry], workloads: Workloads, settings: Settings
-) -> Services:
-    """Return the services of `entries`, which come oldest first and each uid once."""
-    notes = Notes()
-    selected = _Selected(entries, workloads)
-    services: dict[str, Service] = {}
-    hosts: dict[str, ServiceEntry] = {}
-    held: dict[tuple[str, int], ServiceEntry] = {}
-    for entry in entries:
-        ports = _ports(entry)
-        if entry.spec.resolution is not Resolution.STATIC or not ports:
-            continue
-        endpoints = _endpoints(entry, ports, workloads, selected, notes)
-        addresses = _addresses(entry, ports, held, workloads, settings, notes)
-        for host in entry.spec.hosts:
-            uid = f"{entry.metadata.namespace}/{host}"
-            holder = hosts.setdefault(uid, entry)
-            if holder is not entry:
-                reason = f"the host {host} belongs to {name(holder)}, which is older; remove one"
-                notes.add(entry, "spec.hosts", reason)
-                continue
-            for address in addresses:
-                held.update({(address, port.number): entry for port in ports})
-            services[uid] = Service(
-                uid=uid,
-                hostname=host,
-                namespace=entry.metadata.namespace,
-                addresses=addresses,
-                ports=ports,
-                endpoints=endpoints,
-            )
-            addresses = ()
-    return Services(dict(sorted(services.items())), notes.found())
+class ServiceReader:
+    """Reads one set of ServiceEntries after another."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._selected: dict[int, _Selected] = {}
+        """By the entry's `id`, which is its own while it is held here."""
 
-class _Selected:
-    """Which workloads have the labels that services ask for."""
+    def read(self, entries: Sequence[ServiceEntry], workloads: Workloads) -> Services:
+        """Return the services of `entries`, which come oldest first and each uid once."""
+        notes = Notes()
+        self._selected = {
+            id(entry): _select(entry, workloads, self._selected.get(id(entry)))
+            for entry in entries
+            if entry.spec.workload_selector is not None
+        }
+        services = self._services(entries, workloads, notes)
+        return Services(dict(sorted(services.items())), notes.found())
 
-    def __init__(self, entries: Iterable[ServiceEntry], workloads: Workloads) -> None:
-        self._found: dict[tuple[str, str, str], list[Reading]] = {}
-        """By namespace and label, one label of each selector only."""
-        namespaces: dict[str, dict[tuple[str, str], list[Reading]]] = {}
+    def _services(
+        self, entries: Sequence[ServiceEntry], workloads: Workloads, notes: Notes
+    ) -> dict[str, Service]:
+        services: dict[str, Service] = {}
+        hosts: dict[str, ServiceEntry] = {}
+        held: dict[tuple[str, int], ServiceEntry] = {}
         for entry in entries:
-            label = _first_label(entry)
-            if label is not None:
-                namespace = entry.metadata.namespace
-                found = self._found.setdefault((namespace, *label), [])
-                namespaces.setdefault(namespace, {})[label] = found
-        for reading in workloads.readings.values():
-            wanted = namespaces.get(reading.subject.namespace)
-            if wanted is not None:
-                for label in reading.subject.labels.items():
-                    if label in wanted:
-                        wanted[label].append(reading)
+            ports = _ports(entry)
+            if entry.spec.resolution is not Resolution.STATIC or not ports:
+                continue
+            endpoints = _endpoints(entry, ports, workloads, self._selected.get(id(entry)), notes)
+            addresses = _addresses(entry, ports, held, workloads, self._settings, notes)
+            for host in entry.spec.hosts:
+                uid = f"{entry.metadata.namespace}/{host}"
+                holder = hosts.setdefault(uid, entry)
+                if holder is not entry:
+                    reason = (
+                        f"the host {host} belongs to {name(holder)}, which is older; remove one"
+                    )
+                    notes.add(entry, "spec.hosts", reason)
+                    continue
+                for address in addresses:
+                    held.update({(address, port.number): entry for port in ports})
+                services[uid] = Service(
+                    uid=uid,
+                    hostname=host,
+                    namespace=entry.metadata.namespace,
+                    addresses=addresses,
+                    ports=ports,
+                    endpoints=endpoints,
+                )
+                addresses = ()
+        return services
 
-    def by(self, entry: ServiceEntry) -> list[Reading]:
-        """Return the workloads that `entry` selects, by uid."""
-        label = _first_label(entry)
-        selector = entry.spec.workload_selector
-        # An empty selector selects nothing: the loader refuses it, and selecting all is what must
-        # never happen by accident.
-        if label is None or selector is None:
-            return []
-        wanted = selector.labels.items()
-        found = self._found[(entry.metadata.namespace, *label)]
-        chosen = (each for each in found if wanted <= each.subject.labels.items())
-        return sorted(chosen, key=lambda each: each.resource.uid)
+
+class _Selected(NamedTuple):
+    """What a ServiceEntry selects: of whom it was looked up, and the uids found, in order."""
+
+    entry: ServiceEntry
+    inside: Mapping[str, Subject]
+    uids: tuple[str, ...]
 
 
-def _first_label(entry: ServiceEntry) -> tuple[str, str] | None:
+def _select(entry: ServiceEntry, workloads: Workloads, known: _Selected | None) -> _Selected:
+    inside = workloads.subjects.namespaces.get(entry.metadata.namespace, {})
+    # A namespace in which nothing has changed is the same object.
+    if known is not None and known.inside is inside:
+        return known
     selector = entry.spec.workload_selector
-    return None if selector is None else next(iter(selector.labels.items()), None)
+    wanted = {} if selector is None else selector.labels
+    # An empty selector selects nothing: the loader refuses it, and selecting all is what must never
+    # happen by accident.
+    chosen = sorted(
+        uid
+        for uid, subject in inside.items()
+        if wanted and wanted.items() <= subject.labels.items()
+    )
+    return _Selected(entry, inside, tuple(chosen))
 
 
 def _ports(entry: ServiceEntry) -> tuple[ServicePort, ...]:
@@ -153,19 +159,18 @@ def _endpoints(
     entry: ServiceEntry,
     ports: tuple[ServicePort, ...],
     workloads: Workloads,
-    selected: _Selected,
+    selected: _Selected | None,
     notes: Notes,
 ) -> tuple[Endpoint, ...]:
-    if entry.spec.workload_selector is None:
+    if selected is None:
         return tuple(
             _written(entry, each, ports, workloads, notes) for each in entry.spec.endpoints
         )
     found: list[Endpoint] = []
-    for reading in selected.by(entry):
-        uid = reading.resource.uid
+    for uid in selected.uids:
         addresses = workloads.resources[uid].addresses
         if addresses:
-            spec = reading.entry.spec
+            spec = workloads.readings[uid].entry.spec
             found.append(Endpoint(uid, addresses[0], spec.weight, _own_ports(ports, spec.ports)))
     if not found:
         reason = "selects no workload of its namespace: connections to the service are refused"

@@ -14,11 +14,11 @@ from nodeagent.policy._peer_authentication import (
     DEFAULT_ORIGIN,
     Level,
     Resolution,
-    Subject,
     level_of,
     origin_of,
     resolve,
 )
+from nodeagent.policy._subjects import Subject, Subjects
 from nodeagent.policy._unenforced import Unenforced, unenforced
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Level",
     "Resolution",
     "Subject",
+    "Subjects",
     "Unenforced",
     "level_of",
     "origin_of",

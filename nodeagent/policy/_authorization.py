@@ -36,7 +36,7 @@ from nodeagent.api import (
 )
 from nodeagent.memo import Last
 from nodeagent.policy._identity_sets import Expansion, IdentitySets
-from nodeagent.policy._peer_authentication import Subject
+from nodeagent.policy._subjects import Subject, Subjects
 from ztunnel.protocol import Action, Attribute, Authorization, Condition, Rule
 
 __all__ = ["MAX_VALUES", "Authorizations", "Authorizer", "LeftOut"]
@@ -118,7 +118,7 @@ class Authorizer:
         policies: Iterable[AuthorizationPolicy],
         sets: Iterable[IdentitySet],
         entries: Iterable[WorkloadEntry],
-        subjects: Collection[Subject],
+        subjects: Subjects,
         here: Collection[str],
     ) -> Authorizations:
         """Return what is in force for the workloads `here` (uids). No argument's order matters.
@@ -195,8 +195,9 @@ class _Index:
 
     def select(self, scope: str, selector: WorkloadSelector | None) -> Sequence[Subject]:
         """Return the workloads of a namespace, "" for the mesh, that a selector selects."""
-        if selector is None:
-            return self._scoped.get(scope, ())
+        scoped = self._scoped.get(scope, ())
+        if selector is None or not scoped:
+            return scoped
         labels = selector.match_labels
         # As with PeerAuthentication: a selector that is empty in spite of all selects nothing.
         fewest = min(
@@ -214,14 +215,11 @@ class _Index:
 class _Scopes:
     """Which workloads a policy is for."""
 
-    def __init__(
-        self, subjects: Iterable[Subject], here: Iterable[str], root_namespace: str
-    ) -> None:
+    def __init__(self, subjects: Subjects, here: Iterable[str], root_namespace: str) -> None:
         self.here = frozenset(here)
         self._root = root_namespace
-        found = list(subjects)
-        self._here = _Index(each for each in found if each.uid in self.here)
-        self._outside = _Index(each for each in found if not each.in_mesh)
+        self._here = _Index(subjects.some(self.here))
+        self._outside = _Index(subjects.outside.values())
 
     def selected(self, document: AuthorizationPolicy) -> Sequence[Subject]:
         """Return the workloads of this node that the policy is for."""

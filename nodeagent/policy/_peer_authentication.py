@@ -15,12 +15,13 @@ mode is not UNSET decides; if none does, PERMISSIVE. Port modes come from the wo
 from __future__ import annotations
 
 import enum
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
 
 from nodeagent.api import ConfigWarning, MtlsMode, PeerAuthentication
+from nodeagent.policy._subjects import Subject, Subjects
 from ztunnel.protocol import Mode, WorkloadPolicy
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "DEFAULT_ORIGIN",
     "Level",
     "Resolution",
-    "Subject",
     "level_of",
     "origin_of",
     "resolve",
@@ -59,15 +59,6 @@ def level_of(policy: PeerAuthentication, root_namespace: str) -> Level | None:
     if policy.spec.selector is None:
         return Level.MESH if in_root else Level.NAMESPACE
     return None if in_root else Level.WORKLOAD
-
-
-class Subject(msgspec.Struct, frozen=True, gc=False):
-    """A workload as policy sees it. `in_mesh` is false for one that is reached without HBONE."""
-
-    uid: str
-    namespace: str
-    labels: dict[str, str]
-    in_mesh: bool = True
 
 
 class Resolution(msgspec.Struct, frozen=True):
@@ -117,6 +108,11 @@ class _Levels:
             there = self._selectors.setdefault(policy.metadata.namespace, {})
             there.setdefault(label, []).append((rank, policy))
 
+    @property
+    def with_selectors(self) -> Iterable[str]:
+        """The namespaces that have policies with a selector."""
+        return self._selectors.keys()
+
     def selecting(self, subject: Subject) -> list[PeerAuthentication]:
         """Return the policies with a selector that selects `subject`, oldest first."""
         there = self._selectors.get(subject.namespace)
@@ -154,45 +150,74 @@ def _disables(policy: PeerAuthentication) -> bool:
 
 def resolve(
     policies: Iterable[PeerAuthentication],
-    subjects: Iterable[Subject],
+    subjects: Subjects,
     root_namespace: str,
-    here: Container[str] | None = None,
+    here: Collection[str] | None = None,
 ) -> Resolution:
     """Return what is in force for each subject, or only for those `here` (uids) and those that are
     to be called in plaintext; the warnings are of all. No argument's order matters.
     """
     levels = _Levels(policies, root_namespace)
     resolved: dict[str, WorkloadPolicy] = {}
-    overruled: dict[tuple[str, str], tuple[PeerAuthentication, PeerAuthentication, str]] = {}
-    outside: dict[str, tuple[PeerAuthentication, list[str]]] = {}
     clear: dict[str, tuple[PeerAuthentication, list[str]]] = {}
-    # Of a hundred thousand subjects nearly all are of other nodes and need nothing.
-    for subject in subjects:
+    for subject in _concerned(levels, subjects, here):
+        if not subject.in_mesh:
+            continue
         selecting = levels.selecting(subject)
-        for loser in selecting[1:]:
-            winner = selecting[0]
-            _, _, first = overruled.get((loser.uid, winner.uid), (loser, winner, subject.uid))
-            named = min(first, subject.uid)
-            overruled[loser.uid, winner.uid] = (loser, winner, named)
-        is_here = here is None or subject.uid in here
-        elsewhere = subject.in_mesh and not is_here
-        if elsewhere and not levels.disabling:
-            continue
         chain = levels.chain(subject, selecting)
-        if elsewhere and not levels.disables(chain):
-            continue
-        found, mode = (clear, MtlsMode.DISABLE) if subject.in_mesh else (outside, MtlsMode.STRICT)
-        sources = _sources(mode, chain, selecting[:1])
+        sources = []
+        if levels.disables(chain):
+            sources = _sources(MtlsMode.DISABLE, chain, selecting[:1])
         for source in sources:
-            found.setdefault(source.uid, (source, []))[1].append(subject.uid)
-        if subject.in_mesh and (is_here or sources):
+            clear.setdefault(source.uid, (source, []))[1].append(subject.uid)
+        if sources or here is None or subject.uid in here:
             resolved[subject.uid] = _in_force(subject, chain, selecting[:1])
-    warnings = [*levels.warnings]
-    warnings += [_overruled(*entry) for _, entry in sorted(overruled.items())]
-    warnings += [_outside(policy, sorted(uids)) for _, (policy, uids) in sorted(outside.items())]
-    warnings += [_clear(policy, sorted(uids)) for _, (policy, uids) in sorted(clear.items())]
-    warnings += [_idle(policy) for policy in levels.disabling if policy.uid not in clear]
+    warnings = [
+        *levels.warnings,
+        *_all_overruled(levels, subjects),
+        *_all_outside(levels, subjects),
+        *(_clear(policy, sorted(uids)) for policy, uids in clear.values()),
+        *(_idle(policy) for policy in levels.disabling if policy.uid not in clear),
+    ]
     return Resolution(resolved, tuple(sorted(warnings)))
+
+
+def _concerned(
+    levels: _Levels, subjects: Subjects, here: Iterable[str] | None
+) -> Iterable[Subject]:
+    """Return those that are here, and all that may have to be called in plaintext: of a hundred
+    thousand nearly all are neither.
+    """
+    if here is None or levels.disables(levels.mesh[:1]):
+        return subjects.all()
+    found = {subject.uid: subject for subject in subjects.some(here)}
+    for policy in levels.disabling:
+        found.update(subjects.namespaces.get(policy.metadata.namespace, {}))
+    return found.values()
+
+
+def _all_overruled(levels: _Levels, subjects: Subjects) -> Iterator[ConfigWarning]:
+    """Yield the warnings of policies that lose to another one with a selector."""
+    found: dict[tuple[str, str], tuple[PeerAuthentication, PeerAuthentication, str]] = {}
+    for namespace in levels.with_selectors:
+        for subject in subjects.namespaces.get(namespace, {}).values():
+            selecting = levels.selecting(subject)
+            for loser in selecting[1:]:
+                winner = selecting[0]
+                _, _, first = found.get((loser.uid, winner.uid), (loser, winner, subject.uid))
+                found[loser.uid, winner.uid] = (loser, winner, min(first, subject.uid))
+    return (_overruled(*entry) for _, entry in sorted(found.items()))
+
+
+def _all_outside(levels: _Levels, subjects: Subjects) -> Iterator[ConfigWarning]:
+    """Yield the warnings of policies that ask for STRICT where nobody can keep to it."""
+    found: dict[str, tuple[PeerAuthentication, list[str]]] = {}
+    for subject in subjects.outside.values():
+        selecting = levels.selecting(subject)
+        chain = levels.chain(subject, selecting)
+        for strict in _sources(MtlsMode.STRICT, chain, selecting[:1]):
+            found.setdefault(strict.uid, (strict, []))[1].append(subject.uid)
+    return (_outside(policy, sorted(uids)) for _, (policy, uids) in sorted(found.items()))
 
 
 def _in_force(

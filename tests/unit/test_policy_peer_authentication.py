@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodeagent.api import MtlsMode, PeerAuthentication, PeerAuthenticationSpec, WorkloadSelector
-from nodeagent.policy import Resolution, Subject, resolve
+from nodeagent.policy import Resolution, Subject, Subjects, resolve
 from support.resources import peer, read
 from ztunnel.protocol import Mode, WorkloadPolicy
 
@@ -22,7 +22,7 @@ def policies(*texts: str) -> list[PeerAuthentication]:
 
 
 def decide(*texts: str, subject: Subject = WEB) -> WorkloadPolicy:
-    return resolve(policies(*texts), [subject], ROOT).policies[subject.uid]
+    return resolve(policies(*texts), Subjects.of([subject]), ROOT).policies[subject.uid]
 
 
 def reasons(resolution: Resolution) -> str:
@@ -87,7 +87,7 @@ def test_policy_emptied_selector_selects_nothing() -> None:
         selector=WorkloadSelector(match_labels={}), mtls=document.spec.mtls
     )
     emptied = PeerAuthentication(metadata=document.metadata, origin=document.origin, spec=spec)
-    assert resolve([emptied], [WEB], ROOT).policies["shop/web"].origin == "default"
+    assert resolve([emptied], Subjects.of([WEB]), ROOT).policies["shop/web"].origin == "default"
 
 
 def test_policy_oldest_wins_on_each_level() -> None:
@@ -111,7 +111,7 @@ def test_policy_of_one_level_are_not_merged_and_it_is_said() -> None:
     young = peer(
         "shop/young", "STRICT", selector={"tier": "front"}, ports={80: "DISABLE"}, created=AGES[1]
     )
-    resolution = resolve(policies(old, young), [WEB], ROOT)
+    resolution = resolve(policies(old, young), Subjects.of([WEB]), ROOT)
     found = resolution.policies["shop/web"]
     assert (found.mode, found.port_modes) == (Mode.PERMISSIVE, {})
     assert "shop/young has no effect for workload shop/web" in reasons(resolution)
@@ -121,14 +121,14 @@ def test_policy_of_one_level_are_not_merged_and_it_is_said() -> None:
 def test_policy_overruled_namespace_and_mesh_policies_are_named() -> None:
     for namespace in ("shop", ROOT):
         texts = [peer(f"{namespace}/{name}", "STRICT") for name in "abc"]
-        resolution = resolve(policies(*texts), [], ROOT)
+        resolution = resolve(policies(*texts), Subjects.of([]), ROOT)
         assert reasons(resolution).count("has no effect") == 2
 
 
 def test_policy_selector_in_the_root_namespace_is_ignored_with_a_warning() -> None:
     text = peer(f"{ROOT}/web", "STRICT", selector={"app": "web"})
     inside = Subject(f"{ROOT}/web", ROOT, {"app": "web"})
-    resolution = resolve(policies(text), [WEB, inside], ROOT)
+    resolution = resolve(policies(text), Subjects.of([WEB, inside]), ROOT)
     assert {found.mode for found in resolution.policies.values()} == {Mode.PERMISSIVE}
     assert "is ignored" in reasons(resolution)
 
@@ -158,23 +158,25 @@ def test_policy_strict_outside_the_mesh_is_a_warning() -> None:
         peer("shop/vm", "STRICT", selector={"app": "vm"}),
         peer("shop/vm", "PERMISSIVE", selector={"app": "vm"}, ports={80: "STRICT"}),
     ):
-        resolution = resolve(policies(text), [*outside, WEB], ROOT)
+        resolution = resolve(policies(text), Subjects.of([*outside, WEB]), ROOT)
         assert list(resolution.policies) == ["shop/web"]
         assert len(resolution.warnings) == 1
         assert "outside the mesh: shop/vm0, " in reasons(resolution)
         assert "and 4 more" in reasons(resolution)
     for text in (peer("shop/all", "PERMISSIVE"), peer("other/all", "STRICT")):
-        assert resolve(policies(text), outside, ROOT).warnings == ()
+        assert resolve(policies(text), Subjects.of(outside), ROOT).warnings == ()
 
 
 def test_policy_disable_is_a_warning_that_names_who_is_in_the_clear() -> None:
-    text = reasons(resolve(policies(peer("shop/all", "DISABLE")), [WEB], ROOT))
+    text = reasons(resolve(policies(peer("shop/all", "DISABLE")), Subjects.of([WEB]), ROOT))
     assert "PeerAuthentication shop/all says DISABLE: traffic is in the clear" in text
     assert "to shop/web;" in text
     ports = peer(
         "shop/web", "STRICT", selector={"app": "web"}, ports={81: "DISABLE", 80: "DISABLE"}
     )
-    assert "to shop/web, on port 80, 81;" in reasons(resolve(policies(ports), [WEB], ROOT))
+    assert "to shop/web, on port 80, 81;" in reasons(
+        resolve(policies(ports), Subjects.of([WEB]), ROOT)
+    )
 
 
 def test_policy_disable_that_is_overruled_or_for_nobody_puts_nobody_in_the_clear() -> None:
@@ -185,7 +187,7 @@ def test_policy_disable_that_is_overruled_or_for_nobody_puts_nobody_in_the_clear
         (peer("shop/none", "DISABLE", selector={"app": "none"}),),
     ):
         found = [document for text in texts for document in policies(text)]
-        resolution = resolve(found, [WEB], ROOT)
+        resolution = resolve(found, Subjects.of([WEB]), ROOT)
         assert "in the clear" not in reasons(resolution)
         assert "now it is in force for no workload" in reasons(resolution)
         assert resolution.policies["shop/web"].mode is not Mode.DISABLE
@@ -194,10 +196,12 @@ def test_policy_disable_that_is_overruled_or_for_nobody_puts_nobody_in_the_clear
 def test_policy_disable_is_known_of_workloads_elsewhere_and_no_other_mode() -> None:
     far = Subject("shop/far", "shop", {"app": "far"})
     for mode, known in (("DISABLE", {"shop/web", "shop/far"}), ("STRICT", {"shop/web"})):
-        found = resolve(policies(peer("shop/all", mode)), [WEB, far], ROOT, {"shop/web"})
+        found = resolve(
+            policies(peer("shop/all", mode)), Subjects.of([WEB, far]), ROOT, {"shop/web"}
+        )
         assert found.policies.keys() == known
     ports = peer("shop/far", "STRICT", selector={"app": "far"}, ports={80: "DISABLE"})
-    found = resolve(policies(ports), [WEB, far], ROOT, frozenset())
+    found = resolve(policies(ports), Subjects.of([WEB, far]), ROOT, frozenset())
     assert found.policies["shop/far"].port_modes == {80: Mode.DISABLE}
 
 
@@ -242,11 +246,11 @@ def test_policy_document_order_never_matters(texts: list[str], chance: random.Ra
         if document.uid not in seen:
             found.append(document)
             seen.add(document.uid)
-    expected = resolve(found, SUBJECTS, ROOT)
+    expected = resolve(found, Subjects.of(SUBJECTS), ROOT)
     shuffled, subjects = list(found), list(SUBJECTS)
     chance.shuffle(shuffled)
     chance.shuffle(subjects)
-    assert resolve(shuffled, subjects, ROOT) == expected
+    assert resolve(shuffled, Subjects.of(subjects), ROOT) == expected
     for policy in expected.policies.values():
         assert policy.mode in Mode
         assert policy.port_modes.keys() == policy.port_origins.keys()
@@ -256,7 +260,7 @@ def test_policy_document_order_never_matters(texts: list[str], chance: random.Ra
 @given(st.lists(POLICY, max_size=8))
 def test_policy_agrees_with_the_rules_written_the_long_way(texts: list[str]) -> None:
     unique = {document.uid: document for text in texts for document in policies(text)}
-    found = resolve(unique.values(), SUBJECTS, ROOT)
+    found = resolve(unique.values(), Subjects.of(SUBJECTS), ROOT)
     for subject in SUBJECTS:
         if not subject.in_mesh:
             assert subject.uid not in found.policies

@@ -19,7 +19,7 @@ from nodeagent.api import quote, values
 from nodeagent.offline._offline import Offline
 from ztunnel import address
 from ztunnel.authorize import Verdict
-from ztunnel.protocol import Mode, Service, Workload
+from ztunnel.protocol import Service, Workload
 from ztunnel.route import endpoints
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
 
@@ -116,11 +116,10 @@ def as_seen(off: Offline, caller: Caller, target: Target) -> Caller:
 
     Not one that was named by its SPIFFE ID: that may be any client of HBONE, and knows no mode.
     """
-    mode = off.mode(target.workload, target.port)
-    named = caller.identity is not None and caller.name == str(caller.identity)
-    if mode is None or mode.mode is not Mode.DISABLE or named:
+    if caller.identity is not None and caller.name == str(caller.identity):
         return caller
-    return msgspec.structs.replace(caller, identity=None)
+    shown = off.shown(target.workload, target.port, caller.identity)
+    return msgspec.structs.replace(caller, identity=shown)
 
 
 def judge(off: Offline, who: Caller, source: bytes, target: Target) -> Verdict | None:

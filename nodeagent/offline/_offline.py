@@ -228,6 +228,11 @@ class Offline:
         ]
         return sorted(found, key=lambda each: (len(each.lacks), each.policy.uid))
 
+    def shown(self, uid: str, port: int, identity: SpiffeId | None) -> SpiffeId | None:
+        """Return what a caller of this mesh shows of its identity there: nothing under DISABLE."""
+        mode = self.mode(uid, port)
+        return None if mode is not None and mode.mode is Mode.DISABLE else identity
+
     def _request(
         self,
         uid: str,

@@ -38,10 +38,14 @@ _STAR: Final = "*"
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """What a caller shows. `identity` is None for plaintext."""
+    """What a caller shows. `identity` is None for plaintext.
+
+    `knows`: it is a workload, and leaves mutual TLS out where DISABLE is in force.
+    """
 
     identity: SpiffeId | None
     source: bytes
+    knows: bool = False
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -76,8 +80,8 @@ class Callers:
 
     def _add(self, before: Workload, after: Workload) -> None:
         for source, target in zip(_addresses(before), _addresses(after), strict=False):
-            one = Shown(_identity(before), source)
-            two = Shown(_identity(after), target)
+            one = Shown(_identity(before), source, knows=True)
+            two = Shown(_identity(after), target, knows=True)
             caller = Caller(_name(before, after), one, two)
             self._by_address.append(caller)
             if before.identity or after.identity:

@@ -87,7 +87,7 @@ class _Calls:
         self._places = found
         self._callers = callers
         self._left = MAX_JUDGED
-        changing = sum(place.old.groups != place.new.groups for place in found)
+        changing = sum(place.tells_identities_apart for place in found)
         # Twice the identities: as many callers again that stand for others, or ports.
         self.sampled = changing * 2 * len(callers.identities) > MAX_JUDGED
         self.unlooked = 0
@@ -97,11 +97,11 @@ class _Calls:
         for place in self._places:
             named = list(conditions(place.policies))
             callers: Sequence[Caller] = self._callers.moving
-            if place.old.groups != place.new.groups or place.old.judged != place.new.judged:
+            if place.tells_identities_apart:
                 some = self._callers.some_of if self.sampled else self._callers.all_of
                 callers = some(named)
             elif place.changes:
-                # Nobody who proves an identity is let in or refused by a mode.
+                # Nobody who proves an identity is let in or refused by any other mode.
                 callers = [*callers, *self._callers.without_identity(named)]
             ports = _ports(place, named)
             for position, caller in enumerate(callers):
@@ -128,7 +128,9 @@ def _ports(place: Place, named: Sequence[Condition]) -> Sequence[tuple[str, int]
 
 
 def _side(off: Offline, place: Place, shown: Shown, port: int) -> Side:
-    verdict = off.judge(place.workloads[0], port, shown.identity, shown.source)
+    uid = place.workloads[0]
+    identity = off.shown(uid, port, shown.identity) if shown.knows else shown.identity
+    verdict = off.judge(uid, port, identity, shown.source)
     return side(verdict)
 
 

@@ -35,6 +35,13 @@ class View(NamedTuple):
     port_modes: tuple[tuple[int, Mode], ...]
     groups: frozenset[int]
 
+    @property
+    def clear(self) -> tuple[bool, tuple[tuple[int, bool], ...]]:
+        """Where callers leave mutual TLS out: by default, and on the ports with another mode."""
+        ports = tuple((port, mode is Mode.DISABLE) for port, mode in self.port_modes)
+        default = self.mode is Mode.DISABLE
+        return default, tuple(each for each in ports if each[1] is not default)
+
 
 class Place(msgspec.Struct, frozen=True):
     """Workloads that are judged alike: any one of them stands for all. `old` and `new` differ or
@@ -49,6 +56,15 @@ class Place(msgspec.Struct, frozen=True):
     @property
     def changes(self) -> bool:
         return self.old != self.new
+
+    @property
+    def tells_identities_apart(self) -> bool:
+        """True if it changes in a way that may concern callers with an identity."""
+        return (
+            self.old.groups != self.new.groups
+            or self.old.judged != self.new.judged
+            or self.old.clear != self.new.clear
+        )
 
 
 def places(old: Offline, new: Offline) -> list[Place]:

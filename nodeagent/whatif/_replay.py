@@ -112,7 +112,7 @@ def _judged(old: Offline, new: Offline, flow: Recorded) -> tuple[Side, Side]:
 
     Who leaves the configuration is no longer judged.
     """
-    identity = _identity(flow.identity)
+    identity = _held(old, flow)
     if flow.destination in old.workloads:
         before = _asked(old, flow, identity, _address(flow.source))
     else:
@@ -124,6 +124,9 @@ def _judged(old: Offline, new: Offline, flow: Recorded) -> tuple[Side, Side]:
 
 def _asked(off: Offline, flow: Recorded, identity: SpiffeId | None, source: bytes) -> Side:
     """Judge a flow; at an address that its workload no longer has, at the one that it has."""
+    caller = off.workloads.get(flow.workload)
+    if caller is not None and identity is not None and caller.identity == str(identity):
+        identity = off.shown(flow.destination, flow.port, identity)
     called = _address(flow.address)
     own = set(map(pack, off.workloads[flow.destination].addresses))
     verdict = off.judge(
@@ -138,13 +141,23 @@ def _then(
     """Return what the caller would show: another identity or address, if its workload gets one."""
     source = _address(flow.source)
     before, after = old.workloads.get(flow.workload), new.workloads.get(flow.workload)
-    if before is None or after is None or before.identity != flow.identity:
+    if before is None or after is None or before.identity != (str(identity) if identity else ""):
         return identity, source
     if after.identity != before.identity:
         identity = _identity(after.identity)
     if flow.source in before.addresses and flow.source not in after.addresses and after.addresses:
         source = pack(after.addresses[0])
     return identity, source
+
+
+def _held(old: Offline, flow: Recorded) -> SpiffeId | None:
+    """Return the identity that the caller has, also where DISABLE kept it from showing it."""
+    caller = old.workloads.get(flow.workload)
+    if not flow.identity and caller is not None and caller.identity:
+        mine = _identity(caller.identity)
+        if old.shown(flow.destination, flow.port, mine) is None:
+            return mine
+    return _identity(flow.identity)
 
 
 def _identity(text: str) -> SpiffeId | None:

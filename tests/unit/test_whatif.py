@@ -203,6 +203,20 @@ def test_dry_runs_and_audits_are_no_change() -> None:
     assert found.refused + found.admitted == ()
 
 
+ONLY_WEB = '[{from: [{source: {principals: ["cluster.local/ns/shop/sa/web"]}}]}]'
+
+
+def test_disable_takes_callers_their_identity_and_so_their_way_in() -> None:
+    old, new = [*mesh(), policy(ONLY_WEB)], [*mesh(), policy(ONLY_WEB), strict("shop", "DISABLE")]
+    found = compared(old, new)
+    assert said(found.refused) == {(web(), "shop/pay", "all")}
+    assert found.admitted == ()
+    assert said(compared(new, old).admitted) == said(found.refused)
+    denied = policy(ONLY_WEB, "DENY")
+    found = compared([*mesh(), denied], [*mesh(), denied, strict("shop", "DISABLE")])
+    assert said(found.admitted) == {(web(), "shop/pay", "all")}
+
+
 # --- workloads ----------------------------------------------------------------------------------
 
 
@@ -246,7 +260,8 @@ PARTS = {
 def some_documents(chance: random.Random) -> list[str]:
     found = mesh()
     if chance.random() < 0.5:
-        found.append(strict(chance.choice(("istio-system", "shop"))))
+        mode = chance.choice(("STRICT", "DISABLE"))
+        found.append(strict(chance.choice(("istio-system", "shop")), mode))
     for number in range(chance.randrange(3)):
         rules = []
         for _ in range(chance.randrange(1, 3)):
@@ -279,7 +294,10 @@ def test_every_change_is_found_and_none_is_invented(
         ):
             identity = SpiffeId.parse(old.workloads[caller].identity)
             source = pack(old.workloads[caller].addresses[0])
-            before, after = (off.judge(target, port, identity, source) for off in (old, new))
+            before, after = (
+                off.judge(target, port, off.shown(target, port, identity), source)
+                for off in (old, new)
+            )
             assert before is not None
             assert after is not None
             changes = found.refused if before.allow else found.admitted
@@ -406,6 +424,23 @@ def test_a_caller_who_leaves_the_mesh_would_call_without_identity() -> None:
     found = replayed([*mesh(), strict()], [*mesh(web=out), strict()], flow())
     (change,) = found.breaks
     assert (change.identity, change.new.reason) == (web(), "strict_requires_mtls")
+
+
+def test_who_called_by_mutual_tls_would_break_under_disable_and_the_other_way_round() -> None:
+    kept, clear = (
+        [*mesh(), policy(ONLY_WEB)],
+        [*mesh(), policy(ONLY_WEB), strict("shop", "DISABLE")],
+    )
+    (change,) = replayed(kept, clear, flow()).breaks
+    assert (change.identity, change.new.reason) == (web(), "policy_denied")
+    plain = flow(identity="", arrival="plaintext", allowed=False, reason="policy_denied")
+    (change,) = replayed(clear, kept, plain).admits
+    assert change.new.allowed
+    # Of whom the mesh knows nothing it knows no identity either.
+    assert not replayed(clear, kept, flow(**PLAIN, allowed=False, reason="policy_denied")).admits
+    # Who proved an identity that is no workload's knows no mode: as another mesh's clients.
+    stranger = flow(identity=web("probe", "ops"))
+    assert not replayed(kept, clear, stranger).breaks
 
 
 def test_a_caller_who_gets_another_identity_is_judged_by_it() -> None:

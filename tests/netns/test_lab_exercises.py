@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -212,6 +213,25 @@ def test_the_command_as_json_and_the_lab_kept(base: Path) -> None:
     assert all(claim["holds"] for step in found["steps"] for claim in step["claims"])
     (name,) = [path.name for path in base.iterdir()]
     assert f"nodeagent lab down {name}" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_exercise_removes_its_lab(base: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [*CLI, "--base", str(base), "exercise", "sentences"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    ) as program:
+        assert program.stdout is not None
+        for line in program.stdout:
+            if line.startswith("3. "):
+                break
+        program.send_signal(number)
+        program.communicate(timeout=60)
+    assert program.returncode not in (0, None)
+    assert not base.exists()
 
 
 def test_all_exercises_are_tested() -> None:

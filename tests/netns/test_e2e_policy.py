@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +23,9 @@ from support.e2e import (
     watched,
 )
 from support.netns import wait_until
+
+CALLS = 10
+"""After each change, at least."""
 
 FAMILIES = pytest.mark.parametrize("family", [4, 6], ids=["v4", "v6"])
 
@@ -132,6 +138,39 @@ def test_disable_of_a_port_is_for_that_port_only(mesh: Mesh) -> None:
         assert line["connection_security_policy"] == security
     accepts(mesh, "outsider", clear)
     refuses(mesh, "outsider", kept)
+
+
+def test_no_call_is_lost_between_disable_and_permissive(mesh: Mesh) -> None:
+    """Whichever node hears of the change first: both take what the other sends."""
+    listener = mesh.listen("far")
+    stop = threading.Event()
+    answered: list[float] = []
+    failed: list[Exception] = []
+
+    def caller() -> None:
+        try:
+            while not stop.is_set():
+                accepts(mesh, "client", listener)
+                answered.append(time.monotonic())
+        except (OSError, AssertionError) as error:
+            failed.append(error)
+
+    def more(before: int) -> bool:
+        return bool(failed) or len(answered) > before + CALLS
+
+    thread = threading.Thread(target=caller)
+    thread.start()
+    try:
+        for mode in ("DISABLE", "PERMISSIVE") * 3:
+            mesh.policy("far", peer_authentication(mode), mode=mode)
+            wait_until(partial(more, len(answered)), "calls go on")
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
+    lines = mesh.lines("far", "inbound", listener.getsockname()[1])
+    assert {line["connection_security_policy"] for line in lines} == {"mutual_tls", "none"}
+    assert {line["reason"] for line in lines} == {"closed"}
 
 
 def test_disable_that_is_taken_back_is_mutual_tls_again(mesh: Mesh) -> None:

@@ -8,6 +8,7 @@ It may not judge: what should hold is the exercise's own.
 
 from __future__ import annotations
 
+import abc
 import http.client
 import importlib.resources
 import json
@@ -67,7 +68,7 @@ class Done(NamedTuple):
     claims: tuple[Claim, ...]
 
 
-class Exercise:
+class Exercise(abc.ABC):
     """An exercise in a lab that is up as `described`."""
 
     LAB: ClassVar[str]
@@ -86,8 +87,9 @@ class Exercise:
         """Return the lab as it is before the first step."""
         return load_exercise(cls.LAB)
 
+    @abc.abstractmethod
     def steps(self) -> tuple[Step, ...]:
-        raise NotImplementedError
+        """Return the steps, in their order: each builds on those before."""
 
     def run(self) -> list[Done]:
         """Do all steps and return what was claimed in each."""
@@ -96,7 +98,7 @@ class Exercise:
         return done
 
     def step(self, number: int, step: Step) -> Done:
-        """Do one step: they build on one another."""
+        """Do one step and return what was claimed of it."""
         before = len(self._claims.made)
         self._claims.heading(f"{number}. {step.title}")
         step.do()

@@ -33,6 +33,10 @@ UNKNOWN: Final = "nobody-knows"
 NOWHERE: Final = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
 """Addresses of documentation (RFC 5737), of which one that no policy names stands for any."""
 
+_OF_IDENTITY: Final = frozenset(
+    {Attribute.PRINCIPAL, Attribute.NAMESPACE, Attribute.SERVICE_ACCOUNT}
+)
+
 _SCHEME: Final = "spiffe://"
 _STAR: Final = "*"
 
@@ -72,6 +76,8 @@ class Callers:
         self._by_identity: dict[tuple[str, str], Caller] = {}
         self._by_address: list[Caller] = []
         self._namespaces: dict[str, list[Caller]] = {}
+        self._known: dict[tuple[Attribute, str], list[Caller]] = {}
+        """Whom a value has been found to match: policies of the mesh are asked for everywhere."""
         for uid in sorted(old.workloads.keys() & new.workloads.keys()):
             self._add(old.workloads[uid], new.workloads[uid])
         self.identities: tuple[Caller, ...] = tuple(self._by_identity.values())
@@ -102,17 +108,21 @@ class Callers:
         found: dict[Caller, None] = {}
         for condition in named:
             for value in (*condition.values, *condition.not_values):
-                found.update(dict.fromkeys(self._matching(condition.attribute, value)))
+                key = (condition.attribute, value)
+                if key not in self._known:
+                    self._known[key] = self._matching(*key)
+                found.update(dict.fromkeys(self._known[key]))
         found.update(dict.fromkeys(self.identities[:SAMPLE]))
         return [*found, *self._standing(named)]
 
     def without_identity(self, named: Sequence[Condition]) -> list[Caller]:
         """Return the callers without identity that `named` could tell apart."""
-        known = [each for each in self._by_address if each.old.identity is None]
-        every = [*(known if _by_source(named) else ()), *self._standing(named)]
-        return [each for each in every if each.new.identity is None]
+        known = self._by_address if _by_source(named) else ()
+        return [each for each in (*known, *self._standing(named)) if each.new.identity is None]
 
     def _matching(self, attribute: Attribute, value: str) -> list[Caller]:
+        if attribute not in _OF_IDENTITY:
+            return []
         if attribute is Attribute.NAMESPACE and _STAR not in value:
             return self._namespaces.get(value, [])[:SAMPLE]
         if attribute is Attribute.PRINCIPAL and _STAR not in value:

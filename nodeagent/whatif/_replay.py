@@ -59,7 +59,7 @@ def replay(old: Offline, new: Offline, recording: Recording, source: str) -> Rep
     """Return what `new` would change for the flows of `recording`, which is called `source`."""
     changed: dict[_Caller, list[Recorded]] = {}
     unknown = otherwise = elsewhere = unjudged = 0
-    moved = {uid for place in places(old, new) if place.changes for uid in place.workloads}
+    moved = _judged_otherwise(old, new)
     known = old.workloads.keys() | new.workloads.keys()
     for flow in recording.flows:
         if flow.destination not in known:
@@ -105,6 +105,15 @@ def replay(old: Offline, new: Offline, recording: Recording, source: str) -> Rep
         truncated=recording.truncated,
         problem=recording.problem,
     )
+
+
+def _judged_otherwise(old: Offline, new: Offline) -> set[str]:
+    """Return the workloads where a caller of whom nothing is known may meet another verdict."""
+    both = old.workloads.keys() & new.workloads.keys()
+    if any(old.workloads[uid].identity != new.workloads[uid].identity for uid in both):
+        # He may be one whose identity changes.
+        return both
+    return {uid for place in places(old, new) if place.changes for uid in place.workloads}
 
 
 def _judged(old: Offline, new: Offline, flow: Recorded) -> tuple[Side, Side]:

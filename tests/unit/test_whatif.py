@@ -408,6 +408,13 @@ def test_callers_not_known_one_by_one_may_break_where_something_changes() -> Non
     assert found.breaks == ()
 
 
+def test_where_identities_change_any_of_them_may_be_one_that_does() -> None:
+    folded = flow(identity="", source="", workload="", address="", port=0, connections=5)
+    new = mesh(web=entry("shop/web", 2, account="renamed"))
+    assert replayed(mesh(), mesh(), folded).unknown == 0
+    assert replayed(mesh(), new, folded).unknown == 5
+
+
 def test_what_cannot_be_judged_again_is_counted_by_why() -> None:
     found = replayed(
         mesh(),

@@ -64,8 +64,6 @@ class Recheck:
         """Cut what `state`, in force since before this call, does not allow any more."""
         if before.bundles is not state.bundles:
             await self._trust(before, state)
-        if before.workloads is not state.workloads:
-            await self._gone(state)
         if not (
             before.bundles is state.bundles
             and before.settings == state.settings
@@ -78,6 +76,8 @@ class Recheck:
             and before.workloads is state.workloads
         ):
             await self._allowed(state, lambda record: self._concerned(before, state, record))
+        if before.workloads is not state.workloads:
+            await self._gone(state)
 
     def _concerned(self, before: State, state: State, record: Record) -> bool:
         """True where what `still_allowed` looks at for `record` is not what it was.
@@ -122,6 +122,8 @@ class Recheck:
         for count, peer in enumerate(self._peers, start=1):
             if count % PORTION == 0:
                 await asyncio.sleep(0)
+            if self._peers.get(peer.number) is not peer:
+                continue  # removed while the loop turned
             gone = state.workload_at(peer.address) is None
             if gone and not peer.gone:
                 self._core.suspect_peer(peer.number)

@@ -107,6 +107,8 @@ class Tunnel:
         self._wall = wall
         numbers = Numbers()
         self.state: State = EMPTY
+        self._rechecked: State = EMPTY
+        """The last state by which all that lives was judged: the one before, but for failures."""
         self.epoch = core.epoch
         self.committed = False
         """True once a change has been put in force."""
@@ -141,9 +143,9 @@ class Tunnel:
         """
         owned = dict(sockets)
         try:
-            before = self.state
             await self._commit(change, owned)
-            await self.recheck.after(before, self.state)
+            await self.recheck.after(self._rechecked, self.state)
+            self._rechecked = self.state
             await self._ask_again()
         except (StateError, PodError) as error:
             return str(error)

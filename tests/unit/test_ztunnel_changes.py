@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from random import Random
@@ -390,6 +391,45 @@ def test_the_pools_of_a_workload_that_left_are_asked_for_an_answer_once(rig: Rig
     rig.apply(HTTPBIN)
     rig.apply(removals=(gone,))
     assert rig.core.names().count("suspect_peer") == 2
+
+
+def test_a_pool_that_is_forgotten_while_others_are_looked_at_is_no_trouble(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = workload("other", "10.8.0.1")
+    rig.start(other)
+    rig.outbound("10.2.0.1")
+    rig.outbound("10.8.0.1")
+    monkeypatch.setattr(recheck, "PORTION", 1)
+    _, last = rig.tunnel.peers
+    gone = (Removal("workload", HTTPBIN.uid), Removal("workload", other.uid))
+
+    async def forgotten_meanwhile() -> str:
+        turn = asyncio.get_running_loop().call_soon
+        turn(rig.tunnel.peers.remove, last)
+        return await rig.tunnel.apply(Change(9, reset=False, removals=gone), {})
+
+    assert run(forgotten_meanwhile()) == ""
+    assert last.number not in rig.core.peers
+
+
+def test_what_a_failed_look_has_left_out_is_looked_at_with_the_next_change(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.start()
+    rig.inbound("10.2.0.1")
+    strict = policy(SLEEP.uid, Mode.STRICT)
+
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recheck, "still_allowed", broken)
+        assert "internal error" in rig.apply(strict)
+    assert rig.tunnel.recheck.cut == 0
+    # As nodeagent does then: the same once more.
+    assert rig.apply(strict) == ""
+    assert rig.tunnel.recheck.cut == 1
 
 
 def test_the_limits_of_new_settings_are_the_cores(rig: Rig) -> None:

@@ -91,6 +91,7 @@ def cli() -> None:
     nodeagent run --settings /etc/nodeagent/nodeagent.yaml   the daemon
     nodeagent status                                         what it does
     nodeagent policy check FILE...                           would these be in force?
+    nodeagent policy diff OLD NEW                            what would this change break?
     nodeagent policy explain SRC DST:PORT                    allowed? by which rule? why not?
     nodeagent lab demo                                       see it work, on this machine alone
 

@@ -10,20 +10,23 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 import msgspec
 
 from nodeagent import flows, whatif
+from nodeagent.api import own_conflicts
 from nodeagent.cli import RefusedInputError
-from nodeagent.cli.policy import settings_of, settings_option, write_json
+from nodeagent.cli.policy import many, settings_of, settings_option, write_json
 from nodeagent.cli.policy_diff_view import lines
 from nodeagent.cli.policy_source import Source, from_agent, of_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, get, report, run_directory
 from nodeagent.flows import Recording
+from nodeagent.settings import Settings
 from nodeagent.whatif import Comparison, DiffReport, Replay
 
 __all__ = ["diff"]
@@ -61,6 +64,7 @@ class _Age(click.ParamType[int]):
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="[OLD] NEW")
 @click.option("--running", is_flag=True, help="OLD is what the running agent has in force.")
+@click.option("--add", is_flag=True, help="NEW is added to OLD: what both have, NEW replaces.")
 @click.option("--flows", "live", is_flag=True, help="Replay what the running agent has recorded.")
 @click.option(
     "--flows-db",
@@ -91,22 +95,12 @@ class _Age(click.ParamType[int]):
 @click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
-def diff(
-    paths: tuple[str, ...],
-    running: bool,  # noqa: FBT001 - click calls by name
-    live: bool,  # noqa: FBT001 - click calls by name
-    file: Path | None,
-    age: int,
-    trust: tuple[str, ...],
-    run_dir: Path | None,
-    settings_file: Path | None,
-    output: str,
-) -> NoReturn:
+def diff(output: str, **options: Any) -> NoReturn:  # noqa: ANN401 - the fields of _Asked
     """Say which calls NEW would refuse that OLD lets in, and which the other way round.
 
     OLD and NEW are files, directories (their *.yaml, *.yml and *.json), or - for standard input;
-    each is a whole configuration. Of callers whom no policy tells apart one stands for all; ports
-    that no policy names are "other".
+    each is a whole configuration, workloads included, but for NEW with --add. Of callers whom no
+    policy tells apart one stands for all; ports that no policy names are "other".
 
     With --flows or --flows-db, recorded calls are judged again by both: these callers would break.
 
@@ -119,14 +113,15 @@ def diff(
       1 one would, or some were not recorded one by one and may be
     2 wrong usage, files with errors, or nothing is recorded; 3 the agent cannot be reached.
     """
-    _check_usage(paths, running=running, live=live, file=file, run_dir=run_dir)
+    asked = _Asked(**options)
+    _check_usage(asked)
     try:
-        recording = _recording(live, file, age, run_dir, settings_file)
-        old, new = _sides(paths, running, trust, run_dir, settings_file, recording)
+        recording = _recording(asked)
+        old, new = _sides(asked, recording)
     except UnreachableError as error:
         report(error)
         sys.exit(EXIT_UNREACHABLE)
-    found = _answer(old, new, recording, "the running agent" if live else str(file))
+    found = _answer(old, new, recording, "the running agent" if asked.live else str(asked.file))
     if output == "json":
         write_json(found)
     else:
@@ -135,80 +130,106 @@ def diff(
     sys.exit(EXIT_BREAKS if found.breaks else 0)
 
 
-def _check_usage(
-    paths: tuple[str, ...], *, running: bool, live: bool, file: Path | None, run_dir: Path | None
-) -> None:
-    wanted = 1 if running else _SIDES
-    if len(paths) != wanted:
-        what = "NEW only, for OLD is what runs" if running else "OLD and NEW (or --running and NEW)"
-        raise click.UsageError(f"{len(paths)} paths: name {what}")
-    if paths.count("-") > 1:
+class _Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """The options of the command."""
+
+    paths: tuple[str, ...]
+    running: bool
+    add: bool
+    live: bool
+    file: Path | None
+    age: int
+    trust: tuple[str, ...]
+    run_dir: Path | None
+    settings_file: Path | None
+
+    @property
+    def directory(self) -> Path | None:
+        """The settings file may be given for its policy's sake, beside the run directory."""
+        return self.settings_file if self.run_dir is None else None
+
+
+def _check_usage(asked: _Asked) -> None:
+    count = len(asked.paths)
+    if count != (1 if asked.running else _SIDES):
+        what = "OLD and NEW (or --running and NEW)"
+        if asked.running:
+            what = "NEW only, for OLD is what runs"
+        raise click.UsageError(f"{count} paths: name {what}")
+    if asked.paths.count("-") > 1:
         raise click.UsageError("standard input can be OLD or NEW, not both")
-    if live and file is not None:
+    if asked.live and asked.file is not None:
         raise click.UsageError("--flows and --flows-db exclude each other")
-    if run_dir is not None and not (running or live):
+    if asked.run_dir is not None and not (asked.running or asked.live):
         raise click.UsageError("--run-dir is for --running and --flows")
 
 
-def _recording(
-    live: bool,  # noqa: FBT001 - options of the command
-    file: Path | None,
-    age: int,
-    run_dir: Path | None,
-    settings_file: Path | None,
-) -> Recording | None:
+def _recording(asked: _Asked) -> Recording | None:
     """Return the recorded flows that are asked for. Raises UnreachableError, RefusedInputError."""
-    if live:
-        directory = run_directory(run_dir, settings_file if run_dir is None else None)
-        found = get(directory, f"/flows?seconds={age}", Recording, flows.SCHEMA, MAX_ANSWER)
+    if asked.live:
+        directory = run_directory(asked.run_dir, asked.directory)
+        resource = f"/flows?seconds={asked.age}"
+        found = get(directory, resource, Recording, flows.SCHEMA, MAX_ANSWER)
         if found.oldest is None:
             cause = found.problem or "nobody has called since it was started"
             raise RefusedInputError(f"the agent has recorded nothing: {cause}")
         return found
-    if file is None:
+    if asked.file is None:
         return None
     try:
-        found = flows.recording(file, "", time.time(), age)
+        found = flows.recording(asked.file, "", time.time(), asked.age)
     except flows.StoreError as error:
         raise RefusedInputError(str(error)) from None
     if found.oldest is None:
-        raise RefusedInputError(f"{file}: nothing is recorded in it")
+        raise RefusedInputError(f"{asked.file}: nothing is recorded in it")
     return found
 
 
-def _sides(
-    paths: tuple[str, ...],
-    running: bool,  # noqa: FBT001 - options of the command
-    trust: tuple[str, ...],
-    run_dir: Path | None,
-    settings_file: Path | None,
-    recording: Recording | None,
-) -> tuple[Source, Source]:
+def _sides(asked: _Asked, recording: Recording | None) -> tuple[Source, Source]:
     """Return both configurations; what one of them trusts the other does too."""
-    trusted = {*trust, *(whatif.domains(recording) if recording is not None else ())}
-    if running:
-        old = from_agent(run_dir, settings_file if run_dir is None else None)
+    trusted = {*asked.trust, *(whatif.domains(recording) if recording is not None else ())}
+    if asked.running:
+        old = from_agent(asked.run_dir, asked.directory)
         trusted.update(old.trusted)
-        settings = old.settings if settings_file is None else settings_of(settings_file)
+        settings = old.settings
+        if asked.settings_file is not None:
+            settings = settings_of(asked.settings_file)
         old = msgspec.structs.replace(old, trusted=tuple(sorted(trusted)))
     else:
-        settings = settings_of(settings_file)
-        old = of_files(paths[:1], settings, sorted(trusted))
-    new = of_files(paths[-1:], settings, sorted(trusted))
-    names = (old.name if running else _shown(paths[0]), _shown(paths[-1]))
-    return (
-        msgspec.structs.replace(old, name=names[0]),
-        msgspec.structs.replace(new, name=names[1]),
-    )
+        settings = settings_of(asked.settings_file)
+        old = _of_path(asked.paths[0], settings, trusted)
+    new = _of_path(asked.paths[-1], settings, trusted)
+    if asked.add:
+        new = _added(old, new)
+    return old, new
 
 
-def _shown(path: str) -> str:
-    return "standard input" if path == "-" else path
+def _of_path(path: str, settings: Settings, trusted: Iterable[str]) -> Source:
+    found = of_files((path,), settings, sorted(trusted))
+    return msgspec.structs.replace(found, name="standard input" if path == "-" else path)
+
+
+def _added(old: Source, new: Source) -> Source:
+    """Return `old` with `new` besides: of one kind, namespace and name there is one.
+
+    Raises RefusedInputError where the agent would refuse what is added.
+    """
+    found = {(type(each), each.uid): each for each in (*old.documents, *new.documents)}
+    documents = tuple(found.values())
+    conflicts = own_conflicts(documents, new.settings.node)
+    if conflicts:
+        raise RefusedInputError(f"{conflicts[0]}; the agent would refuse it")
+    return msgspec.structs.replace(new, name=f"OLD with {new.name}", documents=documents)
 
 
 def _answer(old: Source, new: Source, recording: Recording | None, source: str) -> DiffReport:
     """Compare. Raises RefusedInputError."""
     before, after = old.evaluator(), new.evaluator()
+    if before.workloads and before.workloads.keys().isdisjoint(after.workloads):
+        raise RefusedInputError(
+            f"{new.name} has none of OLD's {many(len(before.workloads), 'workload')}: name a whole "
+            "configuration, or add it to OLD (--add)"
+        )
     comparison = whatif.compare(before, after, {old.settings.trust_domain, *old.trusted})
     replay: Replay | None = None
     if recording is not None:

@@ -79,14 +79,15 @@ def _replay(replay: Replay, now: datetime) -> Iterator[str]:
     )
     if replay.oldest is not None and replay.oldest > replay.since:
         yield from wrapped(f"nothing older than {replay.oldest:%Y-%m-%d %H:%M} UTC is kept", 2)
-    for count, what in (
-        (replay.unknown, "connections were not recorded one by one, and may break"),
-        (replay.otherwise, "flows were judged otherwise when they came than OLD would"),
-        (replay.elsewhere, "flows went to workloads of neither configuration"),
-        (replay.unjudged, "flows were refused for reasons that are no policy's"),
+    for count, unit, what in (
+        (replay.unknown, "connection", "not recorded one by one: may break"),
+        (replay.otherwise, "flow", "judged otherwise when recorded than by OLD"),
+        (replay.elsewhere, "flow", "to workloads of neither configuration"),
+        (replay.removed, "flow", "to workloads that NEW has not, where nobody will judge"),
+        (replay.unjudged, "flow", "refused for reasons that are no policy's"),
     ):
         if count:
-            yield from wrapped(f"{count} {what}", 2)
+            yield from wrapped(f"{many(count, unit)} {what}", 2)
     if replay.truncated:
         yield from wrapped("there are more; the last seen were looked at: ask for less time", 2)
     for title, changes in (("Would break:", replay.breaks), ("Would be let in:", replay.admits)):

@@ -108,8 +108,8 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     `unknown` connections cannot be judged again: their callers were not recorded one by one, and
     some of the workloads that they called are judged otherwise. `otherwise` flows were judged
     differently when they came than the old configuration would. `elsewhere` flows went to workloads
-    that neither configuration has in the mesh, and `unjudged` were refused for reasons that are no
-    policy's.
+    that neither configuration has, `removed` to such as the new one has not, where nobody will
+    judge. `unjudged` were refused for reasons that are no policy's.
     """
 
     source: str
@@ -122,6 +122,7 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
     unknown: int
     otherwise: int
     elsewhere: int
+    removed: int
     unjudged: int
     left_out: int
     """Changes that found no room in this report."""

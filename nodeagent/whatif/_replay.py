@@ -58,13 +58,14 @@ def domains(recording: Recording) -> frozenset[str]:
 def replay(old: Offline, new: Offline, recording: Recording, source: str) -> Replay:
     """Return what `new` would change for the flows of `recording`, which is called `source`."""
     changed: dict[_Caller, list[Recorded]] = {}
-    unknown = otherwise = elsewhere = unjudged = 0
+    unknown = otherwise = elsewhere = removed = unjudged = 0
     moved = _judged_otherwise(old, new)
     known = old.workloads.keys() | new.workloads.keys()
     for flow in recording.flows:
         if flow.destination not in known:
             elsewhere += 1
             continue
+        removed += flow.destination not in new.workloads
         if not flow.allowed and flow.reason not in POLICY_REASONS:
             unjudged += 1
             continue
@@ -100,6 +101,7 @@ def replay(old: Offline, new: Offline, recording: Recording, source: str) -> Rep
         unknown=unknown,
         otherwise=otherwise,
         elsewhere=elsewhere,
+        removed=removed,
         unjudged=unjudged,
         left_out=sum(max(0, len(each) - MAX_LISTED) for each in (breaks, admits)),
         truncated=recording.truncated,

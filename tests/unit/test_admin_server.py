@@ -25,6 +25,7 @@ from nodeagent.admin.model import (
     PodReport,
     PodState,
     Problem,
+    RecordingReport,
     ZtunnelReport,
 )
 from nodeagent.api import Document
@@ -69,6 +70,7 @@ def picture(missing: tuple[str, ...] = ()) -> Status:
             ),
         ),
         certificates=(certificate,),
+        recording=RecordingReport(recorded=5, lost=2, bytes=4096, problem="no room"),
     )
 
 
@@ -201,6 +203,10 @@ def test_metrics(tmp_path: Path) -> None:
         assert series["nodeagent_pods", (("state", "Enrolled"),)] == 1
         assert series["nodeagent_pods", (("state", "Failed"),)] == 0
         assert series["nodeagent_config_problems", ()] == 1
+        assert series["nodeagent_flows_recorded_total", ()] == 5
+        assert series["nodeagent_flows_lost_total", ()] == 2
+        assert series["nodeagent_flows_bytes", ()] == 4096
+        assert series["nodeagent_flows_failing", ()] == 1
         assert series["nodeagent_ztunnel_in_sync", ()] == 1
         dropped = "nodeagent_capture_dropped_total"
         assert series[dropped, (("reason", "unmarked"), workload)] == 7

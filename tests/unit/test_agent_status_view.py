@@ -25,6 +25,7 @@ from nodeagent.admin.model import (
     PodState,
     PortMode,
     Problem,
+    RecordingReport,
     Status,
     UnenforcedReport,
     ZtunnelReport,
@@ -207,6 +208,17 @@ def test_wide_rows_count_the_policies_that_are_asked() -> None:
 
 
 # --- the command against a real socket -----------------------------------------------------------
+
+
+def test_recording_that_does_not_work_is_a_finding_and_one_that_is_off_is_none() -> None:
+    assert status_view.findings(picture(recording=None), NOW) == ()
+    fine = RecordingReport(recorded=10, lost=0, bytes=4096)
+    assert status_view.findings(picture(recording=fine), NOW) == ()
+    failing = msgspec.structs.replace(fine, problem="/x/flows.db: no room")
+    (found,) = status_view.findings(picture(recording=failing), NOW)
+    assert found.code == "flows-not-recorded"
+    assert "traffic goes on" in found.text
+    assert "/x/flows.db: no room" in found.text
 
 
 class Backend:

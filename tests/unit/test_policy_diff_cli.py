@@ -189,7 +189,7 @@ def test_callers_not_known_one_by_one_may_break(tmp_path: Path, old: str, new: s
     result = diff(old, new, "--flows-db", store(tmp_path, WEB, PLAIN.folded()))
     assert result.exit_code == 1
     assert result.stdout.startswith("MAY BREAK: some recorded callers are not known one by one\n")
-    assert "  3 connections were not recorded one by one, and may break\n" in result.stdout
+    assert "  3 connections not recorded one by one: may break\n" in result.stdout
 
 
 def test_json_of_recorded_flows(tmp_path: Path, old: str, new: str) -> None:
@@ -271,11 +271,47 @@ def test_a_configuration_with_errors_is_not_compared(
     assert said in result.stderr
 
 
-def test_an_empty_configuration_is_one(old: str, tmp_path: Path) -> None:
+def test_a_part_of_a_configuration_is_not_taken_for_all_of_it(old: str, tmp_path: Path) -> None:
+    for name, text in (("part.yaml", STRICT), ("empty.yaml", "# nothing\n")):
+        result = diff(old, write(tmp_path, name, text))
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"{name} has none of OLD's 2 workloads" in result.stderr
+        assert "--add" in result.stderr
+
+
+def test_an_empty_configuration_is_one(tmp_path: Path) -> None:
     empty = write(tmp_path, "empty.yaml", "# nothing\n")
-    result = diff(old, empty)
+    assert diff(empty, empty).exit_code == 0
+
+
+def test_a_part_can_be_added_and_replaces_what_has_its_name(tmp_path: Path, old: str) -> None:
+    part = write(tmp_path, "part.yaml", STRICT)
+    result = diff(old, part, "--add")
+    assert result.exit_code == 1
+    assert "  NEW  OLD with part.yaml\n" in result.stdout
+    assert "shop/pay, shop/web: PERMISSIVE -> STRICT, by shop/default (part.yaml:" in result.stdout
+    # The same name again: replaced, and not one that is older.
+    taken_back = write(tmp_path, "back.yaml", STRICT.replace("STRICT", "PERMISSIVE"))
+    whole = write(tmp_path, "whole.yaml", MESH + STRICT)
+    result = diff(whole, taken_back, "--add")
     assert result.exit_code == 0
-    assert "Workloads that go, and are judged by nobody then: shop/pay, shop/web" in result.stdout
+    assert "STRICT -> PERMISSIVE, by shop/default (back.yaml:" in result.stdout
+
+
+def test_a_workload_that_goes_is_said(tmp_path: Path, old: str) -> None:
+    one = write(tmp_path, "one.yaml", MESH.partition("---")[0])
+    result = diff(old, one, "--flows-db", store(tmp_path, WEB))
+    assert result.exit_code == 0
+    assert "Workloads that go, and are judged by nobody then: shop/pay\n" in result.stdout
+    assert "  1 flow to workloads that NEW has not, where nobody will judge\n" in result.stdout
+
+
+def test_what_the_agent_would_refuse_cannot_be_added(tmp_path: Path, old: str) -> None:
+    thief = MESH.partition("---")[0].replace("name: web", "name: thief")
+    result = diff(old, write(tmp_path, "thief.yaml", thief), "--add")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "thief.yaml:" in result.stderr
+    assert "already taken" in result.stderr
 
 
 def test_a_recording_that_holds_nothing_proves_nothing(tmp_path: Path, old: str, new: str) -> None:

@@ -236,7 +236,7 @@ $(BENCH_TOOLS): build/bench/%: bench/load/%.c bench/load/common.c bench/load/com
 	gcc -D_GNU_SOURCE -std=gnu17 -O2 -g -Wall -Wextra -Werror -pthread -o $@ $(filter %.c,$^)
 
 .PHONY: bench
-bench: setup $(BENCH_TOOLS) ## Measure against no mesh and against Envoy (root, 20 minutes)
+bench: setup $(BENCH_TOOLS) ## Measure against no mesh and against Envoy (root, 22 minutes)
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 .PHONY: bench-quick

@@ -66,11 +66,12 @@ class Node:
         with _spent(spent, "diff"):
             upserts, removals = mesh.diff(self._mesh, found)
         self._mesh = found
-        with _spent(spent, "changed"):
-            self._published = published.changed(self._published, upserts, removals) or {}
         with _spent(spent, "plan"):
+            state = published.changed(self._published, upserts, removals)
+            self._published = self._published if state is None else state
+            keys = published.touched(upserts, removals)
             plan = await asyncio.to_thread(
-                published.plan, self._told, self._published, self._version
+                published.plan, self._told, self._published, self._version, keys
             )
         with _spent(spent, "wire"):
             parts = await asyncio.to_thread(_over_the_wire, plan)

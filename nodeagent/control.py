@@ -131,12 +131,14 @@ class ControlServer:
         removals: Iterable[protocol.Removal] = (),
     ) -> int:
         """Change the wanted state; return the version that holds the change."""
+        upserts, removals = tuple(upserts), tuple(removals)
         fresh = published.changed(self.state, upserts, removals)
         if fresh is not None:
             self.state = fresh
             self.version += 1
+            keys = published.touched(upserts, removals)
             for session in self._sessions:
-                session.wake.set()
+                session.changed(keys)
         return self.version
 
     def put_pod(self, pod: protocol.Pod, descriptors: PodDescriptors) -> int:

@@ -14,7 +14,7 @@ import msgspec
 
 from ztunnel import protocol
 
-__all__ = ["Change", "Key", "Part", "State", "changed", "key_of", "plan"]
+__all__ = ["Change", "Key", "Part", "State", "changed", "key_of", "plan", "touched"]
 
 PART_BYTES: Final = 256 * 1024
 """Encoded resources of one part: the kernel's default socket buffer holds about as much, so a slow
@@ -77,9 +77,17 @@ def changed(
     return fresh if different else None
 
 
-def plan(old: State | None, new: State, version: int) -> Change:
+def touched(upserts: Iterable[protocol.Resource], removals: Iterable[protocol.Removal]) -> set[Key]:
+    """Return the keys in which `changed` can make a difference."""
+    return {*map(key_of, upserts), *((removal.kind, removal.uid) for removal in removals)}
+
+
+def plan(
+    old: State | None, new: State, version: int, differ: Iterable[Key] | None = None
+) -> Change:
     """Return the frames that turn `old` into `new`; `old` None means a reset.
 
+    With `differ`, the states differ in these keys at most, and are not compared in others.
     A pod travels alone, with its descriptors. The last part carries `commit` and no pod, so that a
     pod that went away while the change was being sent can be left out.
     """
@@ -88,7 +96,9 @@ def plan(old: State | None, new: State, version: int) -> Change:
     batch: list[protocol.Resource] = []
     size = 0
     base: State = {} if old is None else old
-    gone = sorted(base.keys() - new.keys())
+    if old is None or differ is None:
+        differ = base.keys() | new.keys()
+    gone = sorted(key for key in differ if key in base and key not in new)
     removals = tuple(protocol.Removal(kind, uid) for kind, uid in gone)
     if old is None:
         parts.append(Part(protocol.Update(version, reset=True, commit=False)))
@@ -96,9 +106,11 @@ def plan(old: State | None, new: State, version: int) -> Change:
         parts.append(Part(protocol.Update(version, removals=chunk, commit=False)))
     wanted = [
         (key, value)
-        for key, value in new.items()
+        for key in differ
+        if (value := new.get(key)) is not None
         # Most are the very same, and a call for each of them takes longer than the comparison.
-        if (known := base.get(key)) is not value and _differs(known, value)
+        and (known := base.get(key)) is not value
+        and _differs(known, value)
     ]
     for key, resource in sorted(wanted, key=lambda item: (_RANK[type(item[1])], item[0])):
         length = len(_encoder.encode(resource))

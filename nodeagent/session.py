@@ -22,7 +22,7 @@ from nodeagent.channel import Channel, close_all
 from ztunnel import protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 __all__ = ["Draining", "PodDescriptors", "Publisher", "QueryError", "Rejected", "Session"]
 
@@ -46,9 +46,8 @@ BATCH_SECONDS: Final = 0.05
 ztunnel, and a thousand pods that are enrolled at once would make a thousand changes. The first
 after a quiet while goes at once."""
 
-LARGE_STATE: Final = 2000
-"""Resources from which on two states are compared, and what differs encoded, on a thread: with
-100,000 the one takes a tenth of a second and the other, at first, half of one."""
+LARGE: Final = 2000
+"""Resources from which on a change is made on a thread: 100,000 take half a second."""
 
 MAX_QUERIES: Final = 16
 """Questions of ours without an answer."""
@@ -130,11 +129,13 @@ class Session:
         self.acknowledged_version = 0
         self.rejected: Rejected | None = None
         self.oversized: tuple[published.Key, ...] = ()
-        self.wake = asyncio.Event()
+        self._wake = asyncio.Event()
         self._server = server
         self._channel = channel
         self._sending = asyncio.Lock()
         self._acknowledged: published.State | None = None
+        self._differ: set[published.Key] = set()
+        """In which the server's state may differ from what is acknowledged, or in flight."""
         self._awaited: asyncio.Future[protocol.Ack] | None = None
         self._awaited_version = 0
         self._progress = asyncio.Condition()
@@ -168,6 +169,11 @@ class Session:
                 self._progress.notify_all()
 
     # --- what the server says ----------------------------------------------------------------
+
+    def changed(self, keys: Iterable[published.Key]) -> None:
+        """Tell the server's state, which differs from the one before in `keys`."""
+        self._differ.update(keys)
+        self._wake.set()
 
     def order_drain(self, successor: int) -> None:
         """Have it hand over to the process `successor`; again: no effect."""
@@ -297,20 +303,23 @@ class Session:
         self.begun = True
         loop = asyncio.get_running_loop()
         while True:
-            self.wake.clear()
+            self._wake.clear()
             due = loop.time() + BATCH_SECONDS
             server = self._server
             state, version = server.state, server.version
+            differ, self._differ = self._differ, set()
             if self._acknowledged is None or state is not self._acknowledged:
-                await self._change(state, version)
+                await self._change(state, version, differ)
             retry = RETRY_SECONDS if self.rejected is not None else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(retry):
-                    await self.wake.wait()
+                    await self._wake.wait()
             await asyncio.sleep(due - loop.time())
 
-    async def _change(self, state: published.State, version: int) -> None:
-        change = await self._plan(state, version)
+    async def _change(
+        self, state: published.State, version: int, differ: set[published.Key]
+    ) -> None:
+        change = await self._plan(state, version, differ)
         self.oversized = change.oversized
         for kind, uid in change.oversized:
             log.error("resource is too large for ztunnel and is left out", kind=kind, uid=uid)
@@ -328,16 +337,20 @@ class Session:
         self._server.observe_seconds(self._server.clock() - started)
         if ack.error:
             log.error("ztunnel rejected a change", version=version, error=ack.error)
+            self._differ |= differ
             self.rejected = Rejected(version, ack.error)
             self._server.rejections += 1
             self._server.on_change()
             return
         await self._accept(state, version)
 
-    async def _plan(self, state: published.State, version: int) -> published.Change:
-        if len(state) > LARGE_STATE:
-            return await asyncio.to_thread(published.plan, self._acknowledged, state, version)
-        return published.plan(self._acknowledged, state, version)
+    async def _plan(
+        self, state: published.State, version: int, differ: set[published.Key]
+    ) -> published.Change:
+        old = self._acknowledged
+        if len(state if old is None else differ) > LARGE:
+            return await asyncio.to_thread(published.plan, old, state, version, differ)
+        return published.plan(old, state, version, differ)
 
     async def _accept(self, state: published.State, version: int) -> None:
         self._acknowledged = state

@@ -55,6 +55,20 @@ def test_parts_give_the_new_state(old: published.State | None, new: published.St
 
 
 @pytest.mark.parametrize("old,new", CASES)
+def test_keys_that_may_differ_are_all_that_is_looked_at(
+    old: published.State | None, new: published.State
+) -> None:
+    upserts = tuple(new.values())
+    removals = tuple(protocol.Removal(*key) for key in (old or {}) if key not in new)
+    keys = published.touched(upserts, removals)
+    assert published.plan(old, new, 5, keys) == published.plan(old, new, 5)
+    # What is not named is taken for the same; a reset names everything.
+    assert published.plan(old, new, 5, ()).parts == (
+        published.plan(None, new, 5).parts if old is None else ()
+    )
+
+
+@pytest.mark.parametrize("old,new", CASES)
 def test_parts_are_bounded_and_pods_travel_alone(
     old: published.State | None, new: published.State
 ) -> None:

@@ -47,10 +47,12 @@ class Told:
         self._published: published.State | None = None
 
     def take(self, upserts: Iterable[protocol.Resource], removals: Iterable[Any]) -> None:
+        upserts, removals = tuple(upserts), tuple(removals)
         wanted = published.changed(self._published or {}, upserts, removals)
         if wanted is None:
             return
-        plan = published.plan(self._published, wanted, self.state.version + 1)
+        keys = published.touched(upserts, removals)
+        plan = published.plan(self._published, wanted, self.state.version + 1, keys)
         parts = [part.update for part in plan.parts]
         self.state = apply(
             self.state,

@@ -88,7 +88,7 @@ def agrees(decision: Decision, opinion: Opinion, enforced: Opinion) -> None:
 
 def sets(seed: int) -> Iterable[Random]:
     """Give a source of randomness for each set of policies that a test may decide by."""
-    for number in range(max(1, CASES // CALLS)):
+    for number in range(-(-CASES // CALLS)):
         yield Random(f"{seed}/{number}")  # noqa: S311 - a test's cases, the same each time
 
 

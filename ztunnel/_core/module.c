@@ -92,7 +92,9 @@ PyObject *zt_py_counts(const zt_count *counts, Py_ssize_t n) {
 
 /* --- life ----------------------------------------------------------------------------------------------------- */
 
+/* All cores of a process share one OpenSSL; workers of one may run while the next is made. */
 static int read_functions(PyObject *functions) {
+    static bool filled; /* guarded by the interpreter's lock */
     static const struct {
         const char *name;
         size_t offset;
@@ -101,7 +103,7 @@ static int read_functions(PyObject *functions) {
         ZT_OSSL(X)
 #undef X
     };
-    struct zt_ossl table;
+    struct zt_ossl table = {0};
 
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
         PyObject *value = PyDict_GetItemString(functions, rows[i].name);
@@ -114,7 +116,12 @@ static int read_functions(PyObject *functions) {
         }
         memcpy((char *)&table + rows[i].offset, &pointer, sizeof(pointer));
     }
-    ossl = table;
+    if (filled && memcmp(&table, &ossl, sizeof(table)) != 0) {
+        PyErr_SetString(PyExc_ValueError, "functions: not those of the process' first core");
+        return -1;
+    }
+    if (!filled) ossl = table;
+    filled = true;
     return 0;
 }
 

@@ -161,7 +161,9 @@ class FlowTable:
     def _look(self, flow: LiveFlow, now: int) -> None:
         before, seen = flow.seen, self._counters(flow.number)
         carried = seen.opened - seen.closed
-        if seen == before and not (carried and now >= flow.looked + STILL_OPEN_SECONDS):
+        # A clock that was put back makes it due, too.
+        due = not 0 <= now - flow.looked < STILL_OPEN_SECONDS
+        if seen == before and not (carried and due):
             return
         flow.seen, flow.looked = seen, now
         tally = self._tally(flow.key, now)

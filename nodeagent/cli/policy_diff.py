@@ -46,19 +46,13 @@ MAX_AGE: Final = 10 * 366 * 86400
 _SIDES: Final = 2
 
 
-class _Age(click.ParamType[int]):
-    name = "age"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Return seconds."""
-        found = _AGE.fullmatch(str(value))
-        if found is None:
-            self.fail(
-                f"{value!r} is no age: write a number and s, m, h, d or w, as in 6h", param, ctx
-            )
-        return min(int(found[1]) * _UNITS[found[2]], MAX_AGE)
+def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
+    found = _AGE.fullmatch(text)
+    if found is None:
+        raise click.BadParameter(
+            f"{text!r} is no age: write a number and s, m, h, d or w, as in 6h"
+        )
+    return min(int(found[1]) * _UNITS[found[2]], MAX_AGE)
 
 
 @click.command()
@@ -75,7 +69,8 @@ class _Age(click.ParamType[int]):
 @click.option(
     "--since",
     "age",
-    type=_Age(),
+    callback=_seconds,
+    metavar="AGE",
     default="24h",
     show_default=True,
     help="How old a recorded flow may be: 90m, 6h, 7d.",
@@ -144,9 +139,9 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     settings_file: Path | None
 
     @property
-    def directory(self) -> Path | None:
-        """The settings file may be given for its policy's sake, beside the run directory."""
-        return self.settings_file if self.run_dir is None else None
+    def agent(self) -> Path:
+        """The agent's run directory. The settings may be named besides, for what is judged by."""
+        return run_directory(self.run_dir, self.settings_file if self.run_dir is None else None)
 
 
 def _check_usage(asked: _Asked) -> None:
@@ -167,9 +162,8 @@ def _check_usage(asked: _Asked) -> None:
 def _recording(asked: _Asked) -> Recording | None:
     """Return the recorded flows that are asked for. Raises UnreachableError, RefusedInputError."""
     if asked.live:
-        directory = run_directory(asked.run_dir, asked.directory)
         resource = f"/flows?seconds={asked.age}"
-        found = get(directory, resource, Recording, flows.SCHEMA, MAX_ANSWER)
+        found = get(asked.agent, resource, Recording, flows.SCHEMA, MAX_ANSWER)
         if found.oldest is None:
             cause = found.problem or "nobody has called since it was started"
             raise RefusedInputError(f"the agent has recorded nothing: {cause}")
@@ -189,7 +183,7 @@ def _sides(asked: _Asked, recording: Recording | None) -> tuple[Source, Source]:
     """Return both configurations; what one of them trusts the other does too."""
     trusted = {*asked.trust, *(whatif.domains(recording) if recording is not None else ())}
     if asked.running:
-        old = from_agent(asked.run_dir, asked.directory)
+        old = from_agent(asked.agent, None)
         trusted.update(old.trusted)
         settings = old.settings
         if asked.settings_file is not None:

@@ -133,10 +133,12 @@ class FlowStore:
         self._do(lambda: self._add_all(flows))
 
     def prune(self, now: float) -> None:
-        """Drop the hours that are over, and those of a future that a wrong clock once told."""
-        hour = int(now) // HOUR
-        oldest = hour - self._keep.retention_hours
-        self._do(lambda: self._drop("hour < ? OR hour > ?", (oldest, hour + 1)))
+        """Drop the hours that are over.
+
+        Those of a future stay: it is this clock that is wrong, on a machine that boots without one.
+        """
+        oldest = int(now) // HOUR - self._keep.retention_hours
+        self._do(lambda: self._drop("hour < ?", oldest))
 
     @property
     def bytes(self) -> int:
@@ -321,7 +323,7 @@ class FlowStore:
             first, last = self._open.execute("SELECT min(hour), max(hour) FROM hourly").fetchone()
             if first == last:
                 return
-            self._drop("hour = ?", (first,))
+            self._drop("hour = ?", first)
 
     def _used(self) -> float:
         pages, free = (
@@ -330,10 +332,10 @@ class FlowStore:
         )
         return float((pages - free) / self._pages)
 
-    def _drop(self, condition: str, values: tuple[int, ...]) -> None:
+    def _drop(self, condition: str, hour: int) -> None:
         connection = self._open
         with self._transaction():
-            gone = connection.execute(f"DELETE FROM hourly WHERE {condition}", values).rowcount  # noqa: S608 - our own text
+            gone = connection.execute(f"DELETE FROM hourly WHERE {condition}", (hour,)).rowcount  # noqa: S608 - our own text
             if gone:
                 connection.execute("DELETE FROM flow WHERE id NOT IN (SELECT flow FROM hourly)")
                 self._forget()

@@ -165,6 +165,10 @@ def test_an_open_connection_is_told_of_every_minute(rig: Rig) -> None:
     rig.wall += 1
     (found,) = told(rig.tunnel.flows)
     assert (found.connections, found.open, found.last) == (0, 1, int(rig.wall))
+    # Also by a clock that was put back.
+    rig.wall -= 3600
+    assert [flow.open for flow in told(rig.tunnel.flows)] == [1]
+    assert told(rig.tunnel.flows) == []
 
 
 def test_what_a_decision_counted_outlives_it(rig: Rig) -> None:

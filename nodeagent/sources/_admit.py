@@ -58,28 +58,49 @@ def admit(
         holder = in_force.holders.get(claim)
         return None if holder is None or holder[0] in differ else holder
 
-    kept: set[str] = set()
+    chosen = _settled(before, after, unmoved)
+    holders = _moved(in_force.holders, before.values(), chosen)
+    # A version that was refused for the sake of one that was refused as well may stand after all.
+    refused = sorted(file for file in after if chosen.get(file) is not after[file])
     errors: dict[str, list[ConfigError]] = {}
-    # A refused file goes back to its version in force, which takes back claims that it would have
-    # released; that may refuse another file. Each round refuses one more, so the rounds end.
+    left: list[str] = []
+    while refused != left:
+        left, refused = refused, []
+        for file in left:
+            errors[file] = _conflicts(file, after[file], holders)
+            if errors[file]:
+                refused.append(file)
+                continue
+            holders = _moved(holders, [chosen.pop(file, {})], {file: after[file]})
+            chosen[file] = after[file]
+    files = {
+        file: in_force.files[file] if file in refused else wanted[file]
+        for file in sorted(wanted)
+        if file in chosen or file not in differ
+    }
+    return InForce(files, holders), [error for file in refused for error in errors[file]]
+
+
+def _settled(
+    before: Mapping[str, _Claims],
+    after: Mapping[str, _Claims],
+    unmoved: Callable[[str], _Holder | None],
+) -> dict[str, _Claims]:
+    """Return the claims of each file in question, of one of its versions, without a conflict.
+
+    A refused file goes back to its version in force, which takes back claims that it would have
+    released; that may refuse another file. Each round refuses one more, so the rounds end.
+    """
+    chosen = dict(after)
     while True:
-        chosen = {file: before[file] if file in kept else after[file] for file in after}
         refused = _refused(chosen, before, unmoved)
         if not refused:
-            break
-        for file, found in refused.items():
-            errors.setdefault(file, []).extend(found)
-            if file in before and file not in kept:
-                kept.add(file)
+            return chosen
+        for file in refused:
+            if file in before and chosen[file] is not before[file]:
+                chosen[file] = before[file]
             else:
-                del after[file]
-    files = {
-        file: in_force.files[file] if file in kept else wanted[file]
-        for file in sorted(wanted)
-        if file in after or file not in differ
-    }
-    holders = _moved(in_force.holders, before.values(), chosen)
-    return InForce(files, holders), [error for file in sorted(errors) for error in errors[file]]
+                del chosen[file]
 
 
 def _claims(version: FileVersion, node: str) -> _Claims:
@@ -94,8 +115,8 @@ def _refused(
     chosen: Mapping[str, _Claims],
     before: Mapping[str, _Claims],
     unmoved: Callable[[str], _Holder | None],
-) -> dict[str, list[ConfigError]]:
-    """Return the errors of files that claim what another file holds.
+) -> set[str]:
+    """Return the files that claim what another file holds.
 
     A claim that a file has in force and still makes is its own before all others; further claims go
     to the file whose name sorts first. `unmoved` says who holds a claim in a file that is not in
@@ -105,18 +126,23 @@ def _refused(
     for file, made in chosen.items():
         for claim in made.keys() & before.get(file, {}).keys():
             holders[claim] = (file, made[claim][0])
-    refused: dict[str, list[ConfigError]] = {}
+    refused: set[str] = set()
     for file in sorted(chosen):
-        found: list[ConfigError] = []
-        for claim, (document, field) in chosen[file].items():
-            holder = holders.get(claim) or unmoved(claim)
-            if holder is not None and holder[0] != file:
-                found.append(conflict(document, holder[1], claim, field))
-        if found:
-            refused[file] = found
+        found = (holders.get(claim) or unmoved(claim) for claim in chosen[file])
+        if any(holder is not None and holder[0] != file for holder in found):
+            refused.add(file)
             continue
         holders.update({claim: (file, made[0]) for claim, made in chosen[file].items()})
     return refused
+
+
+def _conflicts(file: str, made: _Claims, holders: Mapping[str, _Holder]) -> list[ConfigError]:
+    """Return an error for each claim of a file that another file holds."""
+    return [
+        conflict(document, holder[1], claim, field)
+        for claim, (document, field) in made.items()
+        if (holder := holders.get(claim)) is not None and holder[0] != file
+    ]
 
 
 def _moved(

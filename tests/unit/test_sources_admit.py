@@ -97,6 +97,19 @@ def test_sources_refused_file_without_earlier_version_is_out() -> None:
     assert result == before
 
 
+def test_sources_a_file_that_is_refused_itself_keeps_no_other_out() -> None:
+    before = files(a=peer("n/1"), b=peer("n/2"), c=peer("n/3"))
+    # b wants what c keeps, so a cannot have n/2; so n/9, which a asks for too, is free.
+    further = files(a=[peer("n/2"), peer("n/9")], b=peer("n/3"), d=peer("n/9"))
+    result, errors = admitted(before, {**before, **further})
+    assert result == {**before, "d": further["d"]}
+    assert {(error.file, error.reason.partition(" at ")[2][0]) for error in errors} == {
+        ("a", "b"),
+        ("a", "d"),
+        ("b", "c"),
+    }
+
+
 FILES = st.dictionaries(
     st.sampled_from("abcd"),
     st.lists(st.sampled_from("123456"), max_size=3, unique=True).map(tuple),
@@ -118,36 +131,52 @@ def all_claims(versions: Mapping[str, FileVersion]) -> dict[str, Claims]:
 def the_long_way(
     before: Mapping[str, FileVersion], wanted: Mapping[str, FileVersion]
 ) -> tuple[dict[str, FileVersion], list[ConfigError]]:
-    """Decide over all claims of all files, until nobody is refused."""
+    """Decide over all claims of all files, until nobody is refused, and nobody need be."""
     had, asked = all_claims(before), all_claims(wanted)
     back: set[str] = set()
-    errors: dict[str, list[ConfigError]] = {}
+    chosen = dict(asked)
     while True:
-        chosen = {file: had[file] if file in back else asked[file] for file in asked}
         holders = {
             claim: (file, chosen[file][claim][0])
             for file in chosen
             for claim in chosen[file].keys() & had.get(file, {}).keys()
         }
-        refused: dict[str, list[ConfigError]] = {}
+        refused: list[str] = []
         for file in sorted(chosen):
-            refused[file] = [
-                conflict(document, holders[claim][1], claim, field)
-                for claim, (document, field) in chosen[file].items()
-                if claim in holders and holders[claim][0] != file
-            ]
-            if not refused[file]:
-                holders |= {claim: (file, found[0]) for claim, found in chosen[file].items()}
-        if not any(refused.values()):
-            break
-        for file in [file for file, found in refused.items() if found]:
-            errors.setdefault(file, []).extend(refused[file])
-            if file in had and file not in back:
-                back.add(file)
+            if any(claim in holders and holders[claim][0] != file for claim in chosen[file]):
+                refused.append(file)
             else:
-                del asked[file]
-    result = {file: before[file] if file in back else wanted[file] for file in sorted(asked)}
-    return result, [error for file in sorted(errors) for error in errors[file]]
+                holders |= {claim: (file, found[0]) for claim, found in chosen[file].items()}
+        if not refused:
+            break
+        for file in refused:
+            back.add(file)
+            if file in had and chosen[file] is not had[file]:
+                chosen[file] = had[file]
+            else:
+                del chosen[file]
+    errors: dict[str, list[ConfigError]] = {}
+    for file in sorted(back) * (len(back) + 1):
+        held = {
+            claim: document
+            for other, made in chosen.items()
+            if other != file
+            for claim, (document, _) in made.items()
+        }
+        errors[file] = [
+            conflict(document, held[claim], claim, field)
+            for claim, (document, field) in asked[file].items()
+            if claim in held
+        ]
+        if not errors[file]:
+            chosen[file] = asked[file]
+            back.discard(file)
+    result = {
+        file: before[file] if file in back else wanted[file]
+        for file in sorted(wanted)
+        if file in chosen
+    }
+    return result, [error for file in sorted(back) for error in errors[file]]
 
 
 @settings(max_examples=300, deadline=None)

@@ -101,6 +101,7 @@ class FlowTable:
         self._live: dict[tuple[FlowKey, int], LiveFlow] = {}
         self._of_pod: Counter[str] = Counter()
         self._untold: dict[FlowKey, _Tally] = {}
+        self._untold_of: Counter[str] = Counter()
         self.folded = 0
         """Times that a flow found no room."""
 
@@ -175,17 +176,22 @@ class FlowTable:
 
     def _tally(self, key: FlowKey, now: int) -> _Tally:
         tally = self._untold.get(key)
-        if tally is None and len(self._untold) >= self._limit:
+        pod = key.destination
+        full = len(self._untold) >= self._limit or self._untold_of[pod] >= self._limit_of_pod
+        folded = key.folded()
+        if tally is None and full and key != folded:
             self.folded += 1
-            key = key.folded()
+            key = folded
             tally = self._untold.get(key)
         if tally is None:
             tally = self._untold[key] = _Tally(now)
+            self._untold_of[pod] += 1
         return tally
 
     def take(self) -> tuple[Flow, ...]:
         """Take a portion of what has not been told, the oldest first."""
         keys = list(itertools.islice(self._untold, MAX_TOLD))
+        self._untold_of -= Counter(key.destination for key in keys)
         return tuple(_told(key, self._untold.pop(key)) for key in keys)
 
     def give_back(self, flows: tuple[Flow, ...]) -> None:

@@ -264,6 +264,33 @@ def test_what_waits_to_be_told_is_bounded_and_no_connection_is_lost() -> None:
     core.close()
 
 
+def test_one_pod_does_not_take_the_others_places_while_nobody_is_told() -> None:
+    """Nodeagent is away; decisions come and go."""
+    core = FakeCore()
+    table, sets = make(core, limit=10, limit_of_pod=2)
+    series = sets.acquire(labels.make("destination", "none", None, None, None))
+
+    def called(key: FlowKey) -> None:
+        flow = table.acquire(key, series)
+        count(core, flow.number, opened=1, closed=1)
+        table.release(flow)
+
+    for last in range(20):
+        called(call("a/scanned", last))
+    called(call("a/quiet", 0))
+    found = {(flow.key.destination, flow.key.source): flow.connections for flow in told(table)}
+    assert found == {
+        ("a/scanned", "10.9.0.0"): 1,
+        ("a/scanned", "10.9.0.1"): 1,
+        ("a/scanned", ""): 18,
+        ("a/quiet", "10.9.0.0"): 1,
+    }
+    # What has been told makes room again.
+    called(call("a/scanned", 30))
+    assert [flow.key.source for flow in told(table)] == ["10.9.0.30"]
+    core.close()
+
+
 def test_places_are_given_back() -> None:
     core = FakeCore()
     table, sets = make(core, limit=1, limit_of_pod=1)

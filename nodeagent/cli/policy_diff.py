@@ -64,7 +64,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) ->
     "--flows-db",
     "file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Replay what is recorded in this file: an agent's flows.db, or a copy.",
+    help="Replay what is recorded in this file: an agent's flows.db, or a copy (with -wal).",
 )
 @click.option(
     "--since",

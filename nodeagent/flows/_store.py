@@ -380,7 +380,10 @@ def read(path: Path, since: float, most: int = MAX_READ) -> tuple[list[Recorded]
         with _told(path), contextlib.closing(_reader(path)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version != _VERSION:
-                raise StoreError(f"{path}: no recording of this release (form {version})")
+                raise StoreError(
+                    f"{path}: no recording of this release (form {version}); of a copy, "
+                    f"{path.name}-wal is a part"
+                )
             rows = connection.execute(_READ, (int(since) // HOUR, int(since), most + 1)).fetchall()
             oldest = connection.execute("SELECT min(hour) FROM hourly").fetchone()[0]
     except _UnusableError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -140,6 +141,20 @@ def test_it_can_be_read_beside_its_writer_and_without_one(tmp_path: Path) -> Non
     kept.close()
     assert connections(kept.path) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["flows.db"]
+
+
+def test_a_copy_of_all_its_files_can_be_read_and_half_of_one_says_so(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    kept.add([flow()])
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    for folder, names in ((whole, ("flows.db", "flows.db-wal")), (half, ("flows.db",))):
+        folder.mkdir()
+        for name in names:
+            shutil.copy(tmp_path / name, folder)
+    kept.close()
+    assert connections(whole / "flows.db") == 1
+    with pytest.raises(StoreError, match=r"of a copy, flows\.db-wal is a part"):
+        read(half / "flows.db", 0)
 
 
 def test_an_answer_is_bounded_and_shows_that_there_is_more(tmp_path: Path) -> None:

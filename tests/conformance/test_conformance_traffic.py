@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -38,6 +39,7 @@ CHOSEN: Final = {
         "a policy of the root namespace is for the mesh",
         "permissive in the namespace, strict for one workload",
         "a workload policy without a mode inherits from the namespace",
+        "DISABLE takes plaintext",
     ),
     "peer_ports": (
         "strict, but one port is left to plaintext",
@@ -112,9 +114,17 @@ def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
 
 
 def put_in_force(mesh: Mesh, scenario: Scenario) -> None:
-    before = mesh.status("node-2")["ztunnel"]["wanted_version"]
+    # Of a mode of DISABLE the callers' node must know, too.
+    nodes = ("node-1", "node-2") if "DISABLE" in scenario.policies else ("node-2",)
+    before = {node: mesh.status(node)["ztunnel"]["wanted_version"] for node in nodes}
     mesh.apply(scenario.policies, name=POLICIES)
-    mesh.settled("node-2", lambda state: state["ztunnel"]["wanted_version"] > before)
+    for node in nodes:
+        mesh.settled(node, partial(is_newer, than=before[node]))
+
+
+def is_newer(state: dict[str, Any], *, than: int) -> bool:
+    wanted: int = state["ztunnel"]["wanted_version"]
+    return wanted > than
 
 
 def connects(mesh: Mesh, case: Case, listener: socket.socket) -> None:
@@ -162,5 +172,5 @@ def test_conformance_traffic(mesh: Mesh, scenario: Scenario) -> None:
         assert ("audit_flag" in line) == bool(case.audit)
         assert all(rule in line["audit_flag"] for rule in case.audit)
         assert ("dry_run" in line) == (case.dry_run is not None)
-        identified = case.caller != "legacy/sleep"
+        identified = case.caller != "legacy/sleep" and case.mode != "DISABLE"
         assert (line["connection_security_policy"] == "mutual_tls") == identified

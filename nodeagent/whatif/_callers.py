@@ -39,6 +39,7 @@ _OF_IDENTITY: Final = frozenset(
 
 _SCHEME: Final = "spiffe://"
 _STAR: Final = "*"
+_IPV4: Final = 4
 
 
 class Shown(msgspec.Struct, frozen=True):
@@ -139,37 +140,29 @@ class Callers:
         return found
 
     def _standing(self, named: Sequence[Condition]) -> Iterator[Caller]:
-        """Return callers that no workload is."""
-        anywhere = _unnamed_address(named)
-        yield _alike("a caller without identity", None, anywhere)
+        """Return callers that no workload is, from an address of each kind that `named` knows."""
+        identities = dict(self._strangers(named))
+        for where, address in _sources(named):
+            yield _alike(f"a caller without identity{where}", None, address)
+            for name, identity in identities.items():
+                yield _alike(name + where, identity, address)
         for spelling in self._probes:
             # Under STRICT it may get in where no other address does (`node_plaintext`).
             yield _alike(f"a caller without identity from {spelling}", None, pack(spelling))
+
+    def _strangers(self, named: Sequence[Condition]) -> Iterator[tuple[str, SpiffeId]]:
+        """Yield identities that no workload has: one that stands for any, and those named."""
         for domain in self._domains:
             somebody = SpiffeId.workload(domain, UNKNOWN, UNKNOWN)
-            yield _alike(f"any other identity of {domain}", somebody, anywhere)
-        seen: set[str] = set()
+            yield f"any other identity of {domain}", somebody
         for condition in named:
             for value in (*condition.values, *condition.not_values):
-                for caller in self._named(condition.attribute, value, anywhere):
-                    if caller.name not in seen:
-                        seen.add(caller.name)
-                        yield caller
-
-    def _named(self, attribute: Attribute, value: str, anywhere: bytes) -> Iterator[Caller]:
-        """Return who is meant by one value of a policy, where no workload need be that."""
-        if attribute is Attribute.SOURCE_IP:
-            address = _first_of(value)
-            if address is not None:
-                yield _alike(f"a caller without identity from {value}", None, address)
-            return
-        if _STAR in value:
-            return
-        for text, name in self._principals(attribute, value):
-            if (text, text) not in self._by_identity:
-                identity = _parsed(text)
-                if identity is not None:
-                    yield _alike(name or text, identity, anywhere)
+                if _STAR in value:
+                    continue
+                for text, name in self._principals(condition.attribute, value):
+                    identity = _parsed(text)
+                    if identity is not None and (text, text) not in self._by_identity:
+                        yield name or text, identity
 
     def _principals(self, attribute: Attribute, value: str) -> Iterator[tuple[str, str]]:
         if attribute is Attribute.PRINCIPAL:
@@ -235,25 +228,40 @@ def _fits(pattern: str, text: str) -> bool:
     return text == pattern
 
 
-def _first_of(block: str) -> bytes | None:
-    try:
-        return pack(str(ipaddress.ip_network(block, strict=False)[0]))
-    except ValueError:
-        return None
+def _sources(named: Iterable[Condition]) -> Iterator[tuple[str, bytes]]:
+    """Yield an address for each set of named networks that some address lies in, and its name.
+
+    Networks lie in each other or apart. So those that an address lies in are known by the
+    narrowest, and one address that lies in no narrower one stands for all that do likewise.
+    """
+    networks = _networks(named)
+    free = (
+        spelling
+        for spelling in map(ipaddress.ip_address, NOWHERE)
+        if not any(spelling in network for network in networks if network.version == _IPV4)
+    )
+    yield "", pack(str(next(free, NOWHERE[0])))
+    for position, network in enumerate(networks):
+        address = int(network.network_address)
+        # Narrower ones come behind, by where they begin: step over those that are in the way.
+        for inner in networks[position + 1 :]:
+            if inner.version != network.version or int(inner.network_address) > address:
+                break
+            address = max(address, int(inner.broadcast_address) + 1)
+        if address <= int(network.broadcast_address):
+            kind = type(network.network_address)
+            yield f" from {network}", pack(str(kind(address)))
 
 
-def _unnamed_address(named: Iterable[Condition]) -> bytes:
-    """Return an address that lies in no network that is named, if there is one."""
-    networks = [
-        ipaddress.ip_network(value, strict=False)
+def _networks(named: Iterable[Condition]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    values = {
+        value
         for condition in named
         if condition.attribute is Attribute.SOURCE_IP
         for value in (*condition.values, *condition.not_values)
-    ]
-    for spelling in NOWHERE:
-        address = ipaddress.ip_address(spelling)
-        if not any(
-            address in network for network in networks if network.version == address.version
-        ):
-            return pack(spelling)
-    return pack(NOWHERE[0])
+    }
+    # What a policy names has been read by the tunnel's own rules: it is a network.
+    networks = {ipaddress.ip_network(value, strict=False) for value in values}
+    return sorted(
+        networks, key=lambda each: (each.version, int(each.network_address), each.prefixlen)
+    )

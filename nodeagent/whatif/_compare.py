@@ -8,10 +8,10 @@ left out counted. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from nodeagent.offline import OWN_PORTS, Offline, Verdict
+from nodeagent.offline import OWN_PORTS, Offline, Verdict, pack
 from nodeagent.whatif._callers import Caller, Callers, Shown
 from nodeagent.whatif._model import CallChange, Comparison, ModeChange, Side
 from nodeagent.whatif._places import Place, conditions, places
@@ -50,17 +50,17 @@ def compare(old: Offline, new: Offline, domains: Iterable[str]) -> Comparison:
     """Return how `new` differs from `old`. `domains` are the trust domains that both trust."""
     found = places(old, new)
     callers = Callers(old, new, domains)
-    calls = _Calls(found, callers)
+    calls = _Calls(found, callers, lambda uid: _addresses(old, new, uid))
     changed: dict[_Change, dict[str, None]] = {}
     for place, caller, ports in calls.all():
         by_outcome: dict[_Outcome, list[str]] = {}
-        for port, number in ports:
+        for port in ports:
             outcome = (
-                _side(old, place, caller.old, number),
-                _side(new, place, caller.new, number),
+                _side(old, place, caller.old, port),
+                _side(new, place, caller.new, port),
             )
             if outcome[0].allowed != outcome[1].allowed:
-                by_outcome.setdefault(outcome, []).append(port)
+                by_outcome.setdefault(outcome, []).append(port.name)
         for outcome, some in by_outcome.items():
             named = (ALL_PORTS,) if len(some) == len(ports) else tuple(some)
             change = _Change(outcome, named, place.workloads[0])
@@ -83,20 +83,34 @@ def compare(old: Offline, new: Offline, domains: Iterable[str]) -> Comparison:
     )
 
 
-class _Calls:
-    """Which calls are asked about, within the bound."""
+class _Port(NamedTuple):
+    """What is called. `address` is None where it makes no difference which."""
 
-    def __init__(self, found: Sequence[Place], callers: Callers) -> None:
+    name: str
+    number: int
+    address: bytes | None
+
+
+class _Calls:
+    """Which calls are asked about, within the bound. `addresses` are those of a workload."""
+
+    def __init__(
+        self,
+        found: Sequence[Place],
+        callers: Callers,
+        addresses: Callable[[str], Sequence[str]],
+    ) -> None:
         self._places = found
         self._callers = callers
+        self._addresses = addresses
         self._left = MAX_JUDGED
         changing = sum(place.tells_identities_apart for place in found)
         # Twice the identities: as many callers again that stand for others, or ports.
         self.sampled = changing * 2 * len(callers.identities) > MAX_JUDGED
         self.unlooked = 0
 
-    def all(self) -> Iterator[tuple[Place, Caller, Sequence[tuple[str, int]]]]:
-        """Yield place, caller and ports (as they are called, and to judge by) to ask about."""
+    def all(self) -> Iterator[tuple[Place, Caller, Sequence[_Port]]]:
+        """Yield place, caller and ports to ask about."""
         for place in self._places:
             named = list(conditions(place.policies))
             others: Sequence[Caller] = ()
@@ -107,7 +121,7 @@ class _Calls:
                 # Nobody who proves an identity is let in or refused by any other mode.
                 others = self._callers.without_identity(named)
             callers = dict.fromkeys((*self._callers.moving, *others))
-            ports = _ports(place, named)
+            ports = self._ports(place, named)
             for position, caller in enumerate(callers):
                 if self._left < len(ports):
                     self.unlooked += len(callers) - position
@@ -115,8 +129,25 @@ class _Calls:
                 self._left -= len(ports)
                 yield place, caller, ports
 
+    def _ports(self, place: Place, named: Sequence[Condition]) -> Sequence[_Port]:
+        ports = _ports(place, named)
+        if not any(condition.attribute is Attribute.DESTINATION_IP for condition in named):
+            return ports
+        addresses = self._addresses(place.workloads[0])
+        return [
+            _Port(f"{port.name} at {spelling}", port.number, pack(spelling))
+            for port in ports
+            for spelling in addresses
+        ]
 
-def _ports(place: Place, named: Sequence[Condition]) -> Sequence[tuple[str, int]]:
+
+def _addresses(old: Offline, new: Offline, uid: str) -> Sequence[str]:
+    """Return the addresses that a workload has in both."""
+    kept = new.workloads[uid].addresses
+    return [spelling for spelling in old.workloads[uid].addresses if spelling in kept]
+
+
+def _ports(place: Place, named: Sequence[Condition]) -> Sequence[_Port]:
     """Return the ports that the rules of a place could tell apart, and one for all others."""
     modes = (*place.old.port_modes, *place.new.port_modes)
     numbers = {port for port, _ in modes} | {
@@ -128,13 +159,14 @@ def _ports(place: Place, named: Sequence[Condition]) -> Sequence[tuple[str, int]
     other = FIRST_OTHER
     while other in numbers or other in OWN_PORTS:
         other += 1
-    return [*((str(port), port) for port in sorted(numbers - OWN_PORTS)), (OTHER_PORTS, other)]
+    known = [_Port(str(port), port, None) for port in sorted(numbers - OWN_PORTS)]
+    return [*known, _Port(OTHER_PORTS, other, None)]
 
 
-def _side(off: Offline, place: Place, shown: Shown, port: int) -> Side:
+def _side(off: Offline, place: Place, shown: Shown, port: _Port) -> Side:
     uid = place.workloads[0]
-    identity = off.shown(uid, port, shown.identity) if shown.knows else shown.identity
-    verdict = off.judge(uid, port, identity, shown.source)
+    identity = off.shown(uid, port.number, shown.identity) if shown.knows else shown.identity
+    verdict = off.judge(uid, port.number, identity, shown.source, port.address)
     return side(verdict)
 
 

@@ -51,8 +51,10 @@ class ModeChange(msgspec.Struct, frozen=True, kw_only=True):
 class CallChange(msgspec.Struct, frozen=True, kw_only=True):
     """Calls that become something else: of each of `callers`, to each of `workloads` and `ports`.
 
-    A port is a number, "other" for those that no policy names, or "all". A caller is a SPIFFE ID,
-    or words for callers that have none, or that stand for many.
+    A port is a number, "other" for those that no policy names, or "all"; " at ADDRESS" behind it
+    where policies tell a workload's addresses apart. A caller is a SPIFFE ID, or words for callers
+    that have none, or that stand for many; " from NETWORK" behind it is the narrowest network that
+    policies name and that it calls from.
     """
 
     callers: tuple[str, ...]

@@ -1,69 +1,32 @@
-"""Two configurations compared: for all callers, and for those that have called."""
+"""Two configurations compared: for all callers."""
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import random
-from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
 
 from nodeagent import api, whatif
-from nodeagent.flows import SCHEMA, Recorded, Recording
 from nodeagent.offline import Offline, pack
 from nodeagent.settings import Settings
 from nodeagent.whatif import CallChange, Comparison, _callers, _compare
+from support.whatif import (
+    DOMAIN,
+    ONLY_WEB,
+    WORKLOADS,
+    configuration,
+    entry,
+    mesh,
+    policy,
+    strict,
+    web,
+)
 from ztunnel.spiffe import SpiffeId
 
-NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)
-DOMAIN = "cluster.local"
 NOBODY = "a caller without identity"
 ANYBODY = f"any other identity of {DOMAIN}"
-
-WORKLOADS = {"shop/web": 2, "shop/pay": 3, "ops/probe": 4}
-
-
-def entry(uid: str, last: int, *, mesh: bool = True, account: str = "") -> str:
-    namespace, name = uid.split("/")
-    annotations = f"{{nodeagent.io/netns: {name}}}" if mesh else "{}"
-    return f"""
-apiVersion: networking.istio.io/v1
-kind: WorkloadEntry
-metadata: {{name: {name}, namespace: {namespace}, annotations: {annotations}}}
-spec: {{address: 10.1.0.{last}, serviceAccount: {account or name}, labels: {{app: {name}}}}}
-"""
-
-
-def mesh(**changes: str) -> list[str]:
-    """Return the workloads; `changes` are others' documents by name ("" leaves one out)."""
-    found = {uid.split("/")[1]: entry(uid, last) for uid, last in WORKLOADS.items()} | changes
-    return [document for document in found.values() if document]
-
-
-def strict(namespace: str = "istio-system", mode: str = "STRICT", spec: str = "") -> str:
-    return f"""
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {{name: strict, namespace: {namespace}}}
-spec: {{mtls: {{mode: {mode}}}{spec}}}
-"""
-
-
-def policy(rules: str, action: str = "ALLOW", name: str = "callers", app: str = "pay") -> str:
-    return f"""
-apiVersion: security.istio.io/v1
-kind: AuthorizationPolicy
-metadata: {{name: {name}, namespace: shop}}
-spec: {{action: {action}, selector: {{matchLabels: {{app: {app}}}}}, rules: {rules}}}
-"""
-
-
-def configuration(*documents: str, settings: Settings | None = None) -> Offline:
-    text = "---\n".join(documents).encode()
-    found = api.load(text, "mesh.yaml", "n1")
-    assert not found.errors, [str(error) for error in found.errors]
-    return Offline.of(found.documents, settings or Settings(node="n1"))
 
 
 def compared(old: list[str], new: list[str]) -> Comparison:
@@ -77,10 +40,6 @@ def said(changes: tuple[CallChange, ...]) -> set[tuple[str, str, str]]:
         for each in changes
         for call in itertools.product(each.callers, each.workloads, each.ports)
     }
-
-
-def web(account: str = "web", namespace: str = "shop") -> str:
-    return f"spiffe://{DOMAIN}/ns/{namespace}/sa/{account}"
 
 
 # --- modes --------------------------------------------------------------------------------------
@@ -181,7 +140,39 @@ def test_networks_are_asked_for_by_an_address_of_theirs() -> None:
         web("probe", "ops"),
         f"{NOBODY} from 10.1.0.4/31",
         f"{NOBODY} from 192.168.0.0/16",
+        f"{ANYBODY} from 10.1.0.4/31",
+        f"{ANYBODY} from 192.168.0.0/16",
     }
+
+
+def test_what_is_left_of_a_network_is_asked_for_too() -> None:
+    rules = (
+        "[{from: [{source: {ipBlocks: [10.0.0.0/8], notIpBlocks: [10.0.0.0/16, 10.1.0.0/16]}}]}]"
+    )
+    found = compared(mesh(), [*mesh(), policy(rules, "DENY")])
+    # What is allowed stays so: 10.1/16, where all workloads are, and 10.0/16.
+    assert {call[0] for call in said(found.refused)} == {
+        f"{NOBODY} from 10.0.0.0/8",
+        f"{ANYBODY} from 10.0.0.0/8",
+    }
+
+
+def test_an_identity_that_no_workload_has_is_asked_for_from_everywhere() -> None:
+    rules = (
+        '[{from: [{source: {principals: ["cluster.local/ns/x/sa/y"], ipBlocks: ["fd00::/8"]}}]}]'
+    )
+    found = compared(mesh(), [*mesh(), policy(rules, "DENY")])
+    assert said(found.refused) == {(f"{web('y', 'x')} from fd00::/8", "shop/pay", "all")}
+
+
+def test_addresses_of_a_workload_are_told_apart_where_policies_do() -> None:
+    both = entry("shop/pay", 3).replace(
+        "{nodeagent.io/netns: pay}",
+        '{nodeagent.io/netns: pay, nodeagent.io/addresses: "fd00::3"}',
+    )
+    rules = '[{when: [{key: destination.ip, values: ["fd00::/8"]}]}]'
+    found = compared(mesh(pay=both), [*mesh(pay=both), policy(rules, "DENY")])
+    assert {call[2] for call in said(found.refused)} == {"other at fd00::3"}
 
 
 def test_an_identity_that_no_workload_has_is_asked_for_when_it_is_named() -> None:
@@ -201,9 +192,6 @@ def test_dry_runs_and_audits_are_no_change() -> None:
     )
     found = compared(mesh(), [*mesh(), audit, dry])
     assert found.refused + found.admitted == ()
-
-
-ONLY_WEB = '[{from: [{source: {principals: ["cluster.local/ns/shop/sa/web"]}}]}]'
 
 
 def test_disable_takes_callers_their_identity_and_so_their_way_in() -> None:
@@ -253,8 +241,9 @@ PARTS = {
     "namespaces": ["[shop]", "[ops, shop]"],
     "notNamespaces": ["[shop]"],
     "ipBlocks": ["[10.1.0.2/31]", "[10.1.0.0/16]"],
-    "notIpBlocks": ["[10.1.0.4]"],
+    "notIpBlocks": ["[10.1.0.4]", "[10.1.0.0/24]"],
 }
+ANYWHERE = ("10.1.0.1", "10.1.0.2", "10.1.0.3", "10.1.0.4", "10.1.9.9", "203.0.113.9", "fd00::9")
 
 
 def some_documents(chance: random.Random) -> list[str]:
@@ -310,6 +299,38 @@ def test_every_change_is_found_and_none_is_invented(
     assert changed > 100
 
 
+def stands_for(name: str, address: str) -> bool:
+    """Return whether a caller without identity from `address` may be meant by a name."""
+    if not name.startswith(NOBODY):
+        return False
+    network = name.removeprefix(NOBODY).removeprefix(" from ")
+    return not network or ipaddress.ip_address(address) in ipaddress.ip_network(network)
+
+
+def test_no_change_for_callers_without_identity_is_missed() -> None:
+    chance = random.Random(20260103)  # noqa: S311 - as above
+    changed = 0
+    for _ in range(60):
+        old, new = (configuration(*some_documents(chance)) for _ in range(2))
+        found = whatif.compare(old, new, {DOMAIN})
+        for address, target, port in itertools.product(
+            ANYWHERE, ("shop/web", "shop/pay"), (80, 81)
+        ):
+            before, after = (off.judge(target, port, None, pack(address)) for off in (old, new))
+            assert before is not None
+            assert after is not None
+            if before.allow == after.allow:
+                continue
+            changed += 1
+            spelled = {"all", "80" if port == 80 else "other"}
+            changes = said(found.refused if before.allow else found.admitted)
+            assert any(
+                stands_for(call[0], address) and call[1] == target and call[2] in spelled
+                for call in changes
+            ), (address, target, port)
+    assert changed > 100
+
+
 def test_what_is_too_much_is_counted_and_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compare, "MAX_JUDGED", 3)
     monkeypatch.setattr(_compare, "MAX_LISTED", 1)
@@ -320,165 +341,3 @@ def test_what_is_too_much_is_counted_and_not_forgotten(monkeypatch: pytest.Monke
     found = compared([*mesh(), strict("ops")], [*mesh(), policy("[]"), strict()])
     assert len(found.refused) == 1
     assert found.left_out > 0
-
-
-# --- recorded flows -----------------------------------------------------------------------------
-
-
-def flow(**changes: Any) -> Recorded:  # noqa: ANN401 - fields of a flow
-    values: dict[str, Any] = {
-        "identity": web(),
-        "source": "10.1.0.2",
-        "workload": "shop/web",
-        "arrival": "hbone",
-        "destination": "shop/pay",
-        "address": "10.1.0.3",
-        "port": 8080,
-        "allowed": True,
-        "reason": "",
-        "first": NOW - timedelta(hours=2),
-        "last": NOW - timedelta(minutes=1),
-        "connections": 3,
-        "most_open": 1,
-        "received": 1,
-        "sent": 1,
-    }
-    return Recorded(**(values | changes))
-
-
-PLAIN = {"identity": "", "workload": "", "source": "10.9.9.9", "arrival": "plaintext"}
-
-
-def recording(*flows: Recorded, **changes: Any) -> Recording:  # noqa: ANN401 - fields of it
-    values: dict[str, Any] = {
-        "schema": SCHEMA,
-        "node": "n1",
-        "time": NOW,
-        "since": NOW - timedelta(hours=6),
-        "oldest": NOW - timedelta(days=1),
-        "flows": flows,
-    }
-    return Recording(**(values | changes))
-
-
-def replayed(old: list[str], new: list[str], *flows: Recorded, **changes: Any) -> whatif.Replay:  # noqa: ANN401 - as above
-    return whatif.replay(
-        configuration(*old), configuration(*new), recording(*flows, **changes), "a test"
-    )
-
-
-def test_who_called_in_plaintext_would_break_under_strict() -> None:
-    found = replayed(mesh(), [*mesh(), strict()], flow(), flow(**PLAIN, connections=7))
-    (change,) = found.breaks
-    assert (change.sources, change.destination, change.port) == (("10.9.9.9",), "shop/pay", 8080)
-    assert (change.connections, change.new.reason) == (7, "strict_requires_mtls")
-    assert change.new.origin.startswith("istio-system/strict (mesh.yaml:")
-    assert found.admits == ()
-    assert (found.flows, found.connections) == (2, 10)
-
-
-def test_who_was_refused_and_would_be_let_in() -> None:
-    refused = flow(**PLAIN, allowed=False, reason="strict_requires_mtls")
-    found = replayed([*mesh(), strict()], mesh(), refused)
-    assert [each.sources for each in found.admits] == [("10.9.9.9",)]
-    assert found.breaks == ()
-
-
-def test_many_addresses_of_one_kind_of_caller_are_one_entry() -> None:
-    flows = [flow(**PLAIN | {"source": f"10.9.9.{n}"}, most_open=0) for n in range(1, 31)]
-    (change,) = replayed(mesh(), [*mesh(), strict()], *flows).breaks
-    assert (change.connections, change.source_count, len(change.sources)) == (90, 30, 5)
-
-
-def test_a_flow_is_judged_from_its_address() -> None:
-    deny = policy("[{from: [{source: {ipBlocks: [10.9.9.9]}}]}]", "DENY")
-    found = replayed(mesh(), [*mesh(), deny], flow(**PLAIN), flow(**PLAIN | {"source": "10.9.9.8"}))
-    assert [each.sources for each in found.breaks] == [("10.9.9.9",)]
-
-
-def test_callers_not_known_one_by_one_may_break_where_something_changes() -> None:
-    folded = {"identity": "", "source": "", "workload": "", "address": "", "port": 0}
-    found = replayed(
-        mesh(),
-        [*mesh(), policy("[]")],
-        flow(**folded, connections=5),
-        flow(**folded, destination="shop/web", connections=9),
-    )
-    assert found.unknown == 5
-    assert found.breaks == ()
-
-
-def test_where_identities_change_any_of_them_may_be_one_that_does() -> None:
-    folded = flow(identity="", source="", workload="", address="", port=0, connections=5)
-    new = mesh(web=entry("shop/web", 2, account="renamed"))
-    assert replayed(mesh(), mesh(), folded).unknown == 0
-    assert replayed(mesh(), new, folded).unknown == 5
-
-
-def test_what_cannot_be_judged_again_is_counted_by_why() -> None:
-    found = replayed(
-        mesh(),
-        [*mesh(), strict()],
-        flow(destination="other/gone"),
-        flow(allowed=False, reason="authority_mismatch"),
-        flow(allowed=False, reason="policy_denied"),
-    )
-    assert (found.elsewhere, found.unjudged, found.otherwise) == (1, 1, 1)
-
-
-def test_a_caller_who_leaves_the_mesh_would_call_without_identity() -> None:
-    out = entry("shop/web", 2, mesh=False)
-    found = replayed([*mesh(), strict()], [*mesh(web=out), strict()], flow())
-    (change,) = found.breaks
-    assert (change.identity, change.new.reason) == (web(), "strict_requires_mtls")
-
-
-def test_who_called_by_mutual_tls_would_break_under_disable_and_the_other_way_round() -> None:
-    kept, clear = (
-        [*mesh(), policy(ONLY_WEB)],
-        [*mesh(), policy(ONLY_WEB), strict("shop", "DISABLE")],
-    )
-    (change,) = replayed(kept, clear, flow()).breaks
-    assert (change.identity, change.new.reason) == (web(), "policy_denied")
-    plain = flow(identity="", arrival="plaintext", allowed=False, reason="policy_denied")
-    (change,) = replayed(clear, kept, plain).admits
-    assert change.new.allowed
-    # Of whom the mesh knows nothing it knows no identity either.
-    assert not replayed(clear, kept, flow(**PLAIN, allowed=False, reason="policy_denied")).admits
-    # Who proved an identity that is no workload's knows no mode: as another mesh's clients.
-    stranger = flow(identity=web("probe", "ops"))
-    assert not replayed(kept, clear, stranger).breaks
-
-
-def test_a_caller_who_gets_another_identity_is_judged_by_it() -> None:
-    rules = '[{from: [{source: {principals: ["cluster.local/ns/shop/sa/web"]}}]}]'
-    new = [*mesh(web=entry("shop/web", 2, account="renamed")), policy(rules)]
-    assert replayed([*mesh(), policy(rules)], new, flow()).breaks
-    # Who had shown another identity from there keeps it.
-    stays = flow(identity=web("probe", "ops"))
-    assert not replayed([*mesh(), policy("[{}]")], new, flow()).admits
-    assert replayed([*mesh(), policy("[{}]")], new, stays).breaks
-
-
-def test_a_called_workload_with_another_address_is_the_same_workload() -> None:
-    moved = mesh(pay=entry("shop/pay", 77))
-    assert not replayed(mesh(), moved, flow()).breaks
-
-
-def test_a_called_workload_that_goes_is_judged_by_nobody() -> None:
-    refused = flow(**PLAIN, allowed=False, reason="strict_requires_mtls")
-    found = replayed([*mesh(), strict()], [*mesh(pay=""), strict()], flow(), refused)
-    assert found.breaks == ()
-    assert [each.new.judged for each in found.admits] == [False]
-
-
-def test_what_got_in_says_which_trust_domains_were_trusted() -> None:
-    found = whatif.domains(
-        recording(
-            flow(),
-            flow(identity="spiffe://partner.example/a"),
-            flow(identity="spiffe://evil.example/a", allowed=False, reason="policy_denied"),
-            flow(**PLAIN),
-        )
-    )
-    assert found == {DOMAIN, "partner.example"}

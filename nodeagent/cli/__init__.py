@@ -5,7 +5,9 @@ else to standard error, that exit codes mean the same everywhere, and that a com
 but what it needs. It may not decide anything about the mesh.
 
 Exit codes: 0 it worked, or the answer is yes; 1 it failed, or the answer is no; 2 the command was
-used wrongly; 3 the agent cannot be reached. `lab exec` passes on its program's code.
+used wrongly, or its answer cannot be written; 3 the agent cannot be reached; 130 and 141, as a
+shell says it: interrupted, and nobody reads the answer to its end. `lab exec` passes on its
+program's code.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Final
 
 import click
 
-__all__ = ["LazyGroup", "RefusedInputError", "cli"]
+from nodeagent.cli.ending import ended_well
+
+__all__ = ["EXIT_USAGE", "LazyGroup", "RefusedInputError", "cli"]
 
 EXIT_USAGE: Final = 2
 
@@ -52,6 +56,14 @@ class LazyGroup(click.Group):
         return command
 
 
+class _Root(LazyGroup):
+    """The command itself."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        with ended_well():
+            return super().invoke(ctx)
+
+
 def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
     if value:
         # Loaded only here: it reads the metadata of the installed package.
@@ -66,7 +78,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
 
 
 @click.group(
-    cls=LazyGroup,
+    cls=_Root,
     context_settings=CONTEXT,
     lazy={
         "lab": "nodeagent.cli.lab:lab",

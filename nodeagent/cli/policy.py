@@ -6,7 +6,6 @@ and the form of their JSON. It promises that a question changes nothing. It may 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,7 +62,7 @@ def settings_of(file: Path | None) -> Settings:
 
 def write_json(report: msgspec.Struct) -> None:
     """Write one document to standard output."""
-    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2))
 
 
 def many(number: int, what: str) -> str:

@@ -120,7 +120,7 @@ def test(
     if output == "json":
         write_json(answer)
     elif output == "junit":
-        sys.stdout.buffer.write(_junit(answer))
+        click.echo(_junit(answer))
     else:
         trusts = [word for domain in table.trusts for word in ("--trust", domain)] if files else []
         for line in _lines(answer, (*trusts, *files), verbose=verbose):
@@ -209,4 +209,4 @@ def _junit(answer: _Report) -> bytes:
         elif result.outcome is Outcome.BROKEN:
             ET.SubElement(case, "error", message=result.error)
     ET.indent(suite)
-    return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True)) + b"\n"
+    return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True))

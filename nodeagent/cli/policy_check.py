@@ -6,7 +6,7 @@ and field; the same exit code in every output form; and that nothing is changed.
 a daemon.
 
 Exit codes: 0, all documents would be in force as they stand; 1, at least one would not, or refers
-to what is not there; 2, wrong usage.
+to what is not there; 2, wrong usage, or a file that is not there.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> No
     are read as one configuration: two documents that fight over a name are found in two files too.
 
     \b
-    Exit codes: 0 every document would be in force; 1 an error, or a reference that leads nowhere;
-    2 wrong usage. Warnings alone are no error.
+    Exit codes: 0 every document would be in force; 1 an error, or a reference that
+    leads nowhere; 2 wrong usage, or a file that is not there. Warnings alone are no
+    error.
     """
     report = _check(files, settings_of(settings_file))
     if output == "json":

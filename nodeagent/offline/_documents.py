@@ -8,6 +8,8 @@ what the documents mean.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +31,15 @@ MOST_BYTES: Final = 1024 * 1024 + 1
 """Bytes read of one file: one more than the reader of documents accepts, so that it says so."""
 
 
+_EMPTY_STDIN: Final = "is empty: did what writes it fail?"
+_LARGE_STDIN: Final = (
+    f"more than {MOST_BYTES - 1} bytes: give it in parts (of kubectl, one namespace at a time), or "
+    "split the file and name its parts"
+)
+
+
 class NoFilesError(Exception):
-    """A directory holds no documents, or cannot be read: a mistake, and no empty configuration."""
+    """What is named is not there, or cannot be read: a mistake, and no empty configuration."""
 
 
 class Documents(msgspec.Struct, frozen=True):
@@ -57,6 +66,10 @@ def read(names: Sequence[str], node: str) -> Documents:
         except ConfigError as error:
             errors[error] = None
             continue
+        trouble = _of_stdin(data) if name == STDIN else ""
+        if trouble:
+            errors[ConfigError(shown, 0, 0, "", trouble)] = None
+            continue
         loaded = api.load_file(data, shown, node)
         documents += loaded.documents
         errors.update(dict.fromkeys(loaded.errors))
@@ -69,8 +82,11 @@ def _expand(names: Sequence[str]) -> list[str]:
     """Return the files that are meant, each once."""
     found: dict[str, None] = {}
     for name in names:
+        if not name:
+            raise NoFilesError("'' names no file")
         path = Path(name)
         if name == STDIN or not path.is_dir():
+            _check_there(name)
             found[name] = None
             continue
         try:
@@ -88,6 +104,25 @@ def _expand(names: Sequence[str]) -> list[str]:
             )
         found.update(dict.fromkeys(inside))
     return list(found)
+
+
+def _check_there(name: str) -> None:
+    """Raise NoFilesError if nothing can be read under `name`. Reads nothing: a pipe gives once."""
+    if name == STDIN or not name.isprintable():
+        return
+    try:
+        Path(name).stat()
+    except OSError as error:
+        raise NoFilesError(f"{name}: cannot be read: {error.strerror or error}") from None
+    if not os.access(name, os.R_OK):
+        raise NoFilesError(f"{name}: cannot be read: {os.strerror(errno.EACCES)}")
+
+
+def _of_stdin(data: bytes) -> str:
+    """Return what is wrong with all of standard input, in words that fit it."""
+    if not data.strip():
+        return _EMPTY_STDIN
+    return _LARGE_STDIN if len(data) >= MOST_BYTES else ""
 
 
 def read_file(name: str) -> tuple[str, bytes]:

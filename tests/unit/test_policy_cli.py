@@ -126,9 +126,20 @@ def test_an_enormous_file_is_refused_by_its_size(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    result = check(str(tmp_path / "nowhere.yaml"))
-    assert result.exit_code == 1
-    assert "nowhere.yaml: cannot be read: No such file" in result.stdout
+    for output in ("text", "json"):
+        result = check(str(tmp_path / "nowhere.yaml"), "-o", output)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "nowhere.yaml: cannot be read: No such file" in result.stderr
+    # As of a variable that is not set: not the current directory.
+    unnamed = check("")
+    assert (unnamed.exit_code, unnamed.stderr) == (2, "Error: '' names no file\n")
+
+
+def test_what_is_wrong_with_standard_input_is_said_in_its_own_words() -> None:
+    assert "standard input: is empty: did what writes it fail?" in check("-").stdout
+    large = check("-", given="#" * (2 << 20))
+    assert large.exit_code == 1
+    assert "standard input: more than 1048576 bytes: give it in parts" in large.stdout
 
 
 @pytest.mark.parametrize("name", ["\udcff.yaml", "a\x1b[31m.yaml", "a\nb.yaml"])

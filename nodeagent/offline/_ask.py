@@ -9,6 +9,7 @@ instead, and that a service leads where ztunnel would take it. It is pure, and l
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -54,7 +55,10 @@ _SUGGESTED: Final = 3
 """Names that are offered for one that is not known."""
 
 _SEARCHED: Final = 1000
-"""Names that are looked through for them: a table may have thousands that are not known."""
+"""Names that are compared for them: a table may have thousands that are not known."""
+
+_SCANNED: Final = 20_000
+"""Names that are looked through for one in other letters, or in another namespace: 10 ms."""
 
 
 class QuestionError(Exception):
@@ -104,7 +108,8 @@ def caller(off: Offline, text: str) -> Caller:
     workload = off.workloads.get(text)
     if workload is None:
         raise QuestionError(
-            f"{quote(text)} is no workload of this configuration{_like(text, off.workloads)}; "
+            f"{quote(text)} is no workload of this configuration"
+            f"{_like(text, (PLAINTEXT, *off.workloads))}; "
             "name a workload as NAMESPACE/NAME, a SPIFFE ID, an address, or "
             f"{PLAINTEXT!r} for a caller of whom nothing is known"
         )
@@ -281,8 +286,25 @@ def _packed(text: str) -> bytes | None:
 
 
 def _like(text: str, known: Iterable[str]) -> str:
+    """Return the names that may have been meant, as the end of a sentence."""
+    found = _meant(text, list(itertools.islice(known, _SCANNED)))
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def _meant(text: str, known: list[str]) -> list[str]:
+    wanted = text.casefold()
+    # In other letters, or without its namespace: then it is these and no others.
+    same = [name for name in known if wanted in {name.casefold(), _bare(name).casefold()}]
+    if same:
+        return same[:_SUGGESTED]
     # Those of the same namespace first.
     start = text.partition("/")[0] + "/"
     names = sorted(known, key=lambda name: not name.startswith(start))[:_SEARCHED]
-    found = difflib.get_close_matches(text, names, _SUGGESTED)
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
+    if "/" in text:
+        return difflib.get_close_matches(text, names, _SUGGESTED)
+    bare = difflib.get_close_matches(text, {_bare(name): None for name in names}, _SUGGESTED)
+    return [name for each in bare for name in names if _bare(name) == each][:_SUGGESTED]
+
+
+def _bare(name: str) -> str:
+    return name.rpartition("/")[2]

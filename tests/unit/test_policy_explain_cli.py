@@ -328,6 +328,12 @@ def test_a_long_list_is_cut_short() -> None:
     [
         (("shop/wep", "shop/pay:80"), "did you mean shop/web"),
         (("shop/web", "shop/pya:80"), "did you mean shop/pay"),
+        (("web", "shop/pay:80"), "(did you mean shop/web?)"),
+        (("wbe", "shop/pay:80"), "(did you mean shop/web?)"),
+        (("Shop/Web", "shop/pay:80"), "(did you mean shop/web?)"),
+        (("PLAINTEXT", "shop/pay:80"), "(did you mean plaintext?)"),
+        (("shop/web", "pay:80"), "(did you mean shop/pay?)"),
+        (("shop/web", "shop/PAY:80"), "(did you mean shop/pay?)"),
         (("shop/web", "shop/pay"), "names no port"),
         (("shop/web", "shop/pay:http"), "no port"),
         (("shop/web", "shop/pay:0"), "no port"),

@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 import structlog
 
+from nodeagent.api import values
 from nodeagent.flow_settings import Keep
 from nodeagent.flows._model import SCHEMA, Recorded, Recording
 from ztunnel.protocol import Flow, FlowKey
@@ -386,9 +387,13 @@ def read(path: Path, since: float, most: int = MAX_READ) -> tuple[list[Recorded]
                 )
             rows = connection.execute(_READ, (int(since) // HOUR, int(since), most + 1)).fetchall()
             oldest = connection.execute("SELECT min(hour) FROM hourly").fetchone()[0]
+            found = [_recorded(row) for row in rows]
+            kept = None if oldest is None else _moment(oldest * HOUR).timestamp()
     except _UnusableError as error:
         raise StoreError(f"{path}: {error}") from None
-    return [_recorded(row) for row in rows], None if oldest is None else float(oldest * HOUR)
+    except (ValueError, OverflowError):
+        raise StoreError(f"{path}: is damaged: it holds what no flow is") from None
+    return found, kept
 
 
 def _reader(path: Path) -> sqlite3.Connection:
@@ -399,8 +404,9 @@ def _reader(path: Path) -> sqlite3.Connection:
 
 
 def _recorded(row: tuple[object, ...]) -> Recorded:
+    """Return a row. Raises ValueError or OverflowError if it is none that was written here."""
     (*texts, port, allowed, reason, first, last, connections, most_open, received, sent) = row
-    identity, source, workload, arrival, destination, address = map(str, texts)
+    identity, source, workload, arrival, destination, address = map(_text, texts)
     return Recorded(
         identity=identity,
         source=source,
@@ -408,11 +414,11 @@ def _recorded(row: tuple[object, ...]) -> Recorded:
         arrival=arrival,
         destination=destination,
         address=address,
-        port=_int(port),
+        port=values.port(_int(port)) if port else 0,
         allowed=bool(allowed),
-        reason=str(reason),
-        first=datetime.fromtimestamp(_int(first), UTC),
-        last=datetime.fromtimestamp(_int(last), UTC),
+        reason=_text(reason),
+        first=_moment(_int(first)),
+        last=_moment(_int(last)),
         connections=_int(connections),
         most_open=_int(most_open),
         received=_int(received),
@@ -420,8 +426,23 @@ def _recorded(row: tuple[object, ...]) -> Recorded:
     )
 
 
+def _moment(seconds: int) -> datetime:
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except OSError as error:
+        raise OverflowError from error
+
+
 def _int(value: object) -> int:
-    assert isinstance(value, int)  # noqa: S101 - STRICT tables hold nothing else there
+    if not isinstance(value, int):
+        raise ValueError(value)  # noqa: TRY004 - of a file, not of a caller
+    return value
+
+
+def _text(value: object) -> str:
+    # Whatever else is in a name would have its way with a terminal.
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(value)
     return value
 
 

@@ -373,6 +373,30 @@ def test_reading_what_is_no_recording_says_so_and_changes_nothing(
     assert list(tmp_path.iterdir()) == [kept.path]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "hourly SET first = 1 << 52, last = 1 << 52",
+        "hourly SET first = -(1 << 60)",
+        "hourly SET hour = 1 << 50",
+        "flow SET port = 70000",
+        "flow SET port = -5",
+        "flow SET source = char(27) || '[31m'",
+        "flow SET workload = 'a' || char(10) || 'b'",
+        "flow SET identity = CAST(x'ff41' AS TEXT)",
+    ],
+)
+def test_reading_what_no_flow_is_says_so(tmp_path: Path, change: str) -> None:
+    kept = store(tmp_path)
+    kept.add([flow()])
+    kept.close()
+    with contextlib.closing(sqlite3.connect(kept.path)) as connection:
+        connection.execute(f"UPDATE {change}")
+        connection.commit()
+    with pytest.raises(StoreError, match=r"flows\.db"):
+        everything(kept.path)
+
+
 def test_reading_what_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such file"):
         read(tmp_path / "none.db", 0)

@@ -170,6 +170,7 @@ class Daemon:
             (signal.SIGUSR1, self._reopen),
         ):
             loop.add_signal_handler(number, order)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         # One thread: large changes and scrapes, which may wait for each other.
         loop.set_default_executor(ThreadPoolExecutor(1, "ztunnel-slow"))
         health = {"/healthz/ready": self._ready, "/healthz/live": self._live}

@@ -96,7 +96,8 @@ async def launch(
                 (os.POSIX_SPAWN_DUP2, gate, _GATE),
                 (os.POSIX_SPAWN_DUP2, write_report, _REPORT),
             ],
-            setsigmask=[],
+            # As `__main__` blocks it, from the beginning: it comes to all processes of the unit.
+            setsigmask=[signal.SIGUSR1],
             setsigdef=[signal.SIGPIPE],
         )
         os.close(write_report)

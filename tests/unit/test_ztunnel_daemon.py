@@ -20,7 +20,7 @@ import pytest
 
 from support.mesh_state import SETTINGS
 from support.netns import wait_until
-from ztunnel import _core, access_log, corelike, protocol
+from ztunnel import _core, access_log, corelike, protocol, successor
 from ztunnel.channel import Channel
 from ztunnel.corelike import Kind
 from ztunnel.reasons import check
@@ -184,6 +184,41 @@ def test_a_life_from_start_to_end(
     assert process.popen.wait(DEADLINE) == 0
     assert log.exists()
     assert "STOPPING=1" in until(manager, "STOPPING=1")
+
+
+def blocked(pid: int) -> set[int]:
+    """Return the signals that a process's first thread blocks."""
+    (mask,) = (
+        int(line.split()[1], 16)
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+        if line.startswith("SigBlk:")
+    )
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
+def test_a_rotation_while_it_starts_does_not_end_it(process: Process) -> None:
+    wait_until(lambda: signal.SIGUSR1 in blocked(process.popen.pid), "main")
+    process.popen.send_signal(signal.SIGUSR1)
+    process.next_event("listening")
+    assert signal.SIGUSR1 not in blocked(process.popen.pid)
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.popen.wait(DEADLINE) == 0
+
+
+def test_a_successor_blocks_the_rotations_signal_from_its_beginning() -> None:
+    async def started() -> None:
+        async with asyncio.timeout(DEADLINE):
+            new = await successor.launch(
+                {}, [sys.executable, "-c", "import signal; signal.pause()"]
+            )
+            try:
+                assert signal.SIGUSR1 in blocked(new.pid)
+            finally:
+                new.signal(signal.SIGKILL)
+                await new.ended()
+                new.close()
+
+    asyncio.run(started())
 
 
 def test_the_audit_logs_sinks_follow_the_settings_and_its_file_the_signal(

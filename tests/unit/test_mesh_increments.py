@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from random import Random
@@ -169,6 +170,23 @@ def test_what_did_not_change_is_not_made_again() -> None:
         for uid in before.keys() & after.keys():
             if before[uid] == after[uid]:
                 assert before[uid] is after[uid]
+
+
+def test_what_is_gone_is_let_go() -> None:
+    """What a builder remembers does not grow with the edits that it has seen."""
+    builder = Builder(NODE)
+    for sequence in range(5):
+        random = Random(f"gone/{sequence}")  # noqa: S311 - as above
+        documents = [
+            document
+            for number in range(FILES)
+            for document in read(random_mesh.document(random), file=f"{number:02}.yaml")
+        ]
+        held = [sys.getrefcount(document) for document in documents]
+        builder.build(documents)
+        assert [sys.getrefcount(document) for document in documents] != held
+        assert builder.build([]) == MeshState()
+        assert [sys.getrefcount(document) for document in documents] == held
 
 
 def test_edits_of_files_give_what_a_restart_gives(tmp_path: Path) -> None:

@@ -320,7 +320,10 @@ class Session:
         self, state: published.State, version: int, differ: set[published.Key]
     ) -> None:
         change = await self._plan(state, version, differ)
-        self.oversized = change.oversized
+        old = self._acknowledged or {}
+        # Those that have not changed since are still left out.
+        kept = [key for key in self.oversized if key in state and old.get(key) == state[key]]
+        self.oversized = tuple(sorted({*kept, *change.oversized}))
         for kind, uid in change.oversized:
             log.error("resource is too large for ztunnel and is left out", kind=kind, uid=uid)
         if not change.parts:

@@ -178,6 +178,29 @@ def test_rejected_change_keeps_the_base_of_the_next(tmp_path: Path) -> None:
     run(test, tmp_path)
 
 
+def test_what_is_too_large_is_named_until_it_is_not(tmp_path: Path) -> None:
+    async def test(h: Harness) -> None:
+        async def told(*upserts: protocol.Resource) -> tuple[list[str], list[str]]:
+            """Return whom ztunnel was told of, and what it is not told."""
+            version = h.server.apply(upserts)
+            parts = await change(channel)
+            await channel.send(protocol.Ack(version))
+            assert await h.server.acknowledged(version, 10)
+            return uids(parts), list(h.server.status.oversized)
+
+        h.gate.set()
+        channel = await h.greeted()
+        await change(channel)
+        await channel.send(protocol.Ack(100))
+        huge = protocol.TrustBundle("huge", (b"x" * protocol.MAX_FRAME,))
+        assert await told(bundle("a"), huge) == (["a"], ["trust_bundle/huge"])
+        assert await told(bundle("b")) == (["b"], ["trust_bundle/huge"])
+        assert await told(bundle("huge")) == (["huge"], [])
+        channel.close()
+
+    run(test, tmp_path)
+
+
 def test_held_pods_are_handed_over_before_the_welcome(tmp_path: Path) -> None:
     async def test(h: Harness) -> None:
         pipes = [os.pipe() for _ in range(2)]

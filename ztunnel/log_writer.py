@@ -107,7 +107,8 @@ class File:
         try:
             while view:
                 view = view[os.write(self._descriptor, view) :]
-        except OSError:
+        except OSError as error:
+            error.filename = self._path
             done = len(text) - len(view) - self._torn
             whole, size = _whole(messages, done)
             self._torn = (self._torn and done < 0) or size < done
@@ -131,6 +132,12 @@ def _whole(messages: Sequence[bytes], done: int) -> tuple[int, int]:
             return number, size
         size += len(message)
     return len(messages), size
+
+
+def _words(error: OSError) -> str:
+    """Return what is wrong, behind where it is: a path or an address, as the settings have it."""
+    reason = error.strerror or " ".join(map(str, error.args))  # str() would repeat the place
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 class _Item(NamedTuple, Generic[T]):
@@ -312,10 +319,10 @@ class Writer(Generic[T]):
             _log.error(
                 "log cannot be written; what finds no room is dropped and counted",
                 log=self.name,
-                error=str(error),
+                error=_words(error),
             )
         self.cause = Cause.SLOW if slow else Cause.UNAVAILABLE
-        self.problem = f"{self.cause.value}: {error}"
+        self.problem = f"{self.cause.value}: {_words(error)}"
         return self.cause
 
     def _well(self) -> None:
@@ -346,5 +353,5 @@ class Writer(Generic[T]):
             _log.error(
                 "log cannot be reopened; the old file stays in use",
                 log=self.name,
-                error=str(error),
+                error=_words(error),
             )

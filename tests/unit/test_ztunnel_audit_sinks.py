@@ -148,7 +148,8 @@ def test_a_receiver_that_takes_nothing_gets_whole_messages_on_another_connection
         return bool(given.problems["syslog"])
 
     wait_until(stuck, "the receiver takes nothing more")
-    assert given.problems["syslog"].startswith("unavailable")
+    host, port = receiver.getsockname()[:2]
+    assert given.problems["syslog"] == f"unavailable: {host}:{port}: the receiver takes nothing"
     with receiver.accept()[0], receiver.accept()[0] as second:
         assert len(received(second, 3)) >= 3
 
@@ -207,6 +208,7 @@ def test_a_socket_that_is_gone_is_found_again(given: Outlets, tmp_path: Path, na
     given.give(entry())
     written(given, file=1)
     wait_until(lambda: given.problems[name], "the sink knows that nobody is there")
+    assert given.problems[name] == f"unavailable: {tmp_path / name}: No such file or directory"
     with listening(tmp_path / name) as first:
         assert first.recv(65536)
     (tmp_path / name).unlink()
@@ -238,6 +240,7 @@ def test_a_full_disk_is_counted_and_holds_up_no_other(
         given.configure(full, "node-1")
         given.give(entry())
         wait_until(lambda: given.problems["file"], "the sink knows that the disk is full")
+        assert given.problems["file"] == "unavailable: /dev/full: No space left on device"
         for number in range(2, 12):
             given.give(entry())
             written(given, journal=number)

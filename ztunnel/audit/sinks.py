@@ -14,6 +14,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
+from ztunnel.address import authority, pack
 from ztunnel.audit.syslog import framed
 from ztunnel.log_writer import Destination, MessageTooLongError
 from ztunnel.settings import Syslog, Transport
@@ -39,9 +40,19 @@ class _Socket(abc.ABC):
         self._family = family
         self._kind = kind
         self._address = address
+        self._where = (
+            address if isinstance(address, str) else authority(pack(address[0]), address[1])
+        )
         self._socket: socket.socket | None = None
 
     def open(self) -> None:
+        try:
+            self._connect()
+        except OSError as error:
+            error.filename = self._where
+            raise
+
+    def _connect(self) -> None:
         self.close()
         made = socket.socket(self._family, self._kind | socket.SOCK_CLOEXEC)
         try:
@@ -64,9 +75,11 @@ class _Socket(abc.ABC):
         for number, message in enumerate(messages):
             try:
                 self._send_one(self._socket, message)
-            except (OSError, MessageTooLongError):
+            except (OSError, MessageTooLongError) as error:
                 if number:
                     return number
+                if isinstance(error, OSError):
+                    error.filename = self._where
                 raise
         return len(messages)
 

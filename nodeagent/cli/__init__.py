@@ -100,12 +100,12 @@ def cli() -> None:
     """Mutual TLS for every workload of this node.
 
     \b
-    nodeagent run --settings /etc/nodeagent/nodeagent.yaml   the daemon
-    nodeagent status                                         what it does
-    nodeagent policy check FILE...                           would these be in force?
-    nodeagent policy diff OLD NEW                            what would this change break?
-    nodeagent policy explain SRC DST:PORT                    allowed? by which rule? why not?
-    nodeagent lab demo                                       see it work, on this machine alone
+    nodeagent run --settings FILE           the daemon
+    nodeagent status                        what it does
+    nodeagent policy check FILE...          would these be in force?
+    nodeagent policy diff OLD NEW           what would this change break?
+    nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?
+    nodeagent lab demo                      see it work, on this machine alone
 
     \b
     Exit codes: 0 it worked; 1 it failed, or the answer is no; 2 wrong usage;

@@ -117,9 +117,9 @@ def lab(ctx: click.Context, base: Path) -> None:
     """Nodes, pods and a network on this machine alone, to try the mesh.
 
     \b
-    nodeagent lab demo                                   two nodes, real traffic, and the wire
-    nodeagent lab exercise istioinaction                 a rollout of mutual TLS, step by step
-    nodeagent lab up sentences                           an exercise that comes with the agent
+    nodeagent lab demo                     two nodes, real traffic, and the wire
+    nodeagent lab exercise istioinaction   a rollout of mutual TLS, step by step
+    nodeagent lab up sentences             an exercise that comes with the agent
     nodeagent lab exec client -- curl -s sentences:5000
     nodeagent lab down
 

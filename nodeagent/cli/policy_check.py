@@ -64,9 +64,9 @@ def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> No
     are read as one configuration: two documents that fight over a name are found in two files too.
 
     \b
-    Exit codes: 0 every document would be in force; 1 an error, or a reference that
-    leads nowhere; 2 wrong usage, or a file that is not there. Warnings alone are no
-    error.
+    Exit codes: 0 every document would be in force; 1 an error, or a reference
+    that leads nowhere; 2 wrong usage, or a file that is not there. Warnings
+    alone are no error.
     """
     report = _check(files, settings_of(settings_file))
     if output == "json":

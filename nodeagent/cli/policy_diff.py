@@ -106,7 +106,8 @@ def diff(output: str, **options: Any) -> NoReturn:  # noqa: ANN401 - the fields 
     With recorded flows they alone decide:
       0 no recorded caller would be refused
       1 one would, or some were not recorded one by one and may be
-    2 wrong usage, files with errors, or nothing is recorded; 3 the agent cannot be reached.
+    2 wrong usage, files with errors, or nothing is recorded
+    3 the agent cannot be reached
     """
     asked = _Asked(**options)
     _check_usage(asked)
@@ -150,7 +151,7 @@ def _check_usage(asked: _Asked) -> None:
         what = "OLD and NEW (or --running and NEW)"
         if asked.running:
             what = "NEW only, for OLD is what runs"
-        raise click.UsageError(f"{count} paths: name {what}")
+        raise click.UsageError(f"{many(count, 'path')}: name {what}")
     if asked.paths.count("-") > 1:
         raise click.UsageError("standard input can be OLD or NEW, not both")
     if asked.live and asked.file is not None:

@@ -88,8 +88,9 @@ def test(
       by: shop/callers               # optional: what decides; see docs/policy.md
 
     \b
-    Exit codes: 0 all as expected; 1 some not; 2 wrong usage, a table or configuration that cannot
-    be used, or a test that names what does not exist; 3 the agent cannot be reached.
+    Exit codes: 0 all as expected; 1 some not; 2 wrong usage, a table or
+    configuration that cannot be used, or a test that names what does not exist;
+    3 the agent cannot be reached.
     """
     if files and run_dir is not None:
         raise click.UsageError("--run-dir is for the running agent: leave it out with --config")

@@ -35,7 +35,7 @@ _SHOWN: Final = 10
 class Source(msgspec.Struct, frozen=True):
     """Documents to be asked, and `name` for people. `notes` are what must not be overlooked.
 
-    `warnings` are those of reading the documents.
+    `warnings` are those of reading the documents, `shows` is the command that shows all.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Source(msgspec.Struct, frozen=True):
     trusted: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    shows: str = "nodeagent policy check"
 
     def evaluator(self) -> Offline:
         """Return the evaluator, and say the notes on standard error. Raises RefusedInputError."""
@@ -57,7 +58,7 @@ class Source(msgspec.Struct, frozen=True):
             _say("note", ["no WorkloadEntry here: name the files that hold them too"])
         count = len(self.warnings) + len(found.mesh.warnings)
         if count:
-            text = f"{many(count, 'warning')}: nodeagent policy check shows what has no effect"
+            text = f"{many(count, 'warning')}: {self.shows} shows what has no effect"
             _say("note", [text])
         return found
 
@@ -107,6 +108,7 @@ def from_agent(run_dir: Path | None, settings_file: Path | None) -> Source:
         settings=found.settings(),
         trusted=found.trusted,
         notes=tuple(notes),
+        shows="nodeagent status",
     )
 
 

@@ -45,7 +45,10 @@ EXPLAIN_SCHEMA: Final = 1
 HBONE: Final = "hbone"
 
 ITSELF: Final = "within its own pod, whose calls to itself nobody judges"
-OUTSIDE: Final = "outside the mesh, where no agent judges who calls"
+OUTSIDE: Final = (
+    "outside the mesh, where no agent judges who calls; a WorkloadEntry enters it by its "
+    "annotation nodeagent.io/netns"
+)
 
 PASSED_OVER: Final = 20
 """Policies that do not count and are told: enough to find the one with a misspelt label."""

@@ -15,7 +15,7 @@ from nodeagent.admin import AdminServer, Configuration, Status
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
 from nodeagent.cli import cli
 from support.resources import read
-from support.shop import CALLERS, MESH
+from support.shop import CALLERS, MESH, STRICT
 from ztunnel import protocol
 
 
@@ -98,6 +98,14 @@ def test_what_is_not_in_force_yet_is_said(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "note: ztunnel is not connected\n" in result.stderr
     assert "note: refused, a last good version is in force: shop.yaml:1:1: bad\n" in result.stderr
+
+
+def test_the_agents_warnings_are_in_its_status(tmp_path: Path) -> None:
+    disable = STRICT.replace("STRICT", "DISABLE")
+    documents = Documents.of(read(MESH + CALLERS + disable, file="shop.yaml"))
+    found = msgspec.structs.replace(configuration(), documents=documents)
+    result = of_agent(tmp_path, found, "explain", "shop/web", "shop/pay:8080")
+    assert result.stderr == "note: 1 warning: nodeagent status shows what has no effect\n"
 
 
 def test_an_agent_of_another_release_is_none_to_ask(

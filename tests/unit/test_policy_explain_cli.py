@@ -124,6 +124,7 @@ def test_who_is_outside_the_mesh_is_not_judged() -> None:
     result = explain("shop/web", "shop/legacy:80", "-", given=MESH + STRICT)
     assert result.exit_code == 0
     assert result.stdout.startswith("shop/web -> shop/legacy:80: NOT JUDGED\n")
+    assert "annotation nodeagent.io/netns" in " ".join(result.stdout.split())
 
 
 def test_nobody_judges_what_a_workload_says_to_itself() -> None:

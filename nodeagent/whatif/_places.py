@@ -78,7 +78,9 @@ def places(old: Offline, new: Offline) -> list[Place]:
             continue
         # Rules on the destination's address tell apart what is otherwise judged alike.
         own = uid if reader.by_address(before) or reader.by_address(after) else ""
-        key = (before, after, own)
+        # So does having no address (a conflict took it): what cannot be called is always refused.
+        callable_in = tuple(bool(each.workloads[uid].addresses) for each in (old, new))
+        key = (before, after, own, callable_in)
         if key not in made:
             policies = (*reader.policies(old, uid), *reader.policies(new, uid))
             made[key] = (before, after, policies)

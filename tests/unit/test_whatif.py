@@ -60,6 +60,20 @@ def test_nothing_differs_between_equals() -> None:
     )
 
 
+def test_a_workload_that_nobody_can_call_does_not_stand_for_others() -> None:
+    """shop/agent has the node's own address, which no workload may have."""
+    documents = mesh(agent=entry("shop/agent", 9))
+    settings = Settings(node="n1", node_addresses=("10.1.0.9",))
+    old = configuration(*documents, settings=settings)
+    new = configuration(
+        *documents,
+        policy(ONLY_WEB).replace("selector: {matchLabels: {app: pay}}, ", ""),
+        settings=settings,
+    )
+    found = whatif.compare(old, new, {DOMAIN})
+    assert {uid for change in found.refused for uid in change.workloads} == {"shop/pay", "shop/web"}
+
+
 def test_another_name_place_or_order_is_no_difference() -> None:
     rules = '[{from: [{source: {namespaces: [ops]}}]}, {to: [{operation: {ports: ["80"]}}]}]'
     other = '[{to: [{operation: {ports: ["80"]}}]}, {from: [{source: {namespaces: [ops]}}]}]'

@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from nodeagent.admin.model import CertificateReport, PodReport, PodState, Problem, Status
+from nodeagent.api import ConfigError
 from ztunnel.protocol import SameNode
 
 __all__ = [
@@ -163,8 +164,10 @@ def _config(status: Status) -> list[Finding]:
 
 
 def _place(problem: Problem) -> str:
-    where = f"{problem.file}:{problem.line}:{problem.column}: "
-    return where + (f"{problem.field}: " if problem.field else "") + problem.reason
+    """Return the problem in the words of the log and of `policy check`."""
+    return str(
+        ConfigError(problem.file, problem.line, problem.column, problem.field, problem.reason)
+    )
 
 
 def _ztunnel(status: Status) -> list[Finding]:

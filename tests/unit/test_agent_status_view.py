@@ -101,6 +101,7 @@ def test_healthy_node_has_no_finding() -> None:
 
 
 PROBLEM = Problem(file="a.yaml", line=3, column=7, field="spec.mtls", reason="unknown mode")
+OF_A_FILE = Problem(file="b.yaml", line=0, column=0, field="", reason="is empty")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,11 @@ PROBLEM = Problem(file="a.yaml", line=3, column=7, field="spec.mtls", reason="un
             {"config": ConfigReport(source="x", loaded=True, problems=(PROBLEM,))},
             "config-refused",
             "a.yaml:3:7: spec.mtls",
+        ),
+        (
+            {"config": ConfigReport(source="x", loaded=True, problems=(OF_A_FILE,))},
+            "config-refused",
+            "b.yaml: is empty",
         ),
         (
             {"config": ConfigReport(source="x", loaded=True, unresolved=(PROBLEM,))},

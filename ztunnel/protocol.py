@@ -108,7 +108,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Raised when a message changes in a way that an older peer would misread."""
 
 

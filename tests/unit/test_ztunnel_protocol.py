@@ -63,7 +63,7 @@ def test_an_authorization_comes_out_as_it_went_in(policy: Authorization) -> None
 
 
 def test_peers_of_before_authorization_are_told_apart() -> None:
-    assert PROTOCOL_VERSION == 3
+    assert PROTOCOL_VERSION == 4
 
 
 @pytest.mark.parametrize(

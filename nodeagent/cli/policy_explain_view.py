@@ -116,7 +116,9 @@ def _grounds(answer: Answer) -> str:
         return f"{answer.reason}{f', {by.text}' if by is not None else ''}: {answer.cause}"
     if by is not None and not by.line and by.name != "default":
         return by.name
-    return "no DENY rule matches, and no ALLOW policy is for this workload"
+    trial = any(policy.action == "ALLOW" for policy in answer.policies)
+    enforced = " that is enforced" if trial else ""
+    return f"no DENY rule matches, and no ALLOW policy{enforced} is for this workload"
 
 
 def _answer(explanation: Explanation, answer: Answer, *, everything: bool) -> Iterator[str]:

@@ -251,6 +251,7 @@ def test_dry_runs_and_audits_are_told() -> None:
     assert answer["dry_run"]["allowed"] is False
     assert [each["rule"]["name"] for each in answer["audits"]] == ["shop/no-web rules[0]"]
     text = explain("shop/web", "shop/pay:80", "-", given=MESH + tried + audit).stdout
+    assert "no ALLOW policy that is enforced is for this workload" in " ".join(text.split())
     assert "audit    marked by shop/no-web rules[0]" in text
     assert "dry run  would be REFUSED by default deny" in text
     assert "2 conditions short (dry run)" in text

@@ -13,7 +13,7 @@ are alike, and one stands for them.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -142,7 +142,7 @@ class Callers:
     def _standing(self, named: Sequence[Condition]) -> Iterator[Caller]:
         """Return callers that no workload is, from an address of each kind that `named` knows."""
         identities = dict(self._strangers(named))
-        for where, address in _sources(named):
+        for where, address in _sources(named, self._probes):
             yield _alike(f"a caller without identity{where}", None, address)
             for name, identity in identities.items():
                 yield _alike(name + where, identity, address)
@@ -228,8 +228,10 @@ def _fits(pattern: str, text: str) -> bool:
     return text == pattern
 
 
-def _sources(named: Iterable[Condition]) -> Iterator[tuple[str, bytes]]:
+def _sources(named: Iterable[Condition], probes: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """Yield an address for each set of named networks that some address lies in, and its name.
+
+    The first one is in none, and none of `probes`.
 
     Networks lie in each other or apart. So those that an address lies in are known by the
     narrowest, and one address that lies in no narrower one stands for all that do likewise.
@@ -238,7 +240,8 @@ def _sources(named: Iterable[Condition]) -> Iterator[tuple[str, bytes]]:
     free = (
         spelling
         for spelling in map(ipaddress.ip_address, NOWHERE)
-        if not any(spelling in network for network in networks if network.version == _IPV4)
+        if str(spelling) not in probes
+        and not any(spelling in network for network in networks if network.version == _IPV4)
     )
     yield "", pack(str(next(free, NOWHERE[0])))
     for position, network in enumerate(networks):

@@ -74,6 +74,15 @@ def test_a_workload_that_nobody_can_call_does_not_stand_for_others() -> None:
     assert {uid for change in found.refused for uid in change.workloads} == {"shop/pay", "shop/web"}
 
 
+def test_the_nodes_own_address_does_not_stand_for_any_other() -> None:
+    """In labs nodes have addresses of documentation, and their plaintext may pass STRICT."""
+    settings = Settings(node="n1", node_addresses=("192.0.2.1",), node_plaintext=True)
+    old = configuration(*mesh(), settings=settings)
+    new = configuration(*mesh(), strict(), settings=settings)
+    (change,) = whatif.compare(old, new, {DOMAIN}).refused
+    assert change.callers == (NOBODY,)
+
+
 def test_another_name_place_or_order_is_no_difference() -> None:
     rules = '[{from: [{source: {namespaces: [ops]}}]}, {to: [{operation: {ports: ["80"]}}]}]'
     other = '[{to: [{operation: {ports: ["80"]}}]}, {from: [{source: {namespaces: [ops]}}]}]'

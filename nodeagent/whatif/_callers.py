@@ -33,13 +33,15 @@ UNKNOWN: Final = "nobody-knows"
 NOWHERE: Final = ("192.0.2.1", "198.51.100.1", "203.0.113.1")
 """Addresses of documentation (RFC 5737), of which one that no policy names stands for any."""
 
+NOWHERE_IPV6: Final = ("2001:db8::1", "3fff::1", "100::1")
+"""The same of IPv6 (RFC 3849, RFC 9637, RFC 6666): no network of IPv4 holds it, however wide."""
+
 _OF_IDENTITY: Final = frozenset(
     {Attribute.PRINCIPAL, Attribute.NAMESPACE, Attribute.SERVICE_ACCOUNT}
 )
 
 _SCHEME: Final = "spiffe://"
 _STAR: Final = "*"
-_IPV4: Final = 4
 
 
 class Shown(msgspec.Struct, frozen=True):
@@ -231,19 +233,18 @@ def _fits(pattern: str, text: str) -> bool:
 def _sources(named: Iterable[Condition], probes: Collection[str]) -> Iterator[tuple[str, bytes]]:
     """Yield an address for each set of named networks that some address lies in, and its name.
 
-    The first one is in none, and none of `probes`.
+    The first one is in none, and none of `probes`, if there is such an address of IPv4; where
+    there is not, one of IPv6 is.
 
     Networks lie in each other or apart. So those that an address lies in are known by the
     narrowest, and one address that lies in no narrower one stands for all that do likewise.
     """
     networks = _networks(named)
-    free = (
-        spelling
-        for spelling in map(ipaddress.ip_address, NOWHERE)
-        if str(spelling) not in probes
-        and not any(spelling in network for network in networks if network.version == _IPV4)
-    )
-    yield "", pack(str(next(free, NOWHERE[0])))
+    anywhere = _free(NOWHERE, networks, probes)
+    yield "", pack(anywhere or NOWHERE[0])
+    # All that are in no network are alike: one is enough.
+    if not anywhere and (by_ipv6 := _free(NOWHERE_IPV6, networks, probes)):
+        yield " by IPv6", pack(by_ipv6)
     for position, network in enumerate(networks):
         address = int(network.network_address)
         # Narrower ones come behind, by where they begin: step over those that are in the way.
@@ -254,6 +255,23 @@ def _sources(named: Iterable[Condition], probes: Collection[str]) -> Iterator[tu
         if address <= int(network.broadcast_address):
             kind = type(network.network_address)
             yield f" from {network}", pack(str(kind(address)))
+
+
+def _free(
+    spellings: Iterable[str],
+    networks: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network],
+    probes: Collection[str],
+) -> str:
+    """Return an address that is in none of `networks` and none of `probes`, "" without any."""
+    return next(
+        (
+            spelling
+            for spelling in spellings
+            if spelling not in probes
+            and not any(ipaddress.ip_address(spelling) in network for network in networks)
+        ),
+        "",
+    )
 
 
 def _networks(named: Iterable[Condition]) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:

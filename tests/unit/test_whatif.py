@@ -168,6 +168,14 @@ def test_networks_are_asked_for_by_an_address_of_theirs() -> None:
     }
 
 
+def test_networks_of_all_of_ipv4_leave_callers_by_ipv6() -> None:
+    rules = "[{from: [{source: {ipBlocks: [0.0.0.0/0]}}]}]"
+    found = compared(mesh(), [*mesh(), policy(rules)])
+    assert {call[0] for call in said(found.refused)} == {f"{NOBODY} by IPv6", f"{ANYBODY} by IPv6"}
+    rules = '[{from: [{source: {ipBlocks: [0.0.0.0/0, "::/0"]}}]}]'
+    assert compared(mesh(), [*mesh(), policy(rules)]).refused == ()
+
+
 def test_what_is_left_of_a_network_is_asked_for_too() -> None:
     rules = (
         "[{from: [{source: {ipBlocks: [10.0.0.0/8], notIpBlocks: [10.0.0.0/16, 10.1.0.0/16]}}]}]"

@@ -223,7 +223,7 @@ def test_a_trusted_domain_is_one_whose_identities_got_in(tmp_path: Path, old: st
 @pytest.mark.parametrize(
     "arguments,said",
     [
-        (("OLD",), "1 paths: name OLD and NEW"),
+        (("OLD",), "1 path: name OLD and NEW"),
         (("OLD", "NEW", "NEW"), "3 paths"),
         (("--running", "OLD", "NEW"), "name NEW only"),
         (("-", "-"), "not both"),

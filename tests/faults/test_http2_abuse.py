@@ -288,7 +288,7 @@ def test_data_on_a_closed_stream_is_given_back_and_harmless(mesh: Mesh) -> None:
         at.side.reset(at.stream)
         for _ in range(20):
             at.side.frame(Kind.DATA, 0, at.stream, bytes(1024 * 1024))
-            while at.side.tls.has_come():
+            while at.side.has_come():
                 at.side.step()
         assert at.side.status(at.side.connect(at.to)) == 200
 
@@ -303,7 +303,7 @@ def test_keepalive_does_not_trigger_a_flood(mesh: Mesh) -> None:
         for _ in range(BURST // 4):
             at.side.frame(Kind.PING, 0, 0, bytes(8))
             at.side.frame(Kind.SETTINGS, 0, 0)
-            while at.side.tls.has_come():
+            while at.side.has_come():
                 at.side.step()
         assert at.side.status(at.side.connect(at.to)) == 200
 

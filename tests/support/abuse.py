@@ -72,9 +72,9 @@ def say(side: Client | Server, frames: Sequence[bytes]) -> str:
     try:
         for at in range(0, len(frames), TOGETHER):
             side.tls.send(b"".join(frames[at : at + TOGETHER]))
-            while side.tls.has_come():
+            while side.has_come():
                 side.step()
-        while side.tls.has_come(DEADLINE):
+        while side.has_come(DEADLINE):
             side.step()
     except Gone as gone:
         return str(gone)

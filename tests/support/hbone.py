@@ -185,8 +185,15 @@ class Tls:
                         raise
 
     def has_come(self, seconds: float = 0) -> bool:
-        """Whether `receive` would have something to read, now or within `seconds`."""
-        return bool(select.select([self.sock], [], [], seconds)[0])
+        """Whether `receive` would have something to say, now or within `seconds`."""
+        try:
+            # Of what was read from the socket before, too.
+            self._tls.recv(1, socket.MSG_PEEK)
+        except SSL.WantReadError:
+            return bool(select.select([self.sock], [], [], seconds)[0])
+        except SSL.Error:
+            return True
+        return True
 
     def _fill(self) -> None:
         try:
@@ -317,6 +324,10 @@ class _Side:
 
     def reset(self, stream: int, code: int = 8) -> None:
         self.frame(Kind.RST_STREAM, 0, stream, struct.pack("!I", code))
+
+    def has_come(self, seconds: float = 0) -> bool:
+        """Whether there is something of a frame to take in, now or within `seconds`."""
+        return bool(self._buffer) or self.tls.has_come(seconds)
 
     def frame_in(self) -> Frame:
         """Take one frame in and do nothing about it. Raises Gone."""

@@ -155,7 +155,7 @@ gcc -g -Wall -Wextra -Werror -fsanitize=$(2) $$($(PYTHON)-config --includes) \
 	-o build/$(1)/venv/bin/python tests/support/interpreter.c \
 	$$($(PYTHON)-config --ldflags --embed)
 failed=0; \
-PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc \
+PYTHONPATH=$(CURDIR)/build/$(1) PYTHONSAFEPATH=1 PYTHONMALLOC=malloc NODEAGENT_TEST_PATIENCE=4 \
 ASAN_OPTIONS=$(SANITIZER_OPTIONS):detect_leaks=0:detect_stack_use_after_return=1 \
 UBSAN_OPTIONS=$(SANITIZER_OPTIONS):print_stacktrace=1 \
 TSAN_OPTIONS=$(SANITIZER_OPTIONS):second_deadlock_stack=1:die_after_fork=0:suppressions=$(CURDIR)/tests/support/tsan.supp \

@@ -31,13 +31,13 @@ from support.corelab import (
     pair,
 )
 from support.hbone import ACK, END_HEADERS, Client, Gone, Kind, Server
-from support.netns import wait_until
+from support.netns import PATIENCE, wait_until
 from ztunnel import _core, tls
 
 pytestmark = pytest.mark.netns
 
-SHORT: Final = 300_000
-"""Microseconds of the deadline under test."""
+SHORT: Final = round(300_000 * PATIENCE)
+"""Microseconds of the deadline under test. What comes before it must fit in."""
 
 STEPS: Final = 18
 """Moves of what is slow but alive, a sixth of SHORT apart: three deadlines in all."""

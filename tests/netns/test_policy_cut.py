@@ -29,13 +29,14 @@ CUT_SECONDS: Final = 5.0
 """From the edit of the file to the end of the program that was cut: it takes about 0.3 s, and one
 second is promised. The rest is for a machine that does other things meanwhile."""
 
-BYTES: Final = 8 * 1024 * 1024
+BYTES: Final = 24 * 1024 * 1024
 UNDER_WAY: Final = 1024 * 1024
 """What iperf3's server does not count: it stops when the control connection says so, which passes
 what is still on its way on the other."""
 
 RATE: Final = "16M"
-"""Bits a second: so that what is allowed goes on for 4 s, and the machine has little to do."""
+"""Bits a second: so that what is allowed goes on for 12 s, in which on a slow machine too all flows
+begin and some are cut, and the machine has little to do."""
 
 _ports = itertools.count(24000)
 

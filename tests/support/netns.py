@@ -34,7 +34,10 @@ __all__ = ["Namespace", "namespace", "veth", "wait_until"]
 T = TypeVar("T")
 
 CLONE_NEWNET: Final = 0x40000000
-DEADLINE: Final = 15.0
+PATIENCE: Final = float(os.environ.get("NODEAGENT_TEST_PATIENCE", "1"))
+"""How many times slower than usual the programs are: sanitizers take their time."""
+
+DEADLINE: Final = 15.0 * PATIENCE
 """Seconds that a test waits for anything: far above what a loaded machine needs."""
 
 POLL: Final = 0.01

@@ -238,7 +238,8 @@ class Demo:
         took = time.monotonic() - begun
         code, said = answer[0]
         self._claims.claim(
-            f"{OUTSIDER} is refused after {took:.2f} s: {said.strip() if held else 'accepted'}",
+            f"{OUTSIDER} is refused after {took:.2f} s\n"
+            f"           {said.strip() if held else 'no: accepted'}",
             held and code in CURL_REFUSALS,
         )
         code, body = self._curl(lab, CLIENT, HTTPBIN_URL, self._secret)

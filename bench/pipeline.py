@@ -11,6 +11,7 @@ daemons themselves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import resource
@@ -87,15 +88,11 @@ class Node:
         return spent
 
 
-class _spent:  # noqa: N801 - a statement, not a thing
-    def __init__(self, into: dict[str, float], stage: str) -> None:
-        self._into, self._stage = into, stage
-
-    def __enter__(self) -> None:
-        self._begun = time.process_time()
-
-    def __exit__(self, *_: object) -> None:
-        self._into[self._stage] = time.process_time() - self._begun
+@contextlib.contextmanager
+def _spent(into: dict[str, float], stage: str) -> Iterator[None]:
+    begun = time.process_time()
+    yield
+    into[stage] = time.process_time() - begun
 
 
 def _over_the_wire(plan: published.Change) -> list[protocol.Update]:

@@ -151,7 +151,8 @@ def _method(timing: Timing) -> dict[str, Any]:
         "many": f"{held.MANY} connections, {held.BUSY} of them with 1 KB back and forth for "
         f"{held.WORK_SECONDS} s; VmRSS {held.CLOSED_SECONDS:.0f} s after all are closed",
         "enrolment": f"{enrolment.PODS} pods of {enrolment.IDENTITIES} service accounts in one "
-        "file, until agent and tunnel both say so; connections as above, before and after",
+        "file, until agent and tunnel both say so; connections as above, in turn before, with the "
+        f"pods and once they are removed, {enrolment.WINDOWS} times each",
         "policy": f"{decisions.DECISIONS} decisions each beside {decisions.COUNTS} policies, in "
         f"one process; {edit.EDITS} edits of one file beside {enormous.WORKLOADS} workloads and "
         f"{enormous.POLICIES} policies, until a caller meets the new verdict",

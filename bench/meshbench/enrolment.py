@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -28,6 +29,9 @@ PARALLEL: Final = 32
 
 ENROL_SECONDS: Final = 120.0
 WARM_SECONDS: Final = 1
+WINDOWS: Final = 3
+"""Of new connections beside few pods, beside all, and beside few again: one window of each differed
+by a tenth from the next one, and a machine that grows slower looked like a cost of pods."""
 STEP_SECONDS: Final = 0.2
 """Between two questions: only the agent's page knows what both daemons have, and it cannot wait.
 Its answer for 1,000 pods takes some 20 ms: not more often than this."""
@@ -35,7 +39,7 @@ NODE: Final = "node-1"
 
 
 def measure(tools: Path, seconds: int) -> dict[str, float]:
-    """Enrol PODS pods at once. `seconds`: for connections before and after, each. Raises
+    """Enrol PODS pods at once, and remove them. `seconds`: of a window of connections. Raises
     FailedError, LabError.
     """
     name = f"bench-enrolment-{os.getpid()}"
@@ -46,8 +50,9 @@ def measure(tools: Path, seconds: int) -> dict[str, float]:
         bed = Bed(lab, tools, lab.addresses("server")[0])
         bed.tunnels = {side.name: side.process("ztunnel").pid for side in lab.nodes}
         ready(bed)
-        few = _connection_us(bed, seconds)
-        before = _count(node)
+        few = _windows(bed, seconds)
+        if (before := _count(node)) < 0:
+            raise FailedError("not all pods of the lab are enrolled")
         memory = [held.settled(pid) for pid in pids]
         threads = sum(map(host.threads, pids))
         with host.Meter(pids) as meter:
@@ -55,6 +60,10 @@ def measure(tools: Path, seconds: int) -> dict[str, float]:
             _wait(node, before + PODS)
         crowd = [held.settled(pid) for pid in pids]
         grown = sum(map(host.threads, pids)) - threads
+        many = _windows(bed, seconds)
+        lab.withdraw()
+        _wait(node, before)
+        few += _windows(bed, seconds)
         return {
             "pods": float(PODS),
             "seconds": meter.seconds,
@@ -63,10 +72,16 @@ def measure(tools: Path, seconds: int) -> dict[str, float]:
             "nodeagent_kilobytes_each": (crowd[0] - memory[0]) / PODS,
             "ztunnel_kilobytes_each": (crowd[1] - memory[1]) / PODS,
             "threads_each": grown / PODS,
-            "few_us": few,
-            "many_us": (many := _connection_us(bed, seconds)),
-            "crowded": many / few,
+            "few_us": statistics.median(few),
+            "many_us": statistics.median(many),
+            "crowded": statistics.median(many) / statistics.median(few),
+            **{f"few_us_{number}": value for number, value in enumerate(few, 1)},
+            **{f"many_us_{number}": value for number, value in enumerate(many, 1)},
         }
+
+
+def _windows(bed: Bed, seconds: int) -> list[float]:
+    return [_connection_us(bed, seconds) for _ in range(WINDOWS)]
 
 
 def _connection_us(bed: Bed, seconds: int) -> float:
@@ -101,17 +116,20 @@ def _documents(lab: Lab) -> Iterator[dict[str, Any]]:
 
 
 def _count(node: LabNode) -> int:
-    """Return how many pods the tunnel has in its hands: enrolled, and known to it."""
+    """Return how many pods there are, if the tunnel has all of them in its hands: enrolled, and
+    known to it. -1: it does not, or nobody answers.
+    """
     with contextlib.suppress(OSError, HTTPException):
         status = json.loads(node.get("/status", 15000)[1])
         known = {pod["uid"] for pod in (status["ztunnel"].get("own") or {}).get("pods", [])}
-        return sum(pod["state"] == "Enrolled" and pod["uid"] in known for pod in status["pods"])
-    return 0
+        if known == {pod["uid"] for pod in status["pods"] if pod["state"] == "Enrolled"}:
+            return len(known) if len(known) == len(status["pods"]) else -1
+    return -1
 
 
 def _wait(node: LabNode, wanted: int) -> None:
     deadline = time.monotonic() + ENROL_SECONDS
-    while (found := _count(node)) < wanted:
+    while (found := _count(node)) != wanted:
         if time.monotonic() > deadline:
-            raise FailedError(f"{found} of {wanted} pods enrolled in {ENROL_SECONDS:.0f} s")
+            raise FailedError(f"{found} pods after {ENROL_SECONDS:.0f} s, not {wanted}")
         time.sleep(STEP_SECONDS)

@@ -23,8 +23,15 @@ static void fail_waiting(struct zt_pool *pool, enum zt_reason reason) {
 
 /* --- how much room there is ------------------------------------------------------------------------- */
 
+/* Before the order to retire has come, too: no stream begins after a change and uses what was before
+ * it. */
+static bool outdated(const struct zt_h2 *h) {
+    return !h->server && (atomic_load(&h->peer->draining) ||
+                          h->generation != atomic_load(&h->credential->generation));
+}
+
 static int room(const struct zt_pool *pool, struct zt_h2 *h) {
-    if (h->state != ZT_H_OPEN || h->fate) return 0;
+    if (h->state != ZT_H_OPEN || h->fate || outdated(h)) return 0;
     if (h->settled) return zt_session_room(h);
     return h->retiring ? 0 : (pool->known ? pool->limit : 1) - h->nstreams;
 }
@@ -41,7 +48,8 @@ static bool promising(const struct zt_pool *pool) {
     for (struct zt_list *l = pool->connections.next; l != &pool->connections; l = l->next) {
         const struct zt_h2 *h = at(l);
 
-        if (h->state == ZT_H_OPEN && h->settled && !h->retiring && !h->fate) return true;
+        if (h->state == ZT_H_OPEN && h->settled && !h->retiring && !h->fate && !outdated(h))
+            return true;
     }
     return false;
 }
@@ -184,11 +192,6 @@ bool zt_pool_surplus(const struct zt_h2 *h) {
             return true;
     }
     return false;
-}
-
-static bool outdated(const struct zt_h2 *h) {
-    return !h->server && (atomic_load(&h->peer->draining) ||
-                          h->generation != atomic_load(&h->credential->generation));
 }
 
 void zt_pool_retire(struct zt_worker *w) {

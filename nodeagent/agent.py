@@ -36,6 +36,7 @@ from nodeagent.control import ControlServer, QueryError
 from nodeagent.descriptors import KeptDescriptors
 from nodeagent.flows import Recorder
 from nodeagent.identity import IdentityManager, Provider
+from nodeagent.observe.graph import Place
 from nodeagent.podkeeper import PodKeeper, PodView
 from nodeagent.pods import Appeared, Change, NetnsHandle, Unusable
 from nodeagent.progress import Progress
@@ -385,6 +386,15 @@ class Agent:
     def picture(self) -> Status:
         """Return the status without asking anybody."""
         return report.build(self._facts(), Now(datetime.now(UTC), time.monotonic()))
+
+    def place(self) -> Place:
+        """Return whom this node knows."""
+        return Place(
+            workloads=self._mesh.workloads,
+            services=self._mesh.services,
+            pods=self.picture().pods,
+            node_addresses=frozenset(self.settings.node_addresses),
+        )
 
     def configuration(self) -> Configuration | None:
         """Return what the mesh is made of, as ztunnel was last told; None before the first time."""

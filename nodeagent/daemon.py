@@ -21,11 +21,12 @@ from typing import Final
 import msgspec
 import structlog
 
-from nodeagent.admin import AdminServer, Configuration, Status
+from nodeagent.admin import AdminServer, Configuration, Status, Window
 from nodeagent.admin.model import PodState
 from nodeagent.agent import Agent
 from nodeagent.capture import CaptureError
 from nodeagent.control import QueryError
+from nodeagent.observe import graph
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
 from ztunnel import protocol
@@ -89,7 +90,9 @@ async def serve(
         local = directory.listen(ADMIN_SOCKET)
         stack.callback(local.close)
         backend = _Backend(agent)
-        admin = AdminServer(backend)
+        admin = AdminServer(
+            backend, {"/graph": Window("who talked to whom, and how", backend.graph)}
+        )
         stack.push_async_callback(admin.close)
         await admin.serve(local.socket)
         await admin.serve(_listen(agent.settings.admin_address))
@@ -208,8 +211,20 @@ class _Backend:
 
     async def flows(self, age: int) -> bytes:
         recorder = self._agent.parts.flows
-        # What ztunnel has counted since its last report.
-        with contextlib.suppress(QueryError):
-            await self._agent.control.query("report")
+        await self._reported()
         node = self._agent.settings.node
         return await asyncio.to_thread(lambda: msgspec.json.encode(recorder.read(node, age)))
+
+    async def graph(self, age: int) -> bytes:
+        recorder = self._agent.parts.flows
+        await self._reported()
+        place = self._agent.place()
+        node = self._agent.settings.node
+        return await asyncio.to_thread(
+            lambda: msgspec.json.encode(graph.build(recorder.read(node, age), place))
+        )
+
+    async def _reported(self) -> None:
+        """Have ztunnel tell what it has counted since its last report."""
+        with contextlib.suppress(QueryError):
+            await self._agent.control.query("report")

@@ -7,6 +7,6 @@ HTTP listeners.
 from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import Metrics
 from nodeagent.admin.model import SCHEMA, Status
-from nodeagent.admin.server import AdminServer, Backend
+from nodeagent.admin.server import AdminServer, Backend, Window
 
-__all__ = ["SCHEMA", "AdminServer", "Backend", "Configuration", "Metrics", "Status"]
+__all__ = ["SCHEMA", "AdminServer", "Backend", "Configuration", "Metrics", "Status", "Window"]

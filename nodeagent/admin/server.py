@@ -27,7 +27,7 @@ from nodeagent.admin.metrics import CONTENT_TYPE
 from nodeagent.admin.model import Status
 from ztunnel import protocol
 
-__all__ = ["AdminServer", "Backend", "dump_resource", "socket_owner"]
+__all__ = ["AdminServer", "Backend", "Window", "dump_resource", "socket_owner"]
 
 log = structlog.get_logger()
 
@@ -44,7 +44,15 @@ MAX_LINE: Final = 4096
 """Bytes of the request line and of one header."""
 
 _PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration", "/flows"})
-"""Paths that tell who runs here: on loopback for root (and this daemon's user) alone."""
+"""Paths that tell who runs here: on loopback for root (and this daemon's user) alone. So are those
+of a `Window`."""
+
+
+class Window(msgspec.Struct, frozen=True):
+    """An answer in JSON about the last so many seconds. `text` says what it is."""
+
+    text: str
+    answer: Callable[[int], Awaitable[bytes]]
 
 
 class Backend(Protocol):
@@ -73,10 +81,16 @@ class Backend(Protocol):
 
 
 class AdminServer:
-    """Serves a Backend on any number of listening sockets."""
+    """Serves a Backend, and `windows` by path, on any number of listening sockets."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, windows: Mapping[str, Window] | None = None) -> None:
         self._backend = backend
+        windows = windows or {}
+        self._private = _PRIVATE | windows.keys()
+        self._texts = {
+            path: f"{window.text}; ?seconds=3600 says since when"
+            for path, window in windows.items()
+        }
         self._servers: list[asyncio.Server] = []
         app = web.Application(middlewares=[_errors, self._guard], client_max_size=1)
         app.router.add_get("/metrics", self._metrics)
@@ -86,7 +100,9 @@ class AdminServer:
         app.router.add_get("/config_dump", self._config_dump)
         app.router.add_get("/configuration", self._configuration)
         app.router.add_get("/flows", self._flows)
-        app.router.add_get("/", _index)
+        for path, window in windows.items():
+            app.router.add_get(path, _window(window))
+        app.router.add_get("/", self._index)
         app.on_response_prepare.append(_close_after)
         self._runner = web.AppRunner(
             app,
@@ -122,7 +138,7 @@ class AdminServer:
             raise web.HTTPMisdirectedRequest(
                 text="the Host header must name the loopback address: use http://127.0.0.1\n"
             )
-        if request.path in _PRIVATE:
+        if request.path in self._private:
             owner = await asyncio.to_thread(
                 socket_owner, connected.getpeername(), connected.getsockname()
             )
@@ -169,13 +185,40 @@ class AdminServer:
         body = await asyncio.to_thread(msgspec.json.encode, found)
         return web.Response(body=body, content_type="application/json")
 
+    async def _index(self, _request: web.Request) -> web.Response:
+        paths: Mapping[str, str] = {
+            "/metrics": "Prometheus metrics",
+            "/healthz/ready": "200 when traffic would pass, else 503 and what is missing",
+            "/healthz/live": "200 while the process works",
+            "/status": "the whole picture as JSON",
+            "/config_dump": "the state that ztunnel is to hold, without keys",
+            "/configuration": "the documents in force, for nodeagent policy",
+            "/flows": "who has called the workloads of this node; ?seconds=3600 says since when",
+            **self._texts,
+        }
+        return web.Response(text="".join(f"{path:16} {text}\n" for path, text in paths.items()))
+
     async def _flows(self, request: web.Request) -> web.Response:
-        age = request.query.get("seconds", "3600")
-        if not (age.isascii() and age.isdigit() and len(age) <= MAX_AGE_DIGITS):
-            raise web.HTTPBadRequest(text="seconds: write a whole number, as in ?seconds=3600\n")
         return web.Response(
-            body=await self._backend.flows(int(age)), content_type="application/json"
+            body=await self._backend.flows(_age(request)), content_type="application/json"
         )
+
+
+def _window(window: Window) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(
+            body=await window.answer(_age(request)), content_type="application/json"
+        )
+
+    return handle
+
+
+def _age(request: web.Request) -> int:
+    """Return the seconds that a request asks for. Raises HTTPBadRequest."""
+    age = request.query.get("seconds", "3600")
+    if not (age.isascii() and age.isdigit() and len(age) <= MAX_AGE_DIGITS):
+        raise web.HTTPBadRequest(text="seconds: write a whole number, as in ?seconds=3600\n")
+    return int(age)
 
 
 def dump_resource(resource: protocol.Resource) -> dict[str, Any]:
@@ -301,16 +344,3 @@ async def _errors(
     except Exception as error:
         log.exception("admin request failed", path=request.path)
         raise web.HTTPInternalServerError(text=f"{type(error).__name__}; see the log\n") from error
-
-
-async def _index(_request: web.Request) -> web.Response:
-    paths: Mapping[str, str] = {
-        "/metrics": "Prometheus metrics",
-        "/healthz/ready": "200 when traffic would pass, else 503 and what is missing",
-        "/healthz/live": "200 while the process works",
-        "/status": "the whole picture as JSON",
-        "/config_dump": "the state that ztunnel is to hold, without keys",
-        "/configuration": "the documents in force, for nodeagent policy",
-        "/flows": "who has called the workloads of this node; ?seconds=3600 says since when",
-    }
-    return web.Response(text="".join(f"{path:16} {text}\n" for path, text in paths.items()))

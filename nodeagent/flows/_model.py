@@ -18,13 +18,18 @@ SCHEMA: Final = 1
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """One caller of one port of one workload of this node, as far as it was judged alike.
+    """One caller of one port of one workload, as far as it was judged alike.
 
     `identity` is the SPIFFE ID that the caller proved, empty without. `source` is its address,
     `workload` the uid of the workload there, empty if it is none that is known. `arrival` is
     "hbone", "plaintext" or "direct". `reason` is why it was refused, empty if `allowed`.
     `connections` began in the time that was asked for; `most_open` were open at once, older ones
-    included. Without source, address and port it stands for callers that found no room one by one.
+    included, and `carried` were open when that time began. Without source, address and port it
+    stands for callers that found no room one by one.
+
+    `outbound`: the caller is of this node, and tells of it; else the one that was called is and
+    does. `service` is the host name through which it was called, `policy` the policy that decided;
+    each is empty where it is not known.
     """
 
     identity: str
@@ -42,6 +47,10 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     most_open: int
     received: int
     sent: int
+    carried: int = 0
+    outbound: bool = False
+    service: str = ""
+    policy: str = ""
 
     @property
     def is_folded(self) -> bool:

@@ -129,10 +129,14 @@ class Site:
             return response.status, await response.text()
 
 
+async def looked(age: int) -> bytes:
+    return json.dumps({"looked": age}).encode()
+
+
 def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
     async def main() -> None:
         backend = FakeBackend()
-        admin = server.AdminServer(backend)
+        admin = server.AdminServer(backend, {"/window": server.Window("a window", looked)})
         tcp = socket.create_server(("127.0.0.1", 0))
         local = socket.socket(socket.AF_UNIX)
         local.bind(str(tmp_path / "a.sock"))
@@ -162,6 +166,16 @@ def test_flows_are_asked_for_by_age(tmp_path: Path, query: str, age: int) -> Non
     async def test(site: Site) -> None:
         code, body = await site.get(f"/flows{query}", unix=True)
         assert (code, json.loads(body)) == (200, {"age": age})
+
+    run(test, tmp_path)
+
+
+def test_a_window_is_asked_for_by_age(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get("/window?seconds=60", unix=True)
+        assert (code, json.loads(body)) == (200, {"looked": 60})
+        assert (await site.get("/window?seconds=-1", unix=True))[0] == 400
+        assert "/window          a window; ?seconds=3600" in (await site.get("/", unix=True))[1]
 
     run(test, tmp_path)
 
@@ -308,6 +322,7 @@ def test_other_users_get_no_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         assert (await site.get("/config_dump"))[0] == 403
         assert (await site.get("/configuration"))[0] == 403
         assert (await site.get("/flows"))[0] == 403
+        assert (await site.get("/window"))[0] == 403
         assert (await site.get("/metrics"))[0] == 200
         assert (await site.get("/status", unix=True))[0] == 200
 

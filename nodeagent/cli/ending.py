@@ -1,13 +1,17 @@
-"""How a command ends that cannot go on to its answer.
+"""How a command ends: the exit codes, and what becomes of one that cannot go on to its answer.
 
-This module owns what becomes of an interrupt, and of an answer that cannot be written. It promises
-that neither looks like the answer "no", nor is a traceback. It may not know any command.
+This module owns the exit codes that a script may rely on, and what becomes of an interrupt, and of
+an answer that cannot be written. It promises that neither looks like the answer "no", nor is a
+traceback; and that a character which standard output has no spelling for is escaped. It may not
+know any command.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
+import io
 import os
 import signal
 import sys
@@ -16,7 +20,22 @@ from typing import IO, Any, Final
 
 import click
 
-__all__ = ["ended_well"]
+__all__ = ["ExitCode", "ended_well"]
+
+
+class ExitCode(enum.IntEnum):
+    """What a script may rely on: the same for every command, in every form of the answer."""
+
+    FINE = 0
+    """It worked, or the answer is yes, or nothing was found that somebody must see to."""
+    FINDING = 1
+    """It failed, or the answer is no, or something was found."""
+    USAGE = 2
+    """The command was used wrongly, or what it was given cannot be read, or nobody can have the
+    answer."""
+    UNREACHABLE = 3
+    """The agent cannot be reached."""
+
 
 EXIT_SIGNAL: Final = 128
 """Added to a signal's number: how a shell reports a program that a signal has ended."""
@@ -26,7 +45,7 @@ _OF_WRITING: Final = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _UnwrittenError(click.ClickException):
-    exit_code = 2
+    exit_code = ExitCode.USAGE
 
 
 class _InterruptedError(click.ClickException):
@@ -43,6 +62,8 @@ class _UnreadError(_InterruptedError):
 @contextlib.contextmanager
 def ended_well() -> Iterator[None]:
     """Turn an interrupt and an error of writing into exit codes of their own."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """`nodeagent policy`: questions about policy, before and while it is in force.
 
-This module owns the group, and what its commands share: the settings that a question is asked by,
-and the form of their JSON. It promises that a question changes nothing. It may not answer one.
+This module owns the group, and what its commands share: the settings that a question is asked by.
+It promises that a question changes nothing. It may not answer one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import msgspec
 
 from nodeagent.api import ConfigError
 from nodeagent.cli import LazyGroup, RefusedInputError
 from nodeagent.settings import Settings, load_settings
 
-__all__ = ["many", "policy", "settings_of", "settings_option", "write_json"]
+__all__ = ["policy", "settings_of", "settings_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,13 +57,3 @@ def settings_of(file: Path | None) -> Settings:
         return load_settings(file)
     except ConfigError as error:
         raise RefusedInputError(str(error)) from None
-
-
-def write_json(report: msgspec.Struct) -> None:
-    """Write one document to standard output."""
-    click.echo(msgspec.json.format(msgspec.json.encode(report), indent=2))
-
-
-def many(number: int, what: str) -> str:
-    """Return "1 error", "2 errors"."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

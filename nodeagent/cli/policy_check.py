@@ -22,7 +22,9 @@ import msgspec
 from nodeagent import mesh, offline
 from nodeagent.api import ConfigError
 from nodeagent.cli import RefusedInputError
-from nodeagent.cli.policy import many, settings_of, settings_option, write_json
+from nodeagent.cli.output import DOCUMENTS, output_option, write_document
+from nodeagent.cli.policy import settings_of, settings_option
+from nodeagent.cli.text import many
 from nodeagent.settings import Settings
 
 __all__ = ["check"]
@@ -54,9 +56,7 @@ class _Report(msgspec.Struct, frozen=True):
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @settings_option
-@click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@output_option(("text",))
 def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> None:
     """Validate documents: would the agent take them, and what would have no effect?
 
@@ -69,8 +69,8 @@ def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> No
     alone are no error.
     """
     report = _check(files, settings_of(settings_file))
-    if output == "json":
-        write_json(report)
+    if output in DOCUMENTS:
+        write_document(report, output)
     else:
         _print(report)
     sys.exit(EXIT_FINDING if report.errors else 0)

@@ -7,7 +7,6 @@ cannot be told counts as a change for the worse. The words are those of `policy_
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterable
@@ -21,10 +20,13 @@ import msgspec
 from nodeagent import flows, whatif
 from nodeagent.api import own_conflicts
 from nodeagent.cli import RefusedInputError
-from nodeagent.cli.policy import many, settings_of, settings_option, write_json
+from nodeagent.cli.output import DOCUMENTS, output_option, write_document
+from nodeagent.cli.policy import settings_of, settings_option
 from nodeagent.cli.policy_diff_view import lines
 from nodeagent.cli.policy_source import Source, from_agent, of_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, get, report, run_directory
+from nodeagent.cli.since import since_option
+from nodeagent.cli.text import many
 from nodeagent.flows import Recording
 from nodeagent.settings import Settings
 from nodeagent.whatif import Comparison, DiffReport, Replay
@@ -37,22 +39,7 @@ MAX_ANSWER: Final = 128 * 1024 * 1024
 """Bytes of recorded flows: as many as the agent gives, each with names of the greatest length that
 occurs."""
 
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-_AGE: Final = re.compile(r"([1-9][0-9]{0,7})([smhdw])", re.ASCII)
-
-MAX_AGE: Final = 10 * 366 * 86400
-"""Seconds: nothing is kept for longer than a year."""
-
 _SIDES: Final = 2
-
-
-def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
-    found = _AGE.fullmatch(text)
-    if found is None:
-        raise click.BadParameter(
-            f"{text!r} is no age: write a number and s, m, h, d or w, as in 6h"
-        )
-    return min(int(found[1]) * _UNITS[found[2]], MAX_AGE)
 
 
 @click.command()
@@ -66,15 +53,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) ->
     type=click.Path(dir_okay=False, path_type=Path),
     help="Replay what is recorded in this file: an agent's flows.db, or a copy (with -wal).",
 )
-@click.option(
-    "--since",
-    "age",
-    callback=_seconds,
-    metavar="AGE",
-    default="24h",
-    show_default=True,
-    help="How old a recorded flow may be: 90m, 6h, 7d.",
-)
+@since_option("24h", "How old a recorded flow may be")
 @click.option(
     "--trust",
     multiple=True,
@@ -87,9 +66,7 @@ def _seconds(_context: click.Context, _parameter: click.Parameter, text: str) ->
     help="With --running or --flows: the agent's run directory.  [/run/nodeagent]",
 )
 @settings_option
-@click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@output_option(("text",))
 def diff(output: str, **options: Any) -> NoReturn:  # noqa: ANN401 - the fields of _Asked
     """Say which calls NEW would refuse that OLD lets in, and which the other way round.
 
@@ -118,8 +95,8 @@ def diff(output: str, **options: Any) -> NoReturn:  # noqa: ANN401 - the fields 
         report(error)
         sys.exit(EXIT_UNREACHABLE)
     found = _answer(old, new, recording, "the running agent" if asked.live else str(asked.file))
-    if output == "json":
-        write_json(found)
+    if output in DOCUMENTS:
+        write_document(found, output)
     else:
         for line in lines(found, datetime.now(UTC)):
             click.echo(line)
@@ -134,10 +111,15 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     add: bool
     live: bool
     file: Path | None
-    age: int
+    since: datetime
     trust: tuple[str, ...]
     run_dir: Path | None
     settings_file: Path | None
+
+    @property
+    def age(self) -> int:
+        """Whole seconds since `since`."""
+        return round((datetime.now(UTC) - self.since).total_seconds())
 
     @property
     def agent(self) -> Path:

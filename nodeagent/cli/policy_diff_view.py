@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Final
 
-from nodeagent.cli.policy import many
-from nodeagent.cli.policy_explain_view import wrapped
-from nodeagent.cli.status_view import duration
+from nodeagent.cli.text import duration, many, wrapped
 from nodeagent.whatif import (
     CallChange,
     Comparison,

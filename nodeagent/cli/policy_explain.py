@@ -15,7 +15,8 @@ import msgspec
 
 from nodeagent import offline
 from nodeagent.cli import RefusedInputError
-from nodeagent.cli.policy import settings_option, write_json
+from nodeagent.cli.output import DOCUMENTS, output_option, write_document
+from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_explain_view import lines
 from nodeagent.cli.policy_source import Source, from_agent, from_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, report
@@ -45,9 +46,7 @@ EXIT_REFUSED = 1
     help="Without FILE: the agent's run directory.  [/run/nodeagent]",
 )
 @settings_option
-@click.option(
-    "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True
-)
+@output_option(("text",))
 def explain(
     source: str,
     destination: str,
@@ -90,8 +89,8 @@ def explain(
         explanation = _explain(off, found.name, source, destination, from_address, plaintext)
     except offline.QuestionError as error:
         raise RefusedInputError(str(error)) from None
-    if output == "json":
-        write_json(explanation)
+    if output in DOCUMENTS:
+        write_document(explanation, output)
     else:
         for line in lines(explanation, everything=everything):
             click.echo(line)

@@ -6,10 +6,10 @@ far as names allow, the verdict in the first of them, and that what is left out 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from nodeagent.cli.text import many, wrapped
 from nodeagent.offline import (
     Answer,
     Explanation,
@@ -19,9 +19,7 @@ from nodeagent.offline import (
     UnreadReport,
 )
 
-__all__ = ["WIDTH", "lines", "summary", "wrapped"]
-
-WIDTH: Final = 80
+__all__ = ["lines", "summary"]
 
 _NEAREST: Final = 5
 """Rules of one action that are shown; an operator looks for the one that was meant to match."""
@@ -218,7 +216,7 @@ def _of_action(answer: Answer, action: str, *, everything: bool) -> Iterator[str
     rules = [each for each in answer.rules if each.action == action]
     shown = rules if everything else rules[:_NEAREST]
     yield ""
-    yield f"{action}, {_many(len(policies), 'policy', 'policies')}, the nearest rule first:"
+    yield f"{action}, {many(len(policies), 'policy', 'policies')}, the nearest rule first:"
     # What a caller without an identity, or with one of another form, does not have.
     none = "none, for its identity is of another form" if answer.identity else "none (no identity)"
     for rule in shown:
@@ -242,7 +240,7 @@ def _match(rule: RuleReport) -> str:
         return "matches, and decides"
     if rule.matches:
         return f"matches{note}"
-    return f"{_many(len(rule.missing), 'condition', 'conditions')} short{note}"
+    return f"{many(len(rule.missing), 'condition')} short{note}"
 
 
 def _miss(miss: MissReport, seen: str, *, everything: bool) -> str:
@@ -267,21 +265,5 @@ def _lacks(passed: PassedOverReport) -> str:
     )
 
 
-def _many(number: int, one: str, several: str) -> str:
-    return f"{number} {one if number == 1 else several}"
-
-
 def _fact(label: str, text: str) -> Iterable[str]:
     return wrapped(text, _LABEL, f"  {label:<{_LABEL - 2}}")
-
-
-def wrapped(text: str, indent: int = 0, first: str = "") -> list[str]:
-    """Return `text` in lines of WIDTH columns; names and paths stay whole."""
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first or " " * indent,
-        subsequent_indent=" " * (indent if first else indent + 2),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -18,8 +18,9 @@ from nodeagent import offline
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Configuration
 from nodeagent.api import Document, values
 from nodeagent.cli import RefusedInputError
-from nodeagent.cli.policy import many, settings_of
+from nodeagent.cli.policy import settings_of
 from nodeagent.cli.reach import get, run_directory
+from nodeagent.cli.text import many
 from nodeagent.offline import Offline
 from nodeagent.settings import Settings
 

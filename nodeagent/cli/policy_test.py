@@ -21,10 +21,11 @@ import msgspec
 from nodeagent import offline
 from nodeagent.api import ConfigError, Mark
 from nodeagent.cli import EXIT_USAGE, RefusedInputError
-from nodeagent.cli.policy import many, settings_option, write_json
-from nodeagent.cli.policy_explain_view import wrapped
+from nodeagent.cli.output import DOCUMENTS, output_option, write_document
+from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_source import Source, from_agent, from_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, report
+from nodeagent.cli.text import many, wrapped
 from nodeagent.offline import Outcome, Result, Table
 
 __all__ = ["test"]
@@ -62,13 +63,7 @@ class _Report(msgspec.Struct, frozen=True, kw_only=True):
 )
 @settings_option
 @click.option("-v", "--verbose", is_flag=True, help="Show the tests that pass, too.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["text", "json", "junit"]),
-    default="text",
-    show_default=True,
-)
+@output_option(("text",), "junit")
 def test(
     file: str,
     files: tuple[str, ...],
@@ -118,8 +113,8 @@ def test(
         broken=counts[Outcome.BROKEN],
         results=results,
     )
-    if output == "json":
-        write_json(answer)
+    if output in DOCUMENTS:
+        write_document(answer, output)
     elif output == "junit":
         click.echo(_junit(answer))
     else:

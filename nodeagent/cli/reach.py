@@ -10,19 +10,28 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 import click
 import msgspec
 
 from nodeagent.api import ConfigError
+from nodeagent.cli.ending import ExitCode
 from nodeagent.rundir import ADMIN_SOCKET
 from nodeagent.settings import Settings, load_settings
 
-__all__ = ["EXIT_UNREACHABLE", "UnreachableError", "get", "report", "run_directory"]
+__all__ = [
+    "EXIT_UNREACHABLE",
+    "UnreachableError",
+    "agent_options",
+    "get",
+    "report",
+    "run_directory",
+]
 
-EXIT_UNREACHABLE: Final = 3
+EXIT_UNREACHABLE: Final = ExitCode.UNREACHABLE
 
 ANSWER_SECONDS: Final = 10.0
 """The daemon itself waits at most a few seconds for ztunnel's part."""
@@ -30,14 +39,23 @@ ANSWER_SECONDS: Final = 10.0
 OTHER_RELEASE: Final = "use the nodeagent command of the daemon's own release"
 
 A = TypeVar("A")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-class UnreachableError(Exception):
-    """The daemon did not answer; the message is the cause, `remedy` what to do."""
+class UnreachableError(click.ClickException):
+    """The daemon did not answer; the message is the cause, `remedy` what to do.
+
+    Not caught, it ends a command by itself: said on standard error, exit code 3.
+    """
+
+    exit_code = EXIT_UNREACHABLE
 
     def __init__(self, cause: str, remedy: str) -> None:
         super().__init__(cause)
         self.remedy = remedy
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {self}\n  do: {self.remedy}", file=file, err=True)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -121,7 +139,23 @@ def _request(path: Path, resource: str, most: int) -> bytes:
 
 def report(error: UnreachableError) -> None:
     """Say on standard error why the daemon did not answer, and what to do."""
-    click.echo(f"error: {error}\n  do: {error.remedy}", err=True)
+    error.show()
+
+
+def agent_options(command: F) -> F:
+    """Add `--run-dir` and `--settings`, passed as `run_dir` and `settings_file`: which daemon."""
+    run_dir = click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        help=f"The daemon's run directory.  [{Settings().run_dir}]",
+    )
+    settings = click.option(
+        "--settings",
+        "settings_file",
+        type=click.Path(path_type=Path),
+        help="Take the run directory from this settings file.",
+    )
+    return run_dir(settings(command))
 
 
 def run_directory(run_dir: Path | None, settings_file: Path | None) -> Path:

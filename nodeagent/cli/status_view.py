@@ -15,14 +15,14 @@ import msgspec
 
 from nodeagent.admin.model import CertificateReport, PodReport, PodState, Problem, Status
 from nodeagent.api import ConfigError
+from nodeagent.cli.table import Cell, Column, Tone
+from nodeagent.cli.text import NONE, duration, moment
 from ztunnel.protocol import SameNode
 
 __all__ = [
     "Finding",
-    "Row",
     "certificate_left",
     "drain_lines",
-    "duration",
     "findings",
     "notes",
     "pod_rows",
@@ -30,20 +30,21 @@ __all__ = [
     "verdict",
 ]
 
-_MINUTE: Final = 60
-_HOUR: Final = 60 * _MINUTE
-_DAY: Final = 24 * _HOUR
-
-_TWO_UNITS_BELOW: Final = 10
-"""Below ten of a unit the next smaller one still matters: "3m20s", but "15m"."""
 
 MAX_UNENFORCED: Final = 20
 """Lines of policies that are not enforced as written: a screen of them. JSON has all."""
 
-_HEADINGS: Final = ("WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE")
-_WIDE_HEADINGS: Final = (
-    "NETNS", "ADDRESSES", "POLICY", "CERT-UNTIL", "REPAIRED", "AUTHORIZATION"
-)  # fmt: skip
+_COLUMNS: Final = (
+    Column("WORKLOAD"),
+    Column("IDENTITY"),
+    Column("MODE", folds=False),
+    Column("CERT", folds=False),
+    Column("STATE", folds=False),
+    Column("AGE", folds=False),
+)
+_WIDE_COLUMNS: Final = tuple(
+    map(Column, ("NETNS", "ADDRESSES", "POLICY", "CERT-UNTIL", "REPAIRED", "AUTHORIZATION"))
+)
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -54,33 +55,10 @@ class Finding(msgspec.Struct, frozen=True):
     remedy: str
 
 
-class Row(msgspec.Struct, frozen=True):
-    """One line of the table; `good` says how the state may be coloured."""
-
-    cells: tuple[str, ...]
-    good: bool
-
-
-def duration(seconds: float) -> str:
-    """Return a short duration for people: 45s, 3m20s, 15m, 4h10m, 2d3h, 40d."""
-    whole = max(0, int(seconds))
-    for size, unit, smaller, small_unit in (
-        (_DAY, "d", _HOUR, "h"),
-        (_HOUR, "h", _MINUTE, "m"),
-        (_MINUTE, "m", 1, "s"),
-    ):
-        if whole >= size:
-            rest = whole % size // smaller
-            if whole // size < _TWO_UNITS_BELOW and rest:
-                return f"{whole // size}{unit}{rest}{small_unit}"
-            return f"{whole // size}{unit}"
-    return f"{whole}s"
-
-
 def certificate_left(certificate: CertificateReport | None, now: datetime) -> str:
     """Return what is left of a certificate: a duration, "expired" or "<none>"."""
     if certificate is None or certificate.not_after is None:
-        return "<none>"
+        return NONE
     left = (certificate.not_after - now).total_seconds()
     text = duration(left) if left > 0 else "expired"
     return f"{text} (failing)" if certificate.error else text
@@ -297,34 +275,35 @@ def drain_lines(status: Status, now: datetime) -> tuple[str, ...]:
 
 def pod_rows(
     status: Status, now: datetime, zone: tzinfo | None, *, wide: bool
-) -> tuple[tuple[str, ...], tuple[Row, ...]]:
-    """Return the headings and the rows of the pods' table. `zone` None is the local time zone."""
-    headings = _HEADINGS + (_WIDE_HEADINGS if wide else ())
-    rows: list[Row] = []
+) -> tuple[tuple[Column, ...], list[tuple[Cell, ...]]]:
+    """Return the columns and the rows of the pods' table. `zone` None is the local time zone."""
+    columns = _COLUMNS + (_WIDE_COLUMNS if wide else ())
+    rows: list[tuple[Cell, ...]] = []
     for pod in sorted(status.pods, key=lambda pod: pod.workload):
-        cells: tuple[str, ...] = (
+        tone = Tone.GOOD if pod.state is PodState.ENROLLED else Tone.BAD
+        cells: list[Cell | str] = [
             pod.workload,
             pod.identity if wide else _short_identity(pod.identity, status.trust_domain),
             _mode(pod),
             certificate_left(pod.certificate, now),
-            pod.state.value,
+            Cell(pod.state.value, tone),
             duration((now - pod.since).total_seconds()),
-        )
+        ]
         if wide:
-            cells += (
+            cells += [
                 pod.netns,
-                ",".join(pod.addresses) or "<none>",
-                pod.mode_origin or "<none>",
-                _moment(pod.certificate.not_after if pod.certificate else None, zone),
+                ",".join(pod.addresses),
+                pod.mode_origin,
+                moment(pod.certificate.not_after if pod.certificate else None, zone),
                 str(pod.repaired),
                 _authorizations(pod),
-            )
-        rows.append(Row(cells, pod.state is PodState.ENROLLED))
-    return headings, tuple(rows)
+            ]
+        rows.append(tuple(each if isinstance(each, Cell) else Cell(each) for each in cells))
+    return columns, rows
 
 
 def _short_identity(identity: str, trust_domain: str) -> str:
-    return identity.removeprefix(f"spiffe://{trust_domain}/").removeprefix("spiffe://") or "<none>"
+    return identity.removeprefix(f"spiffe://{trust_domain}/").removeprefix("spiffe://")
 
 
 def _mode(pod: PodReport) -> str:
@@ -338,10 +317,4 @@ def _authorizations(pod: PodReport) -> str:
     for each in pod.authorizations:
         action = f"{each.action} (dry run)" if each.dry_run else each.action
         counts[action] = counts.get(action, 0) + 1
-    return ", ".join(f"{count} {action}" for action, count in counts.items()) or "<none>"
-
-
-def _moment(moment: datetime | None, zone: tzinfo | None) -> str:
-    if moment is None:
-        return "<none>"
-    return moment.astimezone(zone).replace(microsecond=0).isoformat(sep="T")
+    return ", ".join(f"{count} {action}" for action, count in counts.items())

@@ -31,7 +31,8 @@ from nodeagent.admin.model import (
     ZtunnelReport,
 )
 from nodeagent.cli import status_view
-from nodeagent.cli.status import ExitCode, status
+from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.status import status
 from ztunnel import protocol
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -76,23 +77,6 @@ def picture(**changes: Any) -> Status:  # noqa: ANN401 - its fields
         certificates=(certificate(),),
     )
     return msgspec.structs.replace(base, **changes)
-
-
-@pytest.mark.parametrize(
-    "seconds,text",
-    [
-        (-5, "0s"),
-        (59, "59s"),
-        (60, "1m"),
-        (200, "3m20s"),
-        (659, "10m"),
-        (15_000, "4h10m"),
-        (86_400 * 2 + 3600 * 3, "2d3h"),
-        (86_400 * 40, "40d"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert status_view.duration(seconds) == text
 
 
 def test_healthy_node_has_no_finding() -> None:
@@ -188,13 +172,16 @@ def test_policies_that_are_not_enforced_as_written_have_a_line_each_and_no_scree
 
 def test_rows_are_short_or_wide() -> None:
     found = picture(pods=(pod(port_modes=(PortMode(port=80, mode="DISABLE", origin="x"),)),))
-    headings, (row,) = status_view.pod_rows(found, NOW, UTC, wide=False)
-    assert headings == ("WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE")
-    assert row.cells == ("default/a", "ns/default/sa/a", "STRICT*", "50m", "Enrolled", "3m")
+    columns, (row,) = status_view.pod_rows(found, NOW, UTC, wide=False)
+    headings = ["WORKLOAD", "IDENTITY", "MODE", "CERT", "STATE", "AGE"]
+    assert [column.heading for column in columns] == headings
+    cells = ["default/a", "ns/default/sa/a", "STRICT*", "50m", "Enrolled", "3m"]
+    assert [cell.text for cell in row] == cells
     zone = timezone(timedelta(hours=1))
-    headings, (row,) = status_view.pod_rows(found, NOW, zone, wide=True)
-    assert row.cells[1] == ID
-    assert row.cells[headings.index("CERT-UNTIL")] == "2026-01-02T04:54:05+01:00"
+    columns, (row,) = status_view.pod_rows(found, NOW, zone, wide=True)
+    assert row[1].text == ID
+    at = [column.heading for column in columns].index("CERT-UNTIL")
+    assert row[at].text == "2026-01-02T04:54:05+01:00"
 
 
 def test_wide_rows_count_the_policies_that_are_asked() -> None:
@@ -207,10 +194,10 @@ def test_wide_rows_count_the_policies_that_are_asked() -> None:
         )
     )
     found = picture(pods=(pod(authorizations=policies), pod(workload="default/b")))
-    headings, (first, second) = status_view.pod_rows(found, NOW, UTC, wide=True)
-    at = headings.index("AUTHORIZATION")
-    assert first.cells[at] == "1 DENY, 2 ALLOW, 1 ALLOW (dry run)"
-    assert second.cells[at] == "<none>"
+    columns, (first, second) = status_view.pod_rows(found, NOW, UTC, wide=True)
+    at = [column.heading for column in columns].index("AUTHORIZATION")
+    assert first[at].text == "1 DENY, 2 ALLOW, 1 ALLOW (dry run)"
+    assert second[at].text == ""
 
 
 # --- the command against a real socket -----------------------------------------------------------
@@ -277,7 +264,7 @@ def living(**changes: Any) -> Status:  # noqa: ANN401 - its fields
 @pytest.mark.parametrize("form", ["table", "wide", "json", "yaml"])
 def test_exit_codes_do_not_depend_on_the_form(tmp_path: Path, form: str) -> None:
     result = invoke(tmp_path, living(), "-o", form)
-    assert result.exit_code == ExitCode.HEALTHY, result.output
+    assert result.exit_code == ExitCode.FINE, result.output
     (tmp_path / "admin.sock").unlink(missing_ok=True)
     sick = living(ready=False, missing=("x",), ztunnel=ZtunnelReport(connected=False))
     result = invoke(tmp_path, sick, "-o", form)
@@ -287,7 +274,7 @@ def test_exit_codes_do_not_depend_on_the_form(tmp_path: Path, form: str) -> None
 
 def test_what_is_not_encrypted_by_choice_is_said_and_is_no_finding(tmp_path: Path) -> None:
     result = invoke(tmp_path, living(same_node="direct"))
-    assert result.exit_code == ExitCode.HEALTHY
+    assert result.exit_code == ExitCode.FINE
     assert "same node, direct: not encrypted" in result.stdout
     (tmp_path / "admin.sock").unlink(missing_ok=True)
     assert "not encrypted" not in invoke(tmp_path, living()).stdout
@@ -302,7 +289,7 @@ def test_what_an_upgrade_has_replaced_is_shown_and_is_no_finding(tmp_path: Path)
     )
     found = living(ztunnel=ZtunnelReport(connected=True, draining=drains))
     result = invoke(tmp_path, found)
-    assert result.exit_code == ExitCode.HEALTHY, result.output
+    assert result.exit_code == ExitCode.FINE, result.output
     assert "ztunnel 1 drains for 12m: 3 connections left, 2 cut at the deadline" in result.stdout
     assert "ztunnel 2 drains for 12m: 1 connection left\n" in result.stdout
     assert "ztunnel 3 drains for 12m: has not said what it carries" in result.stdout

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nodeagent.cli import cli
-from nodeagent.cli.policy_explain_view import WIDTH
+from nodeagent.cli.text import WIDTH
 from support.shop import CALLERS, DENY, MESH, STRICT
 
 WEB = "spiffe://cluster.local/ns/shop/sa/web"
@@ -441,15 +441,15 @@ Usage: cli policy explain [OPTIONS] SRC DST:PORT [FILE...]
   3 the agent cannot be reached.
 
 Options:
-  --plaintext               SRC calls without its identity.
-  --from-address ADDRESS    The address that SRC calls from.
-  --all                     Show every rule, not only the nearest.
-  --trust DOMAIN            With FILE: a further trust domain whose roots the
-                            node holds. May be repeated.
-  --run-dir PATH            Without FILE: the agent's run directory.
-                            [/run/nodeagent]
-  --settings FILE           The agent's settings: trust domain, root namespace,
-                            node. Default: the defaults.
-  -o, --output [text|json]  [default: text]
-  -h, --help                Show this message and exit.
+  --plaintext             SRC calls without its identity.
+  --from-address ADDRESS  The address that SRC calls from.
+  --all                   Show every rule, not only the nearest.
+  --trust DOMAIN          With FILE: a further trust domain whose roots the node
+                          holds. May be repeated.
+  --run-dir PATH          Without FILE: the agent's run directory.
+                          [/run/nodeagent]
+  --settings FILE         The agent's settings: trust domain, root namespace,
+                          node. Default: the defaults.
+  -o, --output FORM       Form of the answer: text, json, yaml.  [text]
+  -h, --help              Show this message and exit.
 """

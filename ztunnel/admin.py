@@ -12,15 +12,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Final, NamedTuple
 
 import h11
 import structlog
 
 from ztunnel import address
 
-__all__ = ["Check", "Page", "Server", "health_page", "parse_address"]
+__all__ = ["Asked", "Check", "Page", "Server", "health_page", "parse_address"]
 
 _log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.admin")
 
@@ -45,14 +45,28 @@ MAX_PORT: Final = 65535
 
 
 class Page:
-    """An answer: status, media type, body."""
+    """An answer: status, media type, body.
 
-    __slots__ = ("body", "media", "status")
+    `rest` are portions of the body behind `body`, each made on a thread when the one before it is
+    on its way, so that a large answer is never held as a whole.
+    """
 
-    def __init__(self, status: int, media: str, body: bytes) -> None:
+    __slots__ = ("body", "media", "rest", "status")
+
+    def __init__(
+        self, status: int, media: str, body: bytes, rest: Iterator[bytes] | None = None
+    ) -> None:
         self.status = status
         self.media = media
         self.body = body
+        self.rest = rest
+
+
+class Asked(NamedTuple):
+    """What a page may depend on: behind the path's "?", and the header Accept; else empty."""
+
+    query: str = ""
+    accept: str = ""
 
 
 Check = tuple[str, str]
@@ -80,7 +94,7 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-Handler = Callable[[], Awaitable[Page]]
+Handler = Callable[[Asked], Awaitable[Page]]
 
 
 class Server:
@@ -155,7 +169,7 @@ class Server:
         self, connection: h11.Connection, writer: asyncio.StreamWriter, request: h11.Request
     ) -> None:
         method = request.method.decode("ascii")
-        path = request.target.split(b"?", 1)[0].decode("ascii", "replace")
+        path, _, query = request.target.decode("ascii", "replace").partition("?")
         handler = self._pages.get(path)
         if not _host_fits(request, writer.get_extra_info("sockname")[0]):
             page = Page(421, "text/plain", b"the Host header must name the loopback address\n")
@@ -165,12 +179,13 @@ class Server:
             known = "".join(f"{known}\n" for known in sorted(self._pages))
             page = Page(404, "text/plain", f"not here; try:\n{known}".encode())
         else:
-            page = await self._page(path, handler)
+            asked = Asked(query, _header(request, b"accept"))
+            page = await self._page(path, handler, asked)
         await _send(connection, writer, page, head=method == "HEAD")
 
-    async def _page(self, path: str, handler: Handler) -> Page:
+    async def _page(self, path: str, handler: Handler, asked: Asked) -> Page:
         try:
-            return await handler()
+            return await handler(asked)
         except Exception:  # noqa: BLE001 - the daemon must not end by a page
             _log.exception("an admin page failed", path=path)
             return Page(500, "text/plain", b"internal error: see the log\n")
@@ -184,11 +199,15 @@ def _host_fits(request: h11.Request, local: str) -> bool:
     # Without the scope id of a link-local address.
     if not address.is_local_only(address.pack(local.partition("%")[0])):
         return True
-    host = next((value.decode("latin-1") for name, value in request.headers if name == b"host"), "")
+    host = _header(request, b"host")
     name, colon, port = host.rpartition(":")
     if not colon or host.endswith("]"):
         name, port = host, "0"
     return name in LOOPBACK_HOSTS and port.isascii() and port.isdigit()
+
+
+def _header(request: h11.Request, wanted: bytes) -> str:
+    return next((value.decode("latin-1") for name, value in request.headers if name == wanted), "")
 
 
 async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
@@ -231,10 +250,11 @@ async def _send(
 ) -> None:
     headers = [
         ("content-type", page.media),
-        ("content-length", str(len(page.body))),
         ("cache-control", "no-store"),
         ("x-content-type-options", "nosniff"),
     ]
+    if page.rest is None:
+        headers.append(("content-length", str(len(page.body))))
     reason = http.HTTPStatus(page.status).phrase
     if close:
         headers.append(("connection", "close"))
@@ -242,5 +262,8 @@ async def _send(
     writer.write(connection.send(response) or b"")
     if not head:
         writer.write(connection.send(h11.Data(data=page.body)) or b"")
+        while page.rest and (portion := await asyncio.to_thread(next, page.rest, b"")):
+            writer.write(connection.send(h11.Data(data=portion)) or b"")
+            await writer.drain()
     writer.write(connection.send(h11.EndOfMessage()) or b"")
     await writer.drain()

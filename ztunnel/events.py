@@ -29,6 +29,7 @@ from ztunnel.log_limit import FailureLines
 from ztunnel.reasons import Reason
 from ztunnel.route import HandOver, Passthrough, Plain, Refuse, Tunnel
 from ztunnel.state import HBONE_PORT
+from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
     from ztunnel._core import Ended, Failed, Upcall
@@ -107,7 +108,7 @@ class Events:
         self._clock = clock
         self._wall = wall
         self._details: OrderedDict[tuple[int, int, bytes], str] = OrderedDict()
-        self.early: Counter[tuple[Labels, str]] = Counter()
+        self.early: Tally[tuple[Labels, str]] = Tally(clock, MAX_EARLY, _overflow)
         """Connections that ended without a decision, by labels and response flag."""
         self.handshake_failures: Counter[tuple[Side, Reason]] = Counter()
         self.failed: Counter[Reason] = Counter()
@@ -318,11 +319,12 @@ class Events:
         return self._judge.outbound_labels(state, held, key, Refuse(reason))
 
     def _count_early(self, found: Labels, flag: str) -> None:
-        if flag == reasons.NO_FLAG:
-            return
-        if (found, flag) not in self.early and len(self.early) >= MAX_EARLY:
-            found = labels.overflow(found)
-        self.early[found, flag] += 1
+        if flag != reasons.NO_FLAG:
+            self.early.add((found, flag))
+
+
+def _overflow(key: tuple[Labels, str]) -> tuple[Labels, str]:
+    return labels.overflow(key[0]), key[1]
 
 
 def _policy(record: Record | None) -> str:

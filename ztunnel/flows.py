@@ -8,7 +8,7 @@ no room is counted by pod and verdict. It may not judge, nor wait for nodeagent.
 
 A flow is fed by decisions, as a label set is, and lives in the core as a series of its own, for as
 long as one of its decisions lives there. So the label set's numbers are its own and those of its
-flows: `FlowTable.read`, and `Series.retired` for those that have gone.
+flows: `Series.flows`, and `Series.retired` for those that have gone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Final
 
 from ztunnel import protocol
 from ztunnel.decisions import Counters, Series
-from ztunnel.protocol import Flow, FlowKey
+from ztunnel.protocol import Arrival, Flow, FlowKey
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
-    from ztunnel.labels import Labels
 
 __all__ = ["REPORT_SECONDS", "FlowTable", "LiveFlow"]
 
@@ -92,7 +91,10 @@ class FlowTable:
         *,
         limit: int = MAX_FLOWS,
         limit_of_pod: int = MAX_OF_POD,
+        plaintext: Callable[[FlowKey, int], None] = lambda _key, _number: None,
     ) -> None:
+        """`plaintext` is told of connections that came so, when they are looked at."""
+        self._plaintext = plaintext
         self._core = core
         self._numbers = numbers
         self._wall = wall
@@ -120,6 +122,7 @@ class FlowTable:
             self._core.add_series(number)
             flow = LiveFlow(number, key, series, self._counters(number))
             self._live[key, series.number] = flow
+            series.flows[number] = flow
             self._of_pod[key.destination] += 1
         flow.refs += 1
         return flow
@@ -135,15 +138,11 @@ class FlowTable:
         self._look(flow, int(self._wall()))
         flow.series.retired = flow.series.retired.plus(flow.seen)
         del self._live[flow.key, flow.series.number]
+        del flow.series.flows[flow.number]
         self._of_pod[flow.key.destination] -= 1
         if not self._of_pod[flow.key.destination]:
             del self._of_pod[flow.key.destination]
         self._core.remove_series(flow.number)
-
-    def read(self) -> Iterator[tuple[Labels, Counters]]:
-        """Read the counters of all flows, by the label sets that they belong to."""
-        for flow in self._live.values():
-            yield flow.series.labels, self._counters(flow.number)
 
     def _counters(self, number: int) -> Counters:
         return Counters(*self._core.read_series(number))
@@ -169,7 +168,10 @@ class FlowTable:
         flow.seen, flow.looked = seen, now
         tally = self._tally(flow.key, now)
         tally.last = max(tally.last, now)
-        tally.connections += seen.attempts - before.attempts
+        new = seen.attempts - before.attempts
+        tally.connections += new
+        if new and flow.key.arrival is Arrival.PLAINTEXT:
+            self._plaintext(flow.key, new)
         tally.open[flow.number] = carried
         tally.received += seen.received - before.received
         tally.sent += seen.sent - before.sent

@@ -9,13 +9,12 @@ may not wait, read a clock or answer upcalls.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import address
 from ztunnel import labels as label_sets
-from ztunnel.authorize import Client, Request, Verdict, authorize
+from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
 from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
@@ -26,12 +25,13 @@ from ztunnel.same_node import admit, is_direct
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
+    from ztunnel.counted import Counted
     from ztunnel.flows import FlowTable, LiveFlow
     from ztunnel.identities import Proven
     from ztunnel.pods import Held, Pods
     from ztunnel.state import State
 
-__all__ = ["NUMBER_OF", "Cut", "Judge", "Judged", "still_allowed"]
+__all__ = ["NUMBER_OF", "Cut", "Judge", "still_allowed"]
 
 NUMBER_OF: Final = {reason: number for number, reason in enumerate(Reason)}
 """Reason to the core's number for it; `reasons.check` has made sure that the core agrees."""
@@ -45,15 +45,6 @@ _MAX_WEIGHT: Final = 2**32 - 1
 """The core keeps a weight in 32 bits."""
 
 
-class Judged(NamedTuple):
-    """What is counted of a verdict. `would` is that of the dry run, the verdict's own without."""
-
-    client: Client
-    allow: bool
-    audited: bool
-    would: bool
-
-
 class Judge:
     """Makes decisions. Everything it is given is shared with the tunnel that asks."""
 
@@ -65,6 +56,7 @@ class Judge:
         series: SeriesTable,
         flows: FlowTable,
         peers: Peers,
+        counted: Counted,
     ) -> None:
         self._core = core
         self._numbers = numbers
@@ -72,8 +64,7 @@ class Judge:
         self._series = series
         self._flows = flows
         self._peers = peers
-        self.judged: Counter[Judged] = Counter()
-        """Verdicts on who wanted in; of one verdict many connections may live."""
+        self._counted = counted
         self._services_of: Mapping[str, Service] | None = None
         self._pods_of: Mapping[str, object] | None = None
         self._inbound: dict[tuple[str, int], Service] = {}
@@ -137,7 +128,7 @@ class Judge:
             raise
         self._decisions.add(record)
         if isinstance(route, HandOver):
-            self._count(route.verdict)
+            self._counted.verdict(route.verdict)
         return record
 
     def _tell(self, record: Record, route: Refuse | Passthrough | Way) -> None:
@@ -187,14 +178,8 @@ class Judge:
         record.proven = proven
         record.proofs = (proven,) if proven is not None else ()
         self._decisions.add(record)
-        self._count(verdict)
+        self._counted.verdict(verdict)
         return record
-
-    def _count(self, verdict: Verdict) -> None:
-        if verdict.client is None:
-            return
-        would = verdict.allow if verdict.dry_run is None else verdict.dry_run.allow
-        self.judged[Judged(verdict.client, verdict.allow, bool(verdict.audits), would)] += 1
 
     def outbound_labels(
         self, state: State, held: Held, key: Key, route: Refuse | Passthrough | Way

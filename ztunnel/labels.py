@@ -9,7 +9,7 @@ peer said of itself. It is pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from ztunnel.protocol import Service, Workload
@@ -29,6 +29,7 @@ __all__ = [
     "overflow",
     "service_name",
     "value",
+    "workloads",
 ]
 
 UNKNOWN: Final = "unknown"
@@ -65,12 +66,23 @@ LABEL_NAMES: Final = (
 Labels = tuple[str, ...]
 
 _POSITION: Final = {name: position for position, name in enumerate(LABEL_NAMES)}
+_NAMED: Final = tuple(
+    (_POSITION[f"{side}_workload"], _POSITION[f"{side}_workload_namespace"])
+    for side in (SOURCE, DESTINATION)
+)
 
 
 def value(labels: Labels, name: str) -> str:
     """Return one label's value, empty when it is unknown."""
     found = labels[_POSITION[name]]
     return "" if found == UNKNOWN else found
+
+
+def workloads(labels: Labels) -> Iterator[str]:
+    """Yield the uids of the workloads that a label set names."""
+    for name, namespace in _NAMED:
+        if labels[name] != UNKNOWN:
+            yield f"{labels[namespace]}/{labels[name]}"
 
 
 def make(

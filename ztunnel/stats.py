@@ -1,124 +1,138 @@
 """What Prometheus reads: Istio's standard TCP series, and the tunnel's own.
 
-This module owns the metrics' names, types and help texts. It promises Istio's names and labels
-exactly (Istio's dashboards and Kiali read them), seconds and bytes as units, bounded numbers of
-series, and that a scrape holds up the event loop only while counters are copied: the text is made
-on a thread. It may not count anything itself.
-
-`take` runs on the loop's thread and copies; `Collector` turns such a copy into metrics wherever it
-is called.
+This module owns a scrape: the copy of all counters, and its text. It promises that neither holds
+up the event loop for more than a millisecond or two, however many series there are: the loop turns
+between portions of the copy, and the text is made on a thread, portion by portion, so that it is
+never there as a whole. It may not count anything itself, nor name anything (`istio_text`,
+`stats_families`).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-    Metric,
-)
-from prometheus_client.exposition import generate_latest
-from prometheus_client.registry import Collector as CollectorBase
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.exposition import generate_latest as encode_text
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPENMETRICS
+from prometheus_client.openmetrics.exposition import generate_latest as encode_openmetrics
+from prometheus_client.process_collector import ProcessCollector
 
-from ztunnel import reasons
+from ztunnel import istio_text
 from ztunnel.audit import Counts
-from ztunnel.decisions import Counters
-from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
-from ztunnel.reasons import NO_FLAG, Reason
+from ztunnel.counted import ByPolicy, Judged, Plaintext
+from ztunnel.istio_text import Rows
+from ztunnel.reasons import Reason
 from ztunnel.same_node import is_direct
+from ztunnel.stats_families import Collector
 
 if TYPE_CHECKING:
     from ztunnel._core import PodCounters, Stats
     from ztunnel.access_log import AccessLog
     from ztunnel.control import ControlStatus
     from ztunnel.corelike import CoreLike
-    from ztunnel.judge import Judged
     from ztunnel.tunnel import Tunnel
 
-__all__ = ["Collector", "Picture", "render", "take"]
+__all__ = ["Picture", "render", "take"]
 
-_REASONS: Final = tuple(Reason)
-_REPORTER: Final = LABEL_NAMES.index("reporter")
-_SECURITY: Final = LABEL_NAMES.index("connection_security_policy")
-_MICROSECONDS: Final = 1_000_000
+PORTION: Final = 128
+"""Label sets or pods read before the loop turns: half a millisecond."""
+
+MAX_ACCEPT: Final = 1024
+"""Characters of an Accept header that are looked at; Prometheus sends some 200."""
 
 
-class Picture(msgspec.Struct, frozen=True):
-    """A copy of all counters at one moment. Times are seconds since the epoch."""
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of all counters. Times are seconds since the epoch, but for `now_us`.
 
-    series: list[tuple[Labels, Counters]]
-    """A label set may be there several times: its numbers are their sums."""
-    early: dict[tuple[Labels, str], int]
+    Those of one label set or pod are of one moment; the whole is of some milliseconds.
+    """
+
+    rows: Rows
     pods: list[tuple[str, PodCounters]]
     """By workload: each is in one pod of this node."""
     core: Stats
+    now_us: int
+    """By the core's clock."""
     bounds_us: tuple[int, ...]
     deadlines: tuple[str, ...]
     handshake_failures: dict[tuple[str, Reason], int]
     failed: dict[Reason, int]
-    expiries: dict[str, int]
+    certificates: dict[str, tuple[int, int]]
+    """By identity: begin and end."""
     judged: dict[Judged, int]
+    by_policy: dict[ByPolicy, int]
+    plaintext: dict[Plaintext, int]
+    overflowed: dict[str, int]
+    """By metric: what was counted with others, for want of room."""
+    expired: dict[str, int]
+    """By metric: label sets that are no longer there, for what they named is gone."""
     own: dict[str, float]
     """Plain numbers by metric name without prefix; a name that ends in `_total` is a counter."""
     audit: Counts = Counts({}, {}, {})
 
 
-_OWN_HELP: Final[Mapping[str, str]] = {
-    "pods": "Pods in service.",
-    "workloads": "Workloads of the mesh that are known.",
-    "services": "Services of the mesh that are known.",
-    "authorizations": "Authorization policies in force, those of a dry run among them.",
-    "decisions": "Decisions that the core or a connection may still use.",
-    "peers": "Pools of HBONE connections, one for each pod and workload that it calls.",
-    "series": "Label sets with counters of their own.",
-    "flows": "Callers, ports and verdicts that are counted to be reported to nodeagent.",
-    "identities": "Verified certificate chains that are remembered.",
-    "waiting_decisions": "Connections of young pods that wait for the pod's own state.",
-    "control_connected": "1 while the connection to nodeagent stands.",
-    "same_node_direct": "1 while pods of this node are joined directly, without encryption.",
-    "control_version": "Version of the state in force.",
-    "series_overflow_total": "Decisions counted under unknown labels, the limit being reached.",
-    "flows_folded_total": "Times that a caller found no room there and was counted with others.",
-    "series_evicted_total": "Label sets dropped to make room; their counters start anew.",
-    "connections_cut_total": "Decisions whose live connections a change of state has cut.",
-    "waits_expired_total": "Connections refused because a young pod's state did not come in time.",
-    "internal_errors_total": "Errors of the tunnel's own; each has a stack trace in the log.",
-    "access_log_lines_total": "Access log lines written.",
-    "access_log_left_out_total": "Lines of failures left out, for there were too many of a kind.",
-    "access_log_dropped_total": "Access log lines lost: queue full, or the file not writable.",
-}
-
-
-def take(
+async def take(
     tunnel: Tunnel,
     core: CoreLike,
     control: ControlStatus,
     access_log: AccessLog,
+    clock: Callable[[], float],
     bounds_us: tuple[int, ...],
     deadlines: tuple[str, ...],
 ) -> Picture:
-    """Copy every counter; a few microseconds for each series. On the loop's thread only."""
+    """Copy every counter, in portions. `clock` is the core's, in seconds. One at a time."""
+    rows = Rows()
+    for number, series in enumerate(tunnel.series, start=1):
+        counters = tunnel.series.read(series)
+        if counters is not None:
+            rows.add(series, counters)
+        if number % PORTION == 0:
+            await asyncio.sleep(0)
+    for (labels, flag), count in tunnel.events.early.items():
+        rows.fail(labels, flag, count)
+    pods: list[tuple[str, PodCounters]] = []
+    for number, held in enumerate(list(tunnel.pods), start=1):
+        # It may have gone meanwhile.
+        if tunnel.pods.by_number(held.number) is not None:
+            pods.append((held.pod.workload, core.read_pod(held.number)))
+        if number % PORTION == 0:
+            await asyncio.sleep(0)
     state = tunnel.state
+    counted = tunnel.counted
+    early = tunnel.events.early
     return Picture(
-        series=[*tunnel.series.read(), *tunnel.flows.read()],
-        early=dict(tunnel.events.early),
-        pods=[(held.pod.workload, core.read_pod(held.number)) for held in tunnel.pods],
+        rows=rows,
+        pods=pods,
         core=core.stats(),
+        now_us=int(clock() * 1_000_000),
         bounds_us=bounds_us,
         deadlines=deadlines,
         handshake_failures=dict(tunnel.events.handshake_failures),
         failed=dict(tunnel.events.failed),
-        judged=dict(tunnel.judged),
-        expiries={uid: identity.not_after for uid, identity in state.identities.items()},
+        judged=dict(counted.judged),
+        by_policy=dict(counted.by_policy.items()),
+        plaintext=dict(counted.plaintext.items()),
+        certificates={
+            uid: (identity.not_before, identity.not_after)
+            for uid, identity in state.identities.items()
+        },
         audit=tunnel.audit.counts(),
+        overflowed={
+            "istio_tcp_connections": tunnel.series.overflowed,
+            "istio_tcp_connections_failed": early.overflowed,
+            "ztunnel_policy_verdicts": counted.by_policy.overflowed,
+            "ztunnel_plaintext_connections": counted.plaintext.overflowed,
+        },
+        expired={
+            "istio_tcp_connections": tunnel.series.expired,
+            "istio_tcp_connections_failed": early.expired,
+            "ztunnel_policy_verdicts": counted.by_policy.expired,
+            "ztunnel_plaintext_connections": counted.plaintext.expired,
+        },
         own={
             "pods": len(tunnel.pods),
             "workloads": len(state.workloads),
@@ -133,7 +147,6 @@ def take(
             "control_connected": float(control.connected),
             "same_node_direct": float(is_direct(state)),
             "control_version": control.version,
-            "series_overflow_total": tunnel.series.overflowed,
             "flows_folded_total": tunnel.flows.folded,
             "series_evicted_total": tunnel.series.evicted,
             "connections_cut_total": tunnel.recheck.cut,
@@ -146,309 +159,25 @@ def take(
     )
 
 
-class Collector(CollectorBase):
-    """Gives everything but Istio's series, of whatever picture `source` returns."""
+def render(picture: Picture, accept: str) -> tuple[str, Iterator[bytes]]:
+    """Return the media type that fits an Accept header best, and the text, portion by portion.
 
-    def __init__(self, source: Callable[[], Picture]) -> None:
-        self._source = source
+    The portions may be made on any thread.
+    """
+    openmetrics = _takes_openmetrics(accept)
+    encode = encode_openmetrics if openmetrics else encode_text
 
-    def describe(self) -> Iterable[Metric]:
-        # Nothing is collected at registration: there may be no picture yet.
-        return ()
+    def made() -> Iterator[bytes]:
+        yield from istio_text.portions(picture.rows, openmetrics=openmetrics)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Collector(picture))
+        ProcessCollector(registry=registry)
+        yield encode(registry)
 
-    def collect(self) -> Iterator[Metric]:
-        picture = self._source()
-        yield from _handshakes(picture)
-        yield from _core(picture)
-        yield from _pods(picture)
-        yield from _judged(picture)
-        yield from _audit(picture)
-        yield from _own(picture)
+    return OPENMETRICS if openmetrics else CONTENT_TYPE_PLAIN_0_0_4, made()
 
 
-def render(picture: Picture) -> bytes:
-    """Return the exposition text of `picture`. May run on any thread."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector(lambda: picture))
-    return "".join(_istio(picture)).encode("utf-8", "replace") + generate_latest(registry)
-
-
-# Istio's series are written here and not by the library: there are thousands, each with 27 labels
-# and in five families. Escaping the labels once makes a scrape of 4,000 series twenty times faster
-# than escaping and sorting them for every sample, and needs no object for each.
-
-
-def _istio(picture: Picture) -> Iterator[str]:
-    series: dict[Labels, Counters] = {}
-    for labels, counters in picture.series:
-        known = series.get(labels)
-        series[labels] = counters if known is None else known.plus(counters)
-    ordinary = [(_label_text(labels, NO_FLAG), counters) for labels, counters in series.items()]
-    families: tuple[tuple[str, str, Callable[[Counters], int]], ...] = (
-        ("connections_opened", "TCP connections opened.", lambda c: c.opened),
-        ("connections_closed", "TCP connections closed.", lambda c: c.closed),
-        ("received_bytes", "Bytes received from clients (request).", lambda c: c.received),
-        ("sent_bytes", "Bytes sent to clients (response).", lambda c: c.sent),
-    )
-    for name, text, value in families:
-        yield _head(name, text)
-        for text_of, counters in ordinary:
-            yield f"istio_tcp_{name}_total{text_of} {value(counters)}\n"
-    yield _head("connections_failed", "TCP connections that failed, by response flag.")
-    for (failed_labels, flag), count in _failed(picture.early, series).items():
-        found = _label_text(failed_labels, flag)
-        yield f"istio_tcp_connections_failed_total{found} {count}\n"
-
-
-def _head(name: str, text: str) -> str:
-    full = f"istio_tcp_{name}_total"
-    return f"# HELP {full} {text}\n# TYPE {full} counter\n"
-
-
-def _label_text(labels: Labels, flag: str) -> str:
-    """Return the labels as the text format has them (backslash, quote and newline escaped)."""
-    pairs = [f'{name}="{_escape(value)}"' for name, value in zip(LABEL_NAMES, labels, strict=True)]
-    return f'{{{",".join(pairs)},response_flags="{flag}"}}'
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
-
-
-def _failed(
-    early: Mapping[tuple[Labels, str], int], series: Mapping[Labels, Counters]
-) -> dict[tuple[Labels, str], int]:
-    totals = dict(early)
-    for labels, counters in series.items():
-        hbone = labels[_REPORTER] == SOURCE and labels[_SECURITY] == MUTUAL_TLS
-        for number, count in enumerate(counters.failed):
-            if not count:
-                continue
-            flag = reasons.flag(_REASONS[number], hbone=hbone)
-            if flag != NO_FLAG:
-                totals[labels, flag] = totals.get((labels, flag), 0) + count
-    return totals
-
-
-def _histogram(
-    metric: HistogramMetricFamily,
-    labels: list[str],
-    bounds_us: tuple[int, ...],
-    counts: tuple[int, ...],
-    sum_us: int,
-) -> None:
-    buckets: list[tuple[str, float]] = []
-    total = 0
-    limits = [*(repr(bound / _MICROSECONDS) for bound in bounds_us), "+Inf"]
-    for limit, count in zip(limits, counts, strict=True):
-        total += count
-        buckets.append((limit, total))
-    metric.add_metric(labels, buckets, sum_us / _MICROSECONDS)
-
-
-def _handshakes(picture: Picture) -> Iterator[Metric]:
-    core = picture.core
-    latency = HistogramMetricFamily(
-        "ztunnel_tls_handshake_duration_seconds",
-        "Complete TLS and HTTP/2 handshakes of HBONE, by our side in them.",
-        labels=["side"],
-    )
-    for side, counts, sum_us in (
-        ("client", core.handshakes_client, core.handshakes_client_sum_us),
-        ("server", core.handshakes_server, core.handshakes_server_sum_us),
-    ):
-        _histogram(latency, [side], picture.bounds_us, counts, sum_us)
-    yield latency
-    failures = CounterMetricFamily(
-        "ztunnel_tls_handshake_failures",
-        "HBONE handshakes that failed, both sides, by reason (the core's own count).",
-        labels=["reason"],
-    )
-    for reason, count in zip(_REASONS, core.handshake_failures, strict=True):
-        if count:
-            failures.add_metric([reason.value], count)
-    yield failures
-    reported = CounterMetricFamily(
-        "ztunnel_tls_handshake_failures_reported",
-        "HBONE handshakes that failed and were reported, by our side and reason.",
-        labels=["side", "reason"],
-    )
-    for (side, reason), count in picture.handshake_failures.items():
-        reported.add_metric([side, reason.value], count)
-    yield reported
-    expiry = GaugeMetricFamily(
-        "ztunnel_svid_expiry_timestamp_seconds",
-        "End of the certificate that a local identity shows.",
-        labels=["identity"],
-    )
-    for uid, not_after in picture.expiries.items():
-        expiry.add_metric([uid], not_after)
-    yield expiry
-
-
-def _core(picture: Picture) -> Iterator[Metric]:
-    core = picture.core
-    yield GaugeMetricFamily(
-        "ztunnel_connections", "Application connections open now.", value=core.connections
-    )
-    yield GaugeMetricFamily(
-        "ztunnel_hbone_connections",
-        "HBONE connections open now, both sides.",
-        value=core.tls_connections,
-    )
-    yield GaugeMetricFamily(
-        "ztunnel_held_bytes",
-        "Bytes that wait in this process for applications which do not read.",
-        value=core.held_bytes,
-    )
-    latency = HistogramMetricFamily(
-        "ztunnel_decision_duration_seconds",
-        "From the core's question to the answer in force.",
-        labels=[],
-    )
-    _histogram(latency, [], picture.bounds_us, core.upcall_latency, core.upcall_latency_sum_us)
-    yield latency
-    yield CounterMetricFamily(
-        "ztunnel_decisions_asked", "Questions that the core has asked.", value=core.upcalls
-    )
-    yield CounterMetricFamily(
-        "ztunnel_decisions_cached",
-        "Connections decided by the core's table.",
-        value=core.table_hits,
-    )
-    yield CounterMetricFamily(
-        "ztunnel_events_lost",
-        "Reports of the core that found no room: log lines that are missing.",
-        value=core.events_lost,
-    )
-    failed = CounterMetricFamily(
-        "ztunnel_connections_failed",
-        "Connections that were refused, failed or cut, by the reason that the access log has.",
-        labels=["reason"],
-    )
-    for reason, ended in picture.failed.items():
-        failed.add_metric([reason.value], ended)
-    yield failed
-    expired = CounterMetricFamily(
-        "ztunnel_deadlines_expired",
-        "Connections and waits that a deadline has ended, by its name in the settings.",
-        labels=["deadline"],
-    )
-    for name, count in zip(picture.deadlines, core.expired, strict=True):
-        expired.add_metric([name], count)
-    yield expired
-    connections = GaugeMetricFamily(
-        "ztunnel_worker_connections", "Connections open now, by worker.", labels=["worker"]
-    )
-    accepted = CounterMetricFamily(
-        "ztunnel_worker_accepted", "Connections accepted, by worker.", labels=["worker"]
-    )
-    for number, (connected, taken) in enumerate(core.workers):
-        connections.add_metric([str(number)], connected)
-        accepted.add_metric([str(number)], taken)
-    yield connections
-    yield accepted
-
-
-def _pods(picture: Picture) -> Iterator[Metric]:
-    """What each pod takes of what runs out. Pods that take nothing are left out."""
-    core = picture.core
-    yield GaugeMetricFamily(
-        "ztunnel_descriptors", "Descriptors that connections hold now.", value=core.descriptors
-    )
-    yield GaugeMetricFamily(
-        "ztunnel_descriptors_limit",
-        "Descriptors that connections may hold, one or two each (LimitNOFILE, less a reserve).",
-        value=core.descriptors_most,
-    )
-    families: tuple[tuple[str, str, Callable[[PodCounters], int]], ...] = (
-        ("connections", "Connections of a pod open now.", lambda c: c.connections),
-        ("descriptors", "Descriptors that a pod's connections hold now.", lambda c: c.descriptors),
-        ("dials", "TCP connects of a pod under way.", lambda c: c.dials),
-        ("handshakes", "Handshakes under way with a pod as server.", lambda c: c.handshakes),
-        ("held_bytes", "Bytes that a pod's applications have not read.", lambda c: c.held_bytes),
-    )
-    for name, text, value in families:
-        gauge = GaugeMetricFamily(f"ztunnel_pod_{name}", text, labels=["pod"])
-        for uid, counters in picture.pods:
-            if value(counters):
-                gauge.add_metric([uid], value(counters))
-        yield gauge
-    refused = CounterMetricFamily(
-        "ztunnel_pod_refusals",
-        "Connections and handshakes that a limit has ended, by pod and reason.",
-        labels=["pod", "reason"],
-    )
-    for uid, counters in picture.pods:
-        for reason, count in zip(_REASONS, counters.refused, strict=True):
-            if count:
-                refused.add_metric([uid, reason.value], count)
-    yield refused
-
-
-def _judged(picture: Picture) -> Iterator[Metric]:
-    yield _verdicts(
-        "ztunnel_verdicts",
-        "Judgements who may come in; one serves all connections of the same question.",
-        picture.judged,
-    )
-    yield _verdicts(
-        "ztunnel_verdicts_audited",
-        "Of these, those that an AUDIT rule matched.",
-        {judged: count for judged, count in picture.judged.items() if judged.audited},
-    )
-    yield _verdicts(
-        "ztunnel_verdicts_dry_run_differs",
-        "Of these, those that policies of a dry run would have turned.",
-        {judged: count for judged, count in picture.judged.items() if judged.would != judged.allow},
-    )
-
-
-def _verdicts(name: str, text: str, counts: Mapping[Judged, int]) -> Metric:
-    metric = CounterMetricFamily(name, text, labels=["client", "verdict"])
-    totals: Counter[tuple[str, str]] = Counter()
-    for judged, count in counts.items():
-        totals[judged.client.value, "allow" if judged.allow else "deny"] += count
-    for labels, count in totals.items():
-        metric.add_metric(list(labels), count)
-    return metric
-
-
-def _audit(picture: Picture) -> Iterator[Metric]:
-    written = CounterMetricFamily(
-        "ztunnel_audit_lines", "Audit lines written, by sink.", labels=["sink"]
-    )
-    for sink, lines in picture.audit.written.items():
-        written.add_metric([sink], lines)
-    yield written
-    left_out = CounterMetricFamily(
-        "ztunnel_audit_left_out",
-        "Audit lines not written: beyond the rate (sink all), or lost by a sink.",
-        labels=["sink", "cause"],
-    )
-    for (sink, cause), lines in picture.audit.left_out.items():
-        left_out.add_metric([sink, cause], lines)
-    yield left_out
-    working = GaugeMetricFamily(
-        "ztunnel_audit_sink_up", "1 while a sink takes audit lines.", labels=["sink"]
-    )
-    for sink, problem in picture.audit.problems.items():
-        working.add_metric([sink], float(not problem))
-    yield working
-
-
-def _own(picture: Picture) -> Iterator[Metric]:
-    for name, value in picture.own.items():
-        text = _OWN_HELP[name]
-        if name.endswith("_total"):
-            yield CounterMetricFamily(f"ztunnel_{name.removesuffix('_total')}", text, value=value)
-        else:
-            yield GaugeMetricFamily(f"ztunnel_{name}", text, value=value)
-    yield InfoMetricFamily("ztunnel_build", "Version of the tunnel.", value={"version": _version()})
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("nodeagent")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+def _takes_openmetrics(accept: str) -> bool:
+    # Who takes it prefers it; the library's own choice fails where a version is no number.
+    kinds = (each.partition(";")[0].strip().lower() for each in accept[:MAX_ACCEPT].split(","))
+    return "application/openmetrics-text" in kinds

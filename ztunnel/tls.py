@@ -29,7 +29,15 @@ from OpenSSL import SSL, crypto
 
 from ztunnel import svid
 
-__all__ = ["ALPN", "Contexts", "TlsError", "build", "context_pointer", "function_table"]
+__all__ = [
+    "ALPN",
+    "Contexts",
+    "TlsError",
+    "build",
+    "context_pointer",
+    "function_table",
+    "version",
+]
 
 ALPN: Final = b"h2"
 """The one protocol of HBONE. The client's context offers it; at the server the core's callback,
@@ -104,6 +112,11 @@ def context_pointer(context: SSL.Context) -> int:
     return int(_ffi.cast("uintptr_t", context._context))  # noqa: SLF001 - pyOpenSSL has no accessor
 
 
+def version() -> str:
+    """Return the version of the OpenSSL that does all TLS here, such as "OpenSSL 4.0.0 …"."""
+    return str(_ffi.string(_lib.OpenSSL_version(0)).decode("ascii", "replace"))
+
+
 def function_table(declarations: Mapping[str, str]) -> dict[str, int]:
     """Return the address of each function named, in the OpenSSL that pyOpenSSL's contexts use.
 
@@ -124,9 +137,8 @@ def function_table(declarations: Mapping[str, str]) -> dict[str, int]:
             continue
         table[name] = int(_ffi.cast("uintptr_t", address))
     if problems:
-        version = _ffi.string(_lib.OpenSSL_version(0)).decode("ascii", "replace")
         raise TlsError(
-            f"the installed cryptography package ({version}) has not the OpenSSL functions that "
+            f"the installed cryptography package ({version()}) has not the OpenSSL functions that "
             f"this build was made for; install the version of the lock file: {'; '.join(problems)}"
         )
     return table

@@ -31,6 +31,7 @@ from ztunnel import protocol, svid
 from ztunnel.audit import AuditLog
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
+from ztunnel.counted import Counted
 from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
 from ztunnel.events import Events
 from ztunnel.flows import FlowTable
@@ -112,16 +113,18 @@ class Tunnel:
         self.epoch = core.epoch
         self.committed = False
         """True once a change has been put in force."""
-        self.series = SeriesTable(core, numbers)
-        self.flows = FlowTable(core, numbers, wall)
+        self.counted = Counted(clock)
+        self.series = SeriesTable(core, numbers, clock)
+        self.flows = FlowTable(core, numbers, wall, plaintext=self.counted.in_plaintext)
         self.peers = Peers(core, numbers)
         self.decisions = Decisions(core, self.series, self.flows, self.peers)
         self.identities = Identities(numbers, self._evicted)
         self.pods = Pods(core, numbers, clock, build)
         self._join = Join(self.identities, self.pods, wall)
         self.recheck = Recheck(core, self.decisions, self.identities, self.peers, self.pods, wall)
-        self._judge = Judge(core, numbers, self.decisions, self.series, self.flows, self.peers)
-        self.judged = self._judge.judged
+        self._judge = Judge(
+            core, numbers, self.decisions, self.series, self.flows, self.peers, self.counted
+        )
         self.audit = audit if audit is not None else AuditLog(clock, wall)
         self.events = Events(self, self._judge, sink, self.audit, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
@@ -288,6 +291,7 @@ class Tunnel:
             else:
                 self._waiting.append((upcall, deadline))
         self.peers.remove_idle(now - self._peer_idle)
+        self.counted.expire(self.state, self.series, self.events.early)
         self.events.tick()
 
     async def _ask_again(self) -> None:

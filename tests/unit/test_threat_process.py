@@ -17,7 +17,7 @@ import nodeagent.channel
 import ztunnel.channel
 from nodeagent.admin import server as agent_server
 from ztunnel import protocol
-from ztunnel.admin import Page, Server
+from ztunnel.admin import Asked, Page, Server
 
 HOSTILE_HOSTS = [
     "evil.example",
@@ -33,7 +33,7 @@ HOSTILE_HOSTS = [
 ]
 
 
-async def _hello() -> Page:
+async def _hello(_asked: Asked) -> Page:
     return Page(200, "text/plain", b"hello\n")
 
 

@@ -7,22 +7,27 @@ from collections.abc import AsyncIterator
 import pytest
 
 from ztunnel import admin
-from ztunnel.admin import Page, Server, health_page, parse_address
+from ztunnel.admin import Asked, Page, Server, health_page, parse_address
 
 DEADLINE = 30
 
 
-async def hello() -> Page:
+async def hello(_asked: Asked) -> Page:
     return Page(200, "text/plain", b"hello\n")
 
 
-async def broken() -> Page:
+async def broken(_asked: Asked) -> Page:
     raise ZeroDivisionError
+
+
+async def portions(asked: Asked) -> Page:
+    made = (f"{number} {asked.query} {asked.accept}\n".encode() for number in range(3))
+    return Page(200, "text/plain", b"first\n", made)
 
 
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[tuple[Server, int]]:
-    server = Server({"/hello": hello, "/broken": broken})
+    server = Server({"/hello": hello, "/broken": broken, "/portions": portions})
     _, port = await server.start("127.0.0.1", 0)
     try:
         async with asyncio.timeout(DEADLINE):
@@ -167,3 +172,27 @@ def test_addresses_are_read(text: str, found: tuple[str, int]) -> None:
 def test_other_texts_are_no_address(text: str) -> None:
     with pytest.raises(ValueError, match=r".+"):
         parse_address(text)
+
+
+def test_an_answer_in_portions_depends_on_what_was_asked() -> None:
+    answer = asked(
+        b"GET /portions?a=b HTTP/1.1\r\nhost: localhost\r\naccept: x/y\r\nconnection: close\r\n\r\n"
+    )
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head.lower()
+    pieces = body.split(b"\r\n")
+    assert [each for each in pieces if b" " in each or b"f" in each] == [
+        b"first\n",
+        b"0 a=b x/y\n",
+        b"1 a=b x/y\n",
+        b"2 a=b x/y\n",
+    ]
+    assert body.endswith(b"0\r\n\r\n")
+    assert b"first" not in get("/portions", "HEAD")
+
+
+def test_an_old_client_gets_portions_until_the_connection_ends() -> None:
+    answer = asked(b"GET /portions HTTP/1.0\r\nhost: localhost\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-length" not in head.lower()
+    assert body == b"first\n0  \n1  \n2  \n"

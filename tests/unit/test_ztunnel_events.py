@@ -19,7 +19,7 @@ from ztunnel._core import Failed
 from ztunnel.access_log import Line
 from ztunnel.authorize import Client
 from ztunnel.corelike import Kind
-from ztunnel.judge import Judged
+from ztunnel.counted import Judged
 from ztunnel.protocol import (
     Action,
     Endpoint,
@@ -160,7 +160,7 @@ def test_lines_of_a_policy_say_what_was_decided_audited_and_tried(rig: Rig) -> N
         "istio-system/audit rules[0] (policy.yaml:1)"
     )
     assert line.dry_run == "allowed by default/all rules[0] (policy.yaml:1)"
-    assert rig.tunnel.judged == {
+    assert rig.tunnel.counted.judged == {
         Judged(Client.WITHOUT_IDENTITY, allow=True, audited=True, would=True): 1
     }
     # So the core says it of every good end, and Python of none.
@@ -170,7 +170,10 @@ def test_lines_of_a_policy_say_what_was_decided_audited_and_tried(rig: Rig) -> N
     line = ended(rig, proven, Kind.INBOUND_HBONE, Reason.CLOSED, destination=ip("10.1.0.1"))
     assert line.client == "identity_allowed"
     assert line.dry_run == "denied by default/tried rules[0] (policy.yaml:1)"
-    assert rig.tunnel.judged[Judged(Client.ALLOWED, allow=True, audited=True, would=False)] == 1
+    assert (
+        rig.tunnel.counted.judged[Judged(Client.ALLOWED, allow=True, audited=True, would=False)]
+        == 1
+    )
 
 
 def test_a_refusal_by_default_names_the_policies_behind_it(rig: Rig) -> None:
@@ -200,9 +203,9 @@ def test_a_connection_without_a_decision_is_logged_and_counted(rig: Rig) -> None
     line = ended(rig, 0, Kind.OUTBOUND, Reason.DECISION_TIMEOUT)
     assert line.reason is Reason.DECISION_TIMEOUT
     assert labels.value(line.labels, "source_workload") == "sleep"
-    assert rig.tunnel.events.early[line.labels, "CONNECT"] == 1
+    assert dict(rig.tunnel.events.early.items()) == {(line.labels, "CONNECT"): 1}
     ended(rig, 0, Kind.OUTBOUND, Reason.CLIENT_RESET)
-    assert sum(rig.tunnel.events.early.values()) == 1
+    assert dict(rig.tunnel.events.early.items()) == {(line.labels, "CONNECT"): 1}
 
 
 def test_a_failed_handshake_is_logged_with_what_was_wrong(rig: Rig) -> None:

@@ -184,8 +184,8 @@ def test_what_a_decision_counted_outlives_it(rig: Rig) -> None:
     # And its label set goes on from there.
     again = rig.core.answer_to(rig.inbound("203.0.113.7")).series
     count(rig.core, again, opened=1, sent=1)
-    opened = [found.opened for _, found in (*rig.tunnel.series.read(), *rig.tunnel.flows.read())]
-    assert sorted(opened) == [0, 1, 6]
+    read = [rig.tunnel.series.read(each) for each in rig.tunnel.series]
+    assert [found.opened for found in read if found is not None] == [7]
 
 
 def test_one_caller_under_two_label_sets_is_one_flow(rig: Rig) -> None:
@@ -219,11 +219,13 @@ def test_reports_come_in_portions(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> 
 # --- limits -------------------------------------------------------------------------------------
 
 
-def make(core: FakeCore, **limits: int) -> tuple[tables.FlowTable, SeriesTable]:
+def make(
+    core: FakeCore, limit: int = tables.MAX_FLOWS, limit_of_pod: int = tables.MAX_OF_POD
+) -> tuple[tables.FlowTable, SeriesTable]:
     numbers = Numbers()
     return (
-        tables.FlowTable(core, numbers, lambda: float(NOW), **limits),
-        SeriesTable(core, numbers),
+        tables.FlowTable(core, numbers, lambda: float(NOW), limit=limit, limit_of_pod=limit_of_pod),
+        SeriesTable(core, numbers, lambda: 0.0),
     )
 
 

@@ -1,23 +1,31 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import msgspec
 import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from support.certificates import NOW
 from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
-from ztunnel import labels
-from ztunnel._core import PodCounters, Stats
+from ztunnel import istio_text, labels
+from ztunnel._core import PodCounters
 from ztunnel.audit import Counts
 from ztunnel.authorize import Client
-from ztunnel.decisions import Counters
-from ztunnel.judge import Judged
+from ztunnel.counted import ByPolicy, Judged, Plaintext
+from ztunnel.decisions import Counters, Series
+from ztunnel.istio_text import Rows
+from ztunnel.labels import Labels
 from ztunnel.reasons import Reason
 from ztunnel.stats import Picture, render
 
+RULE = "default/httpbin rules[0] (web.yaml:7)"
 SLEEP = workload("sleep", "10.1.0.1", locality="eu/eu-1/a")
 HTTPBIN = workload("httpbin", "10.2.0.1")
 MUTUAL = labels.make(
@@ -47,41 +55,72 @@ IDLE_POD = record(PodCounters, 0, 0, 0, 0, 0, 0, failed())
 POD = record(PodCounters, 4, 7, 1, 0, 2, 65536, failed(POD_DIALS=3, POD_CONNECTIONS=9))
 
 
-def samples(core: FakeCore, picture_of: Stats | None = None) -> dict[str, list[Sample]]:
-    picture = Picture(
-        series=[
-            (
-                MUTUAL,
-                Counters(
-                    7,
-                    6,
-                    failed(CONNECT_TIMEOUT=2, CONNECT_REFUSED=1, SERVER_RESET=4),
-                    100,
-                    200,
-                ),
+def rows(*found: tuple[Labels, Counters]) -> Rows:
+    made = Rows()
+    for number, (labelled, counters) in enumerate(found, start=1):
+        made.add(Series(number, labelled), counters)
+    return made
+
+
+def text(picture: Picture, accept: str = "") -> str:
+    _, portions = render(picture, accept)
+    return b"".join(portions).decode()
+
+
+def picture(core: FakeCore) -> Picture:
+    shown = rows(
+        (
+            MUTUAL,
+            Counters(
+                7,
+                6,
+                failed(CONNECT_TIMEOUT=2, CONNECT_REFUSED=1, SERVER_RESET=4),
+                100,
+                200,
             ),
-            (PLAIN, Counters(3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
-        ],
-        early={(PLAIN, "DENY"): 1, (PLAIN, "CONNECT"): 2},
+        ),
+        (PLAIN, Counters(3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
+    )
+    shown.fail(PLAIN, "DENY", 1)
+    shown.fail(PLAIN, "CONNECT", 2)
+    return Picture(
+        rows=shown,
         pods=[("default/web", POD), ("default/idle", IDLE_POD)],
-        core=picture_of or core.stats(),
+        core=core.stats(),
+        now_us=2_500_000,
         bounds_us=BOUNDS_US,
         deadlines=("connect", "idle"),
         handshake_failures={("client", Reason.CERT_EXPIRED): 3},
         failed={Reason.POLICY_CHANGED: 4},
-        expiries={identity("sleep"): NOW},
+        certificates={identity("sleep"): (NOW - 60, NOW)},
         judged={
             Judged(Client.ALLOWED, allow=True, audited=False, would=True): 4,
             Judged(Client.ALLOWED, allow=True, audited=True, would=False): 2,
             Judged(Client.WITHOUT_IDENTITY, allow=False, audited=True, would=False): 1,
         },
+        by_policy={
+            ByPolicy(RULE, Reason.POLICY_DENIED, allow=False): 5,
+            ByPolicy("", Reason.POLICY_MISSING, allow=False): 1,
+            ByPolicy("", Reason.CLOSED, allow=True): 2,
+            ByPolicy("other", Reason.CLOSED, allow=True): 3,
+        },
+        plaintext={
+            Plaintext("", "default/httpbin", allow=True): 8,
+            Plaintext("default/legacy", "default/httpbin", allow=False): 9,
+            Plaintext("other", "other", allow=True): 10,
+        },
+        overflowed={"istio_tcp_connections": 11},
+        expired={"istio_tcp_connections": 12},
         own={"pods": 4, "internal_errors_total": 1},
         audit=Counts(
             {"file": 7}, {("all", "rate"): 3, ("file", "slow"): 2}, {"file": "", "journal": "gone"}
         ),
     )
+
+
+def samples(core: FakeCore) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
-    for family in text_string_to_metric_families(render(picture).decode()):
+    for family in text_string_to_metric_families(text(picture(core))):
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample)
     return found
@@ -169,6 +208,9 @@ def test_the_tunnels_own_metrics_are_there(core: FakeCore) -> None:
     assert found["ztunnel_events_lost_total"][0].value == 0
     assert found["ztunnel_worker_accepted_total"][0].labels == {"worker": "0"}
     assert found["ztunnel_svid_expiry_timestamp_seconds"][0].value == NOW
+    assert found["ztunnel_svid_not_before_timestamp_seconds"][0].value == NOW - 60
+    assert found["ztunnel_worker_last_turn_seconds"][0].value == 2.5
+    assert found["process_resident_memory_bytes"][0].value > 0
     assert "version" in found["ztunnel_build_info"][0].labels
     (failed,) = found["ztunnel_connections_failed_total"]
     assert (failed.labels, failed.value) == ({"reason": "policy_changed"}, 4)
@@ -216,32 +258,17 @@ def test_what_a_pod_takes_and_was_refused(core: FakeCore) -> None:
 
 def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
     evil = workload('a"b\nc\\d', "10.1.0.1", account="a")
-    picture = Picture(
-        [
-            (
-                labels.make("source", "none", evil, None, None),
-                Counters(1, 0, failed(), 0, 0),
-            )
-        ],
-        {},
-        [],
-        core.stats(),
-        BOUNDS_US,
-        ("connect", "idle"),
-        {},
-        {},
-        {},
-        {},
-        {},
+    shown = rows((labels.make("source", "none", evil, None, None), Counters(1, 0, failed(), 0, 0)))
+    families = text_string_to_metric_families(
+        text(msgspec.structs.replace(picture(core), rows=shown))
     )
-    families = list(text_string_to_metric_families(render(picture).decode()))
     names = {
         sample.labels["source_workload"]
         for family in families
         for sample in family.samples
         if "source_workload" in sample.labels
     }
-    assert names == {'a"b\nc\\d'}
+    assert 'a"b\nc\\d' in names
 
 
 def test_a_service_outside_the_cluster_keeps_its_hostname() -> None:
@@ -264,3 +291,98 @@ def test_the_audit_log_is_counted_by_sink_and_cause(core: FakeCore) -> None:
         ({"sink": "file"}, 1),
         ({"sink": "journal"}, 0),
     ]
+
+
+def test_openmetrics_is_given_to_who_asks_for_it_and_says_the_same(core: FakeCore) -> None:
+    shown = picture(core)
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    media, portions = render(shown, accept)
+    assert media.startswith("application/openmetrics-text; version=1.0.0")
+    said = b"".join(portions).decode()
+    assert said.endswith("# EOF\n")
+
+    def values(families: Iterable[Metric]) -> dict[tuple[str, str], float]:
+        return {
+            (sample.name, repr(sorted(sample.labels.items()))): sample.value
+            for family in families
+            for sample in family.samples
+            if not sample.name.startswith("process_")
+        }
+
+    plain, _ = render(shown, "text/plain;version=0.0.4")
+    assert plain.startswith("text/plain; version=0.0.4")
+    assert values(
+        openmetrics_families(said)  # type: ignore[no-untyped-call]  # not annotated there
+    ) == values(text_string_to_metric_families(text(shown)))
+
+
+@pytest.mark.parametrize(
+    "accept", ["", "*/*", "nonsense", "," * 100_000, "application/openmetrics-text;version=x"]
+)
+def test_an_accept_header_that_says_nothing_gets_an_answer(core: FakeCore, accept: str) -> None:
+    media, portions = render(picture(core), accept)
+    assert b"ztunnel_build_info" in b"".join(portions)
+    assert media
+
+
+def test_verdicts_by_rule(core: FakeCore) -> None:
+    found = {
+        tuple(
+            each.labels[name] for name in ("policy", "policy_namespace", "rule", "verdict")
+        ): each.value
+        for each in samples(core)["ztunnel_policy_verdicts_total"]
+    }
+    assert found == {
+        ("httpbin", "default", RULE, "deny"): 5,
+        ("agent:policy_missing", "", "", "deny"): 1,
+        ("default:allow", "", "", "allow"): 2,
+        ("other", "", "", "allow"): 3,
+    }
+
+
+def test_plaintext_by_source_and_destination(core: FakeCore) -> None:
+    names = ("source_workload", "destination_workload", "verdict")
+    found = {
+        tuple(each.labels[name] for name in names): each.value
+        for each in samples(core)["ztunnel_plaintext_connections_total"]
+    }
+    assert found == {
+        ("unknown", "httpbin", "allow"): 8,
+        ("legacy", "httpbin", "deny"): 9,
+        ("other", "other", "allow"): 10,
+    }
+
+
+def test_what_found_no_room_and_what_has_expired(core: FakeCore) -> None:
+    found = samples(core)
+    istio = {"metric": "istio_tcp_connections"}
+    assert [(e.labels, e.value) for e in found["ztunnel_metric_overflow_total"]] == [(istio, 11)]
+    assert [(e.labels, e.value) for e in found["ztunnel_metric_expired_total"]] == [(istio, 12)]
+
+
+def test_a_label_set_is_spelled_once(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = picture(core)
+    first = text(shown)
+
+    def spell(_labels: Labels) -> str:
+        raise AssertionError("spelled again")
+
+    monkeypatch.setattr(istio_text, "_spell", spell)
+    again = text(shown)
+    istio = [line for line in first.splitlines() if line.startswith("istio_")]
+    assert istio == [line for line in again.splitlines() if line.startswith("istio_")]
+
+
+def test_no_portion_of_the_text_holds_the_interpreter_for_long(core: FakeCore) -> None:
+    many = rows(
+        *(
+            (
+                labels.make("source", "none", workload(f"w{number}", "10.1.0.1"), None, None),
+                Counters(1, 0, failed(CONNECT_REFUSED=1), 0, 0),
+            )
+            for number in range(1000)
+        )
+    )
+    made = list(istio_text.portions(many, openmetrics=True))
+    assert max(portion.count(b"\n") for portion in made) <= istio_text.LINES
+    assert sum(portion.count(b"\n") for portion in made) == 5 * (1000 + 2)

@@ -228,7 +228,7 @@ def test_one_label_set_has_one_series(rig: Rig) -> None:
 
 def test_beyond_the_limit_unused_series_give_way_and_then_all_share_one() -> None:
     core = FakeCore()
-    table = tables.SeriesTable(core, tables.Numbers(), limit=2)
+    table = tables.SeriesTable(core, tables.Numbers(), lambda: 0.0, limit=2)
     sets = [labels.make("source", str(number), None, None, None) for number in range(4)]
     first, second = table.acquire(sets[0]), table.acquire(sets[1])
     table.release(first)

@@ -17,7 +17,7 @@ import msgspec
 from nodeagent.api import Check, values
 from ztunnel.protocol import AuditForm, AuditSettings, Authorized, Facility, Syslog, Transport
 
-__all__ = ["Section", "resolve"]
+__all__ = ["Section", "receiver", "resolve"]
 
 MAX_RATE: Final = 100_000
 """Lines of one kind in a second; no disk takes more."""
@@ -64,6 +64,14 @@ def _syslog(value: str) -> Syslog:
         f"{value!r} is no syslog receiver: write the path of a socket, udp://ADDRESS:PORT or "
         "tcp://ADDRESS:PORT, IPv6 in brackets; names are not resolved"
     )
+
+
+def receiver(found: Syslog) -> str:
+    """Return a receiver as the file spells it."""
+    if found.transport is Transport.UNIX:
+        return found.address
+    host = f"[{found.address}]" if ":" in found.address else found.address
+    return f"{found.transport.value}://{host}:{found.port}"
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,15 +16,18 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
 import structlog
 
-from nodeagent.admin import AdminServer, Configuration, Status, Window
+from nodeagent.admin import AdminServer, Configuration, Page, Status, Window
 from nodeagent.admin.model import PodState
+from nodeagent.admin.settings import SettingsReport
 from nodeagent.agent import Agent
 from nodeagent.capture import CaptureError
+from nodeagent.certificates_report import certificates_report
 from nodeagent.control import QueryError
 from nodeagent.observe import graph
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
@@ -60,8 +63,10 @@ async def serve(
     manager: ServiceManager,
     probe: Callable[[], Awaitable[None]],
     objection: Callable[[], str],
+    settings: SettingsReport,
 ) -> None:
-    """Run until SIGTERM or SIGINT. `probe` returns once a worker thread has answered.
+    """Run until SIGTERM or SIGINT. `probe` returns once a worker thread has answered. `settings`
+    is what is told of them.
 
     SIGHUP ends the daemon too, to be started again by the service manager with its settings read
     anew, unless there is an `objection` to them: then it goes on with those in force, and says so.
@@ -89,9 +94,14 @@ async def serve(
         stack.callback(control.close)
         local = directory.listen(ADMIN_SOCKET)
         stack.callback(local.close)
-        backend = _Backend(agent)
+        backend = _Backend(agent, settings)
         admin = AdminServer(
-            backend, {"/graph": Window("who talked to whom, and how", backend.graph)}
+            backend,
+            {"/graph": Window("who talked to whom, and how", backend.graph)},
+            {
+                "/certificates": Page("identities, chains and roots", backend.certificates),
+                "/settings": Page("the settings, and where each comes from", backend.settings),
+            },
         )
         stack.push_async_callback(admin.close)
         await admin.serve(local.socket)
@@ -187,8 +197,9 @@ async def _beat(
 class _Backend:
     """The agent as the admin listeners see it."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, settings: SettingsReport) -> None:
         self._agent = agent
+        self._settings = settings
         self.trouble = ""
 
     async def status(self) -> Status:
@@ -223,6 +234,27 @@ class _Backend:
         return await asyncio.to_thread(
             lambda: msgspec.json.encode(graph.build(recorder.read(node, age), place))
         )
+
+    async def certificates(self) -> bytes:
+        agent = self._agent
+        workloads = {pod.workload: pod.identity for pod in agent.picture().pods}
+        status = agent.identities.status()
+        resources = self.resources()
+        return await asyncio.to_thread(
+            lambda: msgspec.json.encode(
+                certificates_report(
+                    datetime.now(UTC),
+                    agent.settings.node,
+                    agent.settings.trust_domain,
+                    status,
+                    resources,
+                    workloads,
+                )
+            )
+        )
+
+    async def settings(self) -> bytes:
+        return msgspec.json.encode(self._settings)
 
     async def _reported(self) -> None:
         """Have ztunnel tell what it has counted since its last report."""

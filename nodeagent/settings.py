@@ -13,18 +13,27 @@ import ipaddress
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
 
 from nodeagent import audit, deadlines, flow_settings, limits
-from nodeagent.api import Check, ConfigError, read_struct, values
+from nodeagent.api import Check, ConfigError, read_struct_lines, values
 from nodeagent.flow_settings import Keep
 from ztunnel import protocol
 from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode
 
-__all__ = ["LogFormat", "LogLevel", "Settings", "for_tunnel", "load_settings"]
+__all__ = [
+    "LogFormat",
+    "LogLevel",
+    "ReadSettings",
+    "Settings",
+    "for_tunnel",
+    "load_settings",
+    "read_settings",
+]
 
 MIN_SVID_TTL: Final = 60
 """Seconds. Below this, renewal at two thirds leaves no time for a retry."""
@@ -140,6 +149,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `flows` is how long, and in how much room, it is remembered who has called.
     """
 
+    SECTIONS: ClassVar = ("deadlines", "limits", "audit", "flows")
+    """Fields that have fields of their own."""
+
     node: str = msgspec.field(default_factory=_hostname)
     cluster: str = "Kubernetes"
     trust_domain: str = "cluster.local"
@@ -167,10 +179,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "ca_dir", self.state_dir / "ca")
 
 
+class ReadSettings(NamedTuple):
+    """Settings, and the line of each that the file sets, by its full name (`limits.dials`)."""
+
+    settings: Settings
+    lines: Mapping[str, int]
+
+
 def load_settings(path: str | os.PathLike[str]) -> Settings:
     """Return the settings in the file `path`. Raises ConfigError if it is not exactly right."""
+    return read_settings(path).settings
+
+
+def read_settings(path: str | os.PathLike[str]) -> ReadSettings:
+    """Return the settings in the file `path`, and where. Raises ConfigError as `load_settings`."""
     file = os.fspath(path)
-    found = read_struct(_read(file), file, _File)
+    found, lines = read_struct_lines(_read(file), file, _File)
     given = {
         name: value for name, value in msgspec.structs.asdict(found).items() if value is not None
     }
@@ -187,7 +211,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     if settings.node_plaintext and not settings.node_addresses:
         reason = "has no effect without node_addresses: add this node's own addresses"
         raise ConfigError(file, 0, 0, "node_plaintext", reason)
-    return settings
+    return ReadSettings(settings, lines)
 
 
 def for_tunnel(settings: Settings) -> protocol.Settings:

@@ -134,6 +134,7 @@ class Daemon:
             time.monotonic,
             time.time,
             self._upgrade.status,
+            log.path if log.path == STDOUT else str(Path(log.path).absolute()),
         )
         self._servers: list[Server] = []
         self._bound = False

@@ -6,8 +6,8 @@ that every check names what is wrong in words for the operator. It may not repai
 Questions that ztunnel answers (`Query.what`):
 
 `status`     one object: versions, checks, counters, pods with their identity and certificate's
-             end, what is wrong with each sink of the audit log ("" if nothing is), and how far a
-             drain is (`upgrade.Upgrade.status`).
+             end, where the access log goes ("-" is standard output), what is wrong with each sink
+             of the audit log ("" if nothing is), and how far a drain is (`upgrade.Upgrade.status`).
 `drain`      hand over: the process whose id is the argument `successor` serves from now on.
              Answered once nothing is accepted any more (by the daemon, not here).
 `decisions`  what the core was told: an array of at most MAX_LISTED decisions and MAX_LISTED_BYTES;
@@ -24,6 +24,7 @@ import msgspec
 from ztunnel import address
 from ztunnel.authorize import Verdict
 from ztunnel.corelike import Kind
+from ztunnel.log_writer import STDOUT
 from ztunnel.protocol import PROTOCOL_VERSION
 from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse
 
@@ -63,6 +64,7 @@ class Health:
         clock: Callable[[], float],
         wall: Callable[[], float],
         draining: Callable[[], dict[str, Any] | None] = lambda: None,
+        access_log: str = STDOUT,
     ) -> None:
         self._core = core
         self._tunnel = tunnel
@@ -70,6 +72,7 @@ class Health:
         self._clock = clock
         self._wall = wall
         self._draining = draining
+        self._access_log = access_log
 
     def live(self) -> list[Check]:
         return [("workers", self._workers())]
@@ -160,6 +163,7 @@ class Health:
             "workloads": len(tunnel.state.workloads),
             "services": len(tunnel.state.services),
             "authorizations": len(tunnel.state.authorizations),
+            "access_log": self._access_log,
             "audit": tunnel.audit.counts().problems,
             "trust_domains": sorted(tunnel.state.bundles),
             "pods": [self._pod(held) for held in tunnel.pods],

@@ -7,6 +7,15 @@ HTTP listeners.
 from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import Metrics
 from nodeagent.admin.model import SCHEMA, Status
-from nodeagent.admin.server import AdminServer, Backend, Window
+from nodeagent.admin.server import AdminServer, Backend, Page, Window
 
-__all__ = ["SCHEMA", "AdminServer", "Backend", "Configuration", "Metrics", "Status", "Window"]
+__all__ = [
+    "SCHEMA",
+    "AdminServer",
+    "Backend",
+    "Configuration",
+    "Metrics",
+    "Page",
+    "Status",
+    "Window",
+]

@@ -27,7 +27,7 @@ from nodeagent.admin.metrics import CONTENT_TYPE
 from nodeagent.admin.model import Status
 from ztunnel import protocol
 
-__all__ = ["AdminServer", "Backend", "Window", "dump_resource", "socket_owner"]
+__all__ = ["AdminServer", "Backend", "Page", "Window", "dump_resource", "socket_owner"]
 
 log = structlog.get_logger()
 
@@ -45,7 +45,14 @@ MAX_LINE: Final = 4096
 
 _PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration", "/flows"})
 """Paths that tell who runs here: on loopback for root (and this daemon's user) alone. So are those
-of a `Window`."""
+of a `Window` and of a `Page`."""
+
+
+class Page(msgspec.Struct, frozen=True):
+    """An answer in JSON that asks for nothing. `text` says what it is."""
+
+    text: str
+    answer: Callable[[], Awaitable[bytes]]
 
 
 class Window(msgspec.Struct, frozen=True):
@@ -81,16 +88,21 @@ class Backend(Protocol):
 
 
 class AdminServer:
-    """Serves a Backend, and `windows` by path, on any number of listening sockets."""
+    """Serves a Backend, and `windows` and `pages` by path, on any number of listening sockets."""
 
-    def __init__(self, backend: Backend, windows: Mapping[str, Window] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        windows: Mapping[str, Window] | None = None,
+        pages: Mapping[str, Page] | None = None,
+    ) -> None:
         self._backend = backend
-        windows = windows or {}
-        self._private = _PRIVATE | windows.keys()
+        windows, pages = windows or {}, pages or {}
+        self._private = _PRIVATE | windows.keys() | pages.keys()
         self._texts = {
             path: f"{window.text}; ?seconds=3600 says since when"
             for path, window in windows.items()
-        }
+        } | {path: page.text for path, page in pages.items()}
         self._servers: list[asyncio.Server] = []
         app = web.Application(middlewares=[_errors, self._guard], client_max_size=1)
         app.router.add_get("/metrics", self._metrics)
@@ -102,6 +114,8 @@ class AdminServer:
         app.router.add_get("/flows", self._flows)
         for path, window in windows.items():
             app.router.add_get(path, _window(window))
+        for path, page in pages.items():
+            app.router.add_get(path, _page(page))
         app.router.add_get("/", self._index)
         app.on_response_prepare.append(_close_after)
         self._runner = web.AppRunner(
@@ -202,6 +216,13 @@ class AdminServer:
         return web.Response(
             body=await self._backend.flows(_age(request)), content_type="application/json"
         )
+
+
+def _page(page: Page) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(_request: web.Request) -> web.Response:
+        return web.Response(body=await page.answer(), content_type="application/json")
+
+    return handle
 
 
 def _window(window: Window) -> Callable[[web.Request], Awaitable[web.Response]]:

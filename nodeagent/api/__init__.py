@@ -49,7 +49,14 @@ from nodeagent.api._binding import (
 )
 from nodeagent.api._claims import claims, conflict, own_conflicts
 from nodeagent.api._errors import ConfigError, ConfigWarning, Origin, quote
-from nodeagent.api._loader import Loaded, load, load_file, read_struct, read_struct_of_list
+from nodeagent.api._loader import (
+    Loaded,
+    load,
+    load_file,
+    read_struct,
+    read_struct_lines,
+    read_struct_of_list,
+)
 from nodeagent.api._schema import custom_resource_definitions, json_schema, json_schemas
 from nodeagent.api._types import (
     AuthorizationPolicy,
@@ -133,6 +140,7 @@ __all__ = [
     "patterns",
     "quote",
     "read_struct",
+    "read_struct_lines",
     "read_struct_of_list",
     "speaks_hbone",
     "values",

@@ -219,6 +219,23 @@ def read_struct(data: bytes, file: str, cls: type[T]) -> T:
     return _read_struct(data, file, cls)[0]
 
 
+def read_struct_lines(data: bytes, file: str, cls: type[T]) -> tuple[T, dict[str, int]]:
+    """Return a struct as `read_struct` does, and the line of each field that is set, by its path.
+
+    A mapping's own fields have paths too (`limits.dials`); a list has one line.
+    """
+    value, root = _read_struct(data, file, cls)
+    lines: dict[str, int] = {}
+    left: list[tuple[str, Node]] = [("", root)]
+    while left:
+        path, node = left.pop()
+        if path:
+            lines[path] = node.line
+        if isinstance(node, Mapping):
+            left += [(join(path, name), below) for name, (_, below) in node.entries.items()]
+    return value, lines
+
+
 def read_struct_of_list(
     data: bytes, file: str, cls: type[T], field: str
 ) -> tuple[T, tuple[Mark, ...]]:

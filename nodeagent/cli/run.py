@@ -21,11 +21,12 @@ import click
 import structlog
 
 from nodeagent import build, logs, process
+from nodeagent.admin.settings import SettingsReport, settings_report
 from nodeagent.api import ConfigError
 from nodeagent.daemon import DaemonError, serve
 from nodeagent.rundir import RunDirectory, RunDirectoryError
 from nodeagent.sdnotify import ServiceManager, StoredDescriptor, stored_descriptors
-from nodeagent.settings import Settings, load_settings
+from nodeagent.settings import ReadSettings, Settings, load_settings, read_settings
 
 __all__ = ["SLOW_THREADS", "run", "uninstall"]
 
@@ -58,12 +59,15 @@ def run(settings_file: Path) -> None:
     stored = stored_descriptors(os.environ)
     manager = ServiceManager(os.environ)
     process.harden()
-    settings = _load(settings_file)
+    found = _load(settings_file)
+    settings = found.settings
+    # By the path that leads there from anywhere: a command may run elsewhere.
+    told = settings_report(str(settings_file.absolute()), found)
     logs.setup(settings.log_level.value, settings.log_format.value)
     try:
         directory = RunDirectory(settings.run_dir)
         try:
-            asyncio.run(_run(settings, directory, manager, stored, settings_file))
+            asyncio.run(_run(settings, told, directory, manager, stored, settings_file))
         finally:
             directory.close()
     except (RunDirectoryError, DaemonError) as error:
@@ -72,6 +76,7 @@ def run(settings_file: Path) -> None:
 
 async def _run(
     settings: Settings,
+    told: SettingsReport,
     directory: RunDirectory,
     manager: ServiceManager,
     stored: Iterable[StoredDescriptor],
@@ -88,7 +93,7 @@ async def _run(
     asyncio.get_running_loop().set_default_executor(slow)
     built = build.build(settings, _version(), manager, stored)
     try:
-        await serve(built.agent, directory, manager, built.probe, objection)
+        await serve(built.agent, directory, manager, built.probe, objection, told)
     finally:
         await built.close()
 
@@ -103,7 +108,7 @@ def uninstall(settings_file: Path, *, yes: bool) -> None:
     nodeagent first, and ztunnel afterwards. The CA and the configuration stay.
     """
     process.harden()
-    settings = _load(settings_file)
+    settings = _load(settings_file).settings
     logs.setup("warning", settings.log_format.value)
     try:
         directory = RunDirectory(settings.run_dir)
@@ -135,9 +140,9 @@ async def _uninstall(settings: Settings, *, really: bool) -> int:
     return left
 
 
-def _load(path: Path) -> Settings:
+def _load(path: Path) -> ReadSettings:
     try:
-        return load_settings(path)
+        return read_settings(path)
     except ConfigError as error:
         _fail(str(error))
 

@@ -133,10 +133,18 @@ async def looked(age: int) -> bytes:
     return json.dumps({"looked": age}).encode()
 
 
+async def paged() -> bytes:
+    return b'{"schema": 1}'
+
+
 def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
     async def main() -> None:
         backend = FakeBackend()
-        admin = server.AdminServer(backend, {"/window": server.Window("a window", looked)})
+        admin = server.AdminServer(
+            backend,
+            {"/window": server.Window("a window", looked)},
+            {"/page": server.Page("a page", paged)},
+        )
         tcp = socket.create_server(("127.0.0.1", 0))
         local = socket.socket(socket.AF_UNIX)
         local.bind(str(tmp_path / "a.sock"))
@@ -176,6 +184,15 @@ def test_a_window_is_asked_for_by_age(tmp_path: Path) -> None:
         assert (code, json.loads(body)) == (200, {"looked": 60})
         assert (await site.get("/window?seconds=-1", unix=True))[0] == 400
         assert "/window          a window; ?seconds=3600" in (await site.get("/", unix=True))[1]
+
+    run(test, tmp_path)
+
+
+def test_a_page_asks_for_nothing(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get("/page", unix=True)
+        assert (code, json.loads(body)) == (200, {"schema": 1})
+        assert "/page            a page\n" in (await site.get("/", unix=True))[1]
 
     run(test, tmp_path)
 
@@ -322,6 +339,7 @@ def test_other_users_get_no_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         assert (await site.get("/config_dump"))[0] == 403
         assert (await site.get("/configuration"))[0] == 403
         assert (await site.get("/flows"))[0] == 403
+        assert (await site.get("/page"))[0] == 403
         assert (await site.get("/window"))[0] == 403
         assert (await site.get("/metrics"))[0] == 200
         assert (await site.get("/status", unix=True))[0] == 200

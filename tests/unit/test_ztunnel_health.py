@@ -135,6 +135,7 @@ def test_the_status_answer_says_what_is_and_shows_no_key(rig: Rig) -> None:
     found = json.loads(body)
     assert found["version"] == 1
     assert found["connected"] is False
+    assert found["access_log"] == "-"
     assert found["ready"] == {"state": "", "workers": "", "certificates": "", "decisions": ""}
     assert found["certificates"] == {
         identity("sleep"): {"not_before": NOW - 5, "not_after": NOW + 50}

@@ -94,6 +94,15 @@ class Counters(NamedTuple):
     sent: int = 0
 
     @property
+    def open(self) -> int:
+        return self.opened - self.closed
+
+    @property
+    def carried(self) -> tuple[int, int, int, int]:
+        """All but the failures."""
+        return self.opened, self.closed, self.received, self.sent
+
+    @property
     def attempts(self) -> int:
         """Connections, whatever became of them."""
         return self.opened + sum(self.failed)
@@ -393,7 +402,7 @@ class Record:
         self.series: Series | None = None
         self.mirror: Series | None = None
         self.flow: LiveFlow | None = None
-        """What is counted of who came in, for `series` or, of a hand-over, for `mirror`."""
+        """What is counted of who called whom, for `series` or, of a hand-over, for `mirror`."""
         self.mirror_labels: Labels = ()
         """The destination's report of a hand-over, beside the source's."""
         self.peer: Peer | None = None

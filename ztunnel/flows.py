@@ -1,7 +1,7 @@
-"""Who called the pods of this node, in numbers: for each caller, port and verdict how often.
+"""Who called the pods of this node, and whom they called, in numbers: each port and verdict.
 
-This module owns the counting of what comes in, beside the metrics' label sets, which know neither
-ports nor addresses. It promises that a connection costs nothing here (the core counts, and is read
+This module owns that counting, beside the metrics' label sets, which know neither ports nor
+addresses. It promises that a connection costs nothing here (the core counts, and is read
 every REPORT_SECONDS), that what a decision has counted is told once and is not lost when the
 decision goes, and that it holds a bounded number of flows, of which one pod has a share: what finds
 no room is counted by pod and verdict. It may not judge, nor wait for nodeagent.
@@ -19,9 +19,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from ztunnel import protocol
 from ztunnel.decisions import Counters, Series
 from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.reasons import Reason
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
@@ -49,6 +52,9 @@ MAX_TOLD: Final = 1000
 """Flows of one message: some 300 KB, far below a frame's limit."""
 
 
+_REASONS: Final = tuple(Reason)
+
+
 class LiveFlow:
     """A flow that the core counts. `refs` counts the decisions that feed it."""
 
@@ -68,7 +74,7 @@ class LiveFlow:
 class _Tally:
     """What has been seen of a key and not been told yet."""
 
-    __slots__ = ("connections", "first", "last", "open", "received", "sent")
+    __slots__ = ("carried", "connections", "first", "last", "open", "received", "sent", "settled")
 
     def __init__(self, now: int) -> None:
         self.first = now
@@ -76,6 +82,10 @@ class _Tally:
         self.connections = 0
         self.open: dict[int, int] = {}
         """By the flow's number: one key may have several, under different label sets."""
+        self.carried = 0
+        """What was open before, of the flows in `open`."""
+        self.settled = False
+        """`carried` is as it was told before, in vain: what is open now has begun since."""
         self.received = 0
         self.sent = 0
 
@@ -93,7 +103,7 @@ class FlowTable:
         limit_of_pod: int = MAX_OF_POD,
         plaintext: Callable[[FlowKey, int], None] = lambda _key, _number: None,
     ) -> None:
-        """`plaintext` is told of connections that came so, when they are looked at."""
+        """`plaintext` is told of connections that came in so, when they are looked at."""
         self._plaintext = plaintext
         self._core = core
         self._numbers = numbers
@@ -101,9 +111,9 @@ class FlowTable:
         self._limit = limit
         self._limit_of_pod = limit_of_pod
         self._live: dict[tuple[FlowKey, int], LiveFlow] = {}
-        self._of_pod: Counter[str] = Counter()
+        self._of_pod: Counter[tuple[bool, str]] = Counter()
         self._untold: dict[FlowKey, _Tally] = {}
-        self._untold_of: Counter[str] = Counter()
+        self._untold_of: Counter[tuple[bool, str]] = Counter()
         self.folded = 0
         """Times that a flow found no room."""
 
@@ -113,7 +123,7 @@ class FlowTable:
     def acquire(self, key: FlowKey, series: Series) -> LiveFlow:
         """Return the flow of `key`, counted for the label set `series` too, for one decision."""
         flow = self._live.get((key, series.number))
-        if flow is None and self._is_full(key.destination):
+        if flow is None and self._is_full(key.owner):
             self.folded += 1
             key = key.folded()
             flow = self._live.get((key, series.number))
@@ -123,12 +133,12 @@ class FlowTable:
             flow = LiveFlow(number, key, series, self._counters(number))
             self._live[key, series.number] = flow
             series.flows[number] = flow
-            self._of_pod[key.destination] += 1
+            self._of_pod[key.owner] += 1
         flow.refs += 1
         return flow
 
-    def _is_full(self, destination: str) -> bool:
-        return len(self._live) >= self._limit or self._of_pod[destination] >= self._limit_of_pod
+    def _is_full(self, owner: tuple[bool, str]) -> bool:
+        return len(self._live) >= self._limit or self._of_pod[owner] >= self._limit_of_pod
 
     def release(self, flow: LiveFlow) -> None:
         """Give a decision's hold back. With the last one its numbers become its label set's."""
@@ -139,9 +149,9 @@ class FlowTable:
         flow.series.retired = flow.series.retired.plus(flow.seen)
         del self._live[flow.key, flow.series.number]
         del flow.series.flows[flow.number]
-        self._of_pod[flow.key.destination] -= 1
-        if not self._of_pod[flow.key.destination]:
-            del self._of_pod[flow.key.destination]
+        self._of_pod[flow.key.owner] -= 1
+        if not self._of_pod[flow.key.owner]:
+            del self._of_pod[flow.key.owner]
         self._core.remove_series(flow.number)
 
     def _counters(self, number: int) -> Counters:
@@ -160,26 +170,39 @@ class FlowTable:
 
     def _look(self, flow: LiveFlow, now: int) -> None:
         before, seen = flow.seen, self._counters(flow.number)
-        carried = seen.opened - seen.closed
         # A clock that was put back makes it due, too.
         due = not 0 <= now - flow.looked < STILL_OPEN_SECONDS
-        if seen == before and not (carried and due):
+        if seen == before and not (seen.open and due):
             return
         flow.seen, flow.looked = seen, now
-        tally = self._tally(flow.key, now)
-        tally.last = max(tally.last, now)
         new = seen.attempts - before.attempts
-        tally.connections += new
-        if new and flow.key.arrival is Arrival.PLAINTEXT:
+        if new and flow.key.arrival is Arrival.PLAINTEXT and not flow.key.outbound:
             self._plaintext(flow.key, new)
-        tally.open[flow.number] = carried
-        tally.received += seen.received - before.received
-        tally.sent += seen.sent - before.sent
+        if not flow.key.allowed:
+            self._tally(flow.key, now).connections += new
+            return
+        if seen.failed != before.failed:
+            self._look_at_failures(flow.key, now, before.failed, seen.failed)
+        if seen.carried != before.carried or seen.open:
+            tally = self._tally(flow.key, now)
+            tally.connections += seen.opened - before.opened
+            if flow.number not in tally.open and not tally.settled:
+                tally.carried += before.open
+            tally.open[flow.number] = seen.open
+            tally.received += seen.received - before.received
+            tally.sent += seen.sent - before.sent
+
+    def _look_at_failures(
+        self, key: FlowKey, now: int, before: tuple[int, ...], seen: tuple[int, ...]
+    ) -> None:
+        for reason, was, count in itertools.zip_longest(_REASONS, before, seen, fillvalue=0):
+            if count != was:
+                failed = msgspec.structs.replace(key, reason=str(reason))
+                self._tally(failed, now).connections += count - was
 
     def _tally(self, key: FlowKey, now: int) -> _Tally:
         tally = self._untold.get(key)
-        pod = key.destination
-        full = len(self._untold) >= self._limit or self._untold_of[pod] >= self._limit_of_pod
+        full = len(self._untold) >= self._limit or self._untold_of[key.owner] >= self._limit_of_pod
         folded = key.folded()
         if tally is None and full and key != folded:
             self.folded += 1
@@ -187,13 +210,14 @@ class FlowTable:
             tally = self._untold.get(key)
         if tally is None:
             tally = self._untold[key] = _Tally(now)
-            self._untold_of[pod] += 1
+            self._untold_of[key.owner] += 1
+        tally.last = max(tally.last, now)
         return tally
 
     def take(self) -> tuple[Flow, ...]:
         """Take a portion of what has not been told, the oldest first."""
         keys = list(itertools.islice(self._untold, MAX_TOLD))
-        self._untold_of -= Counter(key.destination for key in keys)
+        self._untold_of -= Counter(key.owner for key in keys)
         return tuple(_told(key, self._untold.pop(key)) for key in keys)
 
     def give_back(self, flows: tuple[Flow, ...]) -> None:
@@ -205,6 +229,7 @@ class FlowTable:
             tally.connections += flow.connections
             tally.received += flow.received
             tally.sent += flow.sent
+            tally.carried, tally.settled = flow.carried, True
 
     async def report(self, tell: Callable[[protocol.Flows], Awaitable[bool]]) -> None:
         """Tell what has been counted; what `tell` does not get through is kept for the next time.
@@ -231,4 +256,5 @@ def _told(key: FlowKey, tally: _Tally) -> Flow:
         sum(tally.open.values()),
         tally.received,
         tally.sent,
+        tally.carried,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ztunnel import address
+from ztunnel import address, flow_keys
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
@@ -116,6 +116,10 @@ class Judge:
                 record.mirror_labels = self.handed_labels(state, held, route)
                 record.mirror = self._series.acquire(record.mirror_labels)
                 record.flow = self._flows.acquire(_handed_flow(state, held, route), record.mirror)
+            else:
+                called = flow_keys.outbound(state, held.pod.workload, key, route)
+                if called is not None:
+                    record.flow = self._flows.acquire(called, record.series)
             self._tell(record, route)
         except BaseException:
             if record.flow is not None:
@@ -134,7 +138,8 @@ class Judge:
     def _tell(self, record: Record, route: Refuse | Passthrough | Way) -> None:
         """Make the core's decision, whose series and peer `record` holds."""
         number = record.number
-        series = record.series.number if record.series is not None else 0
+        counted = record.series if record.flow is None or record.mirror else record.flow
+        series = counted.number if counted is not None else 0
         match route:
             case Refuse():
                 self._core.decide_refuse(number, series, NUMBER_OF[route.reason])
@@ -285,6 +290,7 @@ def _inbound_flow(
         port=key.port,
         allowed=verdict.allow,
         reason="" if verdict.allow else verdict.reason.value,
+        policy=flow_keys.printable(verdict.origin),
     )
 
 
@@ -302,6 +308,7 @@ def _handed_flow(state: State, held: Held, over: HandOver) -> FlowKey:
         address=address.text(over.way.target),
         port=over.way.port,
         allowed=True,
+        policy=flow_keys.printable(over.verdict.origin),
     )
 
 

@@ -19,7 +19,7 @@ connects, again and again with backoff, for as long as it lives.
    `commit` set. ztunnel applies nothing before `commit`, then all of it at once, drops what a reset
    did not name, and answers `Ack`. Later changes are `Update`s without `reset`.
 4. Either side may send `Query` at any time after `Welcome`; the other answers with `Answer`.
-5. ztunnel sends `Flows`, what it has counted of callers, every few seconds; nothing answers.
+5. ztunnel sends `Flows`, what it has counted of calls, every few seconds; nothing answers.
 
 Two ztunnels
 ------------
@@ -108,7 +108,7 @@ __all__ = [
     "encode",
 ]
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Raised when a message changes in a way that an older peer would misread."""
 
 

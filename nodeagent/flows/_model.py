@@ -22,10 +22,11 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
 
     `identity` is the SPIFFE ID that the caller proved, empty without. `source` is its address,
     `workload` the uid of the workload there, empty if it is none that is known. `arrival` is
-    "hbone", "plaintext" or "direct". `reason` is why it was refused, empty if `allowed`.
-    `connections` began in the time that was asked for; `most_open` were open at once, older ones
-    included, and `carried` were open when that time began. Without source, address and port it
-    stands for callers that found no room one by one.
+    "hbone", "plaintext" or "direct". `reason` is why it was refused or, if it was `allowed`, why
+    its connections came to nothing; empty for those that were carried. `connections` began in the
+    time that was asked for; `most_open` were open at once, older ones included, and `carried` were
+    open when that time began. Without source, address and port it stands for callers that found no
+    room one by one.
 
     `outbound`: the caller is of this node, and tells of it; else the one that was called is and
     does. `service` is the host name through which it was called, `policy` the policy that decided;

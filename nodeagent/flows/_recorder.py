@@ -119,10 +119,11 @@ class Recorder:
             self._recorded, self._dropped + self._failed, self._bytes, self._problem
         )
 
-    def read(self, node: str, age: int) -> Recording:
+    def read(self, node: str, age: int, *, outbound: bool = False) -> Recording:
         """Return what was seen in the last `age` seconds; on any thread, and never raises.
 
-        Waits a moment for what has been put and is not written yet.
+        With `outbound`, what this node's workloads called is in it, too. Waits a moment for what
+        has been put and is not written yet.
         """
         if self._thread.is_alive():
             written = threading.Event()
@@ -131,7 +132,7 @@ class Recorder:
         if not self.enabled:
             return _nothing(node, self._wall(), age, OFF)
         try:
-            found = recording(self.path, node, self._wall(), age)
+            found = recording(self.path, node, self._wall(), age, outbound=outbound)
         except StoreError as error:
             return _nothing(node, self._wall(), age, self._problem or str(error))
         return msgspec.structs.replace(found, problem=self._problem)

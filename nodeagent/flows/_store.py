@@ -40,7 +40,7 @@ HOUR: Final = 3600
 """Seconds of a sum."""
 
 MAX_OF_WORKLOAD: Final = 2000
-"""Flows of one called workload in one hour, about 500 KB. More, by a scan of its ports, are counted
+"""Flows of one workload in one hour, each way, about 500 KB. More, by a scan of ports, are counted
 as one, so that they cannot push out what is remembered of others."""
 
 MAX_KNOWN: Final = 20_000
@@ -58,7 +58,7 @@ FULL: Final = 0.9
 BUSY_SECONDS: Final = 2.0
 """For another process's lock: only a reader that recovers the file after a crash takes one."""
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _PAGE: Final = 4096
 _MEGABYTE: Final = 1024 * 1024
 _PRIMARY: Final = 0xFF
@@ -67,42 +67,55 @@ _NOT_OURS: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _MOST_SECONDS: Final = 1 << 40
 """A number of seconds behind which no time is meant."""
 
-_COLUMNS: Final = "identity, source, workload, arrival, destination, address, port, allowed, reason"
+_COLUMNS: Final = (
+    "identity, source, workload, arrival, destination, address, reason, service, policy,"
+    " port, allowed, outbound"
+)
 
 _TABLES: Final = f"""
 CREATE TABLE flow (
     id INTEGER PRIMARY KEY,
     identity TEXT NOT NULL, source TEXT NOT NULL, workload TEXT NOT NULL, arrival TEXT NOT NULL,
-    destination TEXT NOT NULL, address TEXT NOT NULL, port INTEGER NOT NULL,
-    allowed INTEGER NOT NULL, reason TEXT NOT NULL,
+    destination TEXT NOT NULL, address TEXT NOT NULL, reason TEXT NOT NULL,
+    service TEXT NOT NULL, policy TEXT NOT NULL,
+    port INTEGER NOT NULL, allowed INTEGER NOT NULL, outbound INTEGER NOT NULL,
     UNIQUE ({_COLUMNS})
 ) STRICT;
 CREATE TABLE hourly (
     hour INTEGER NOT NULL, flow INTEGER NOT NULL,
     first INTEGER NOT NULL, last INTEGER NOT NULL,
     connections INTEGER NOT NULL, most_open INTEGER NOT NULL,
-    received INTEGER NOT NULL, sent INTEGER NOT NULL,
+    received INTEGER NOT NULL, sent INTEGER NOT NULL, carried INTEGER NOT NULL,
     PRIMARY KEY (hour, flow)
 ) STRICT, WITHOUT ROWID;
 PRAGMA user_version = {_VERSION};
 """
 
-_FIND: Final = f"SELECT id FROM flow WHERE ({_COLUMNS}) = (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - our own names
-_NEW: Final = f"INSERT INTO flow ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - as above
+_MARKS: Final = ", ".join("?" * len(_COLUMNS.split(",")))
+_FIND: Final = f"SELECT id FROM flow WHERE ({_COLUMNS}) = ({_MARKS})"  # noqa: S608 - our own names
+_NEW: Final = f"INSERT INTO flow ({_COLUMNS}) VALUES ({_MARKS})"  # noqa: S608 - as above
 _ADD: Final = """
 UPDATE hourly SET first = min(first, ?), last = max(last, ?), connections = connections + ?,
     most_open = max(most_open, ?), received = received + ?, sent = sent + ?
 WHERE hour = ? AND flow = ?
 """
 _BEGIN: Final = (
-    "INSERT INTO hourly (first, last, connections, most_open, received, sent, hour, flow)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO hourly (first, last, connections, most_open, received, sent, carried,"
+    " hour, flow) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+_OWNERS: Final = (
+    "SELECT outbound, iif(outbound, workload, destination) AS owner, count(*) FROM hourly"
+    " JOIN flow ON flow.id = hourly.flow WHERE hour = ? GROUP BY outbound, owner"
+)
+_BITS: Final = 40
+"""Of `carried` in one number with the hour, to take it from the first row alone."""
+_MOST_CARRIED: Final = (1 << _BITS) - 1
 _READ: Final = f"""
 SELECT {_COLUMNS}, min(first), max(last) AS seen, sum(connections), max(most_open),
-    sum(received), sum(sent)
+    sum(received), sum(sent), min(hour << {_BITS} | carried) & (1 << {_BITS}) - 1
 FROM hourly JOIN flow ON flow.id = hourly.flow
-WHERE hour >= ? AND last >= ? GROUP BY flow.id ORDER BY seen DESC, flow.id LIMIT ?
+WHERE hour >= ? AND last >= ? AND outbound <= ?
+GROUP BY flow.id ORDER BY seen DESC, flow.id LIMIT ?
 """  # noqa: S608 - as above
 
 
@@ -120,7 +133,7 @@ class FlowStore:
         self._connection: sqlite3.Connection | None = None
         self._known: dict[FlowKey, int] = {}
         self._hour = -1
-        self._of_workload: Counter[str] = Counter()
+        self._of_workload: Counter[tuple[bool, str]] = Counter()
 
     def close(self) -> None:
         self._forget()
@@ -271,12 +284,13 @@ class FlowStore:
     def _add(self, flow: Flow) -> None:
         hour = flow.last // HOUR
         numbers = (flow.first, flow.last, flow.connections, flow.open, flow.received, flow.sent)
+        carried = min(flow.carried, _MOST_CARRIED)
         key = flow.key
         number = self._number(key)
         if number is not None and self._added(numbers, hour, number):
             return
         self._turn(hour)
-        if self._of_workload[key.destination] >= MAX_OF_WORKLOAD:
+        if self._of_workload[key.owner] >= MAX_OF_WORKLOAD:
             key = key.folded()
             number = self._number(key)
             if number is not None and self._added(numbers, hour, number):
@@ -285,8 +299,8 @@ class FlowStore:
             number = self._open.execute(_NEW, _row(key)).lastrowid
             assert number is not None  # noqa: S101 - an INSERT that did not raise
             self._known[key] = number
-        self._open.execute(_BEGIN, (*numbers, hour, number))
-        self._of_workload[key.destination] += 1
+        self._open.execute(_BEGIN, (*numbers, carried, hour, number))
+        self._of_workload[key.owner] += 1
 
     def _number(self, key: FlowKey) -> int | None:
         number = self._known.get(key)
@@ -308,15 +322,8 @@ class FlowStore:
         if hour == self._hour:
             return
         self._hour = hour
-        self._of_workload = Counter(
-            dict(
-                self._open.execute(
-                    "SELECT destination, count(*) FROM hourly JOIN flow ON flow.id = hourly.flow"
-                    " WHERE hour = ? GROUP BY destination",
-                    (hour,),
-                )
-            )
-        )
+        found = self._open.execute(_OWNERS, (hour,))
+        self._of_workload = Counter({(bool(way), owner): count for way, owner, count in found})
 
     def _make_room(self) -> None:
         """Drop the oldest hours while the file is nearly full, but never the last one."""
@@ -350,13 +357,14 @@ class FlowStore:
         self._hour = -1
 
 
-def recording(path: Path, node: str, now: float, age: int) -> Recording:
+def recording(path: Path, node: str, now: float, age: int, *, outbound: bool = False) -> Recording:
     """Return what was seen in the last `age` seconds, as it is published. Raises StoreError.
 
-    `now` is seconds since the epoch.
+    `now` is seconds since the epoch. With `outbound`, what the workloads of the node called is in
+    it, too.
     """
     since = max(0.0, now - age)
-    found, oldest = read(path, since)
+    found, oldest = read(path, since, outbound=outbound)
     return Recording(
         schema=SCHEMA,
         node=node,
@@ -368,7 +376,9 @@ def recording(path: Path, node: str, now: float, age: int) -> Recording:
     )
 
 
-def read(path: Path, since: float, most: int = MAX_READ) -> tuple[list[Recorded], float | None]:
+def read(
+    path: Path, since: float, most: int = MAX_READ, *, outbound: bool = False
+) -> tuple[list[Recorded], float | None]:
     """Return the flows last seen at `since` or later, and the oldest hour that is kept.
 
     Times are seconds since the epoch. One flow more than `most` shows that there are more.
@@ -385,7 +395,8 @@ def read(path: Path, since: float, most: int = MAX_READ) -> tuple[list[Recorded]
                     f"{path}: no recording of this release (form {version}); of a copy, "
                     f"{path.name}-wal is a part"
                 )
-            rows = connection.execute(_READ, (int(since) // HOUR, int(since), most + 1)).fetchall()
+            asked = (int(since) // HOUR, int(since), outbound, most + 1)
+            rows = connection.execute(_READ, asked).fetchall()
             oldest = connection.execute("SELECT min(hour) FROM hourly").fetchone()[0]
             found = [_recorded(row) for row in rows]
             kept = None if oldest is None else _moment(oldest * HOUR).timestamp()
@@ -405,8 +416,9 @@ def _reader(path: Path) -> sqlite3.Connection:
 
 def _recorded(row: tuple[object, ...]) -> Recorded:
     """Return a row. Raises ValueError or OverflowError if it is none that was written here."""
-    (*texts, port, allowed, reason, first, last, connections, most_open, received, sent) = row
-    identity, source, workload, arrival, destination, address = map(_text, texts)
+    texts, numbers = map(_text, row[:9]), map(_int, row[9:])
+    identity, source, workload, arrival, destination, address, reason, service, policy = texts
+    port, allowed, outbound, first, last, connections, most_open, received, sent, carried = numbers
     return Recorded(
         identity=identity,
         source=source,
@@ -414,15 +426,19 @@ def _recorded(row: tuple[object, ...]) -> Recorded:
         arrival=arrival,
         destination=destination,
         address=address,
-        port=values.port(_int(port)) if port else 0,
+        port=values.port(port) if port else 0,
         allowed=bool(allowed),
-        reason=_text(reason),
-        first=_moment(_int(first)),
-        last=_moment(_int(last)),
-        connections=_int(connections),
-        most_open=_int(most_open),
-        received=_int(received),
-        sent=_int(sent),
+        reason=reason,
+        first=_moment(first),
+        last=_moment(last),
+        connections=connections,
+        most_open=most_open,
+        received=received,
+        sent=sent,
+        carried=carried,
+        outbound=bool(outbound),
+        service=service,
+        policy=policy,
     )
 
 
@@ -447,17 +463,9 @@ def _text(value: object) -> str:
 
 
 def _row(key: FlowKey) -> tuple[str | int, ...]:
-    return (
-        key.identity,
-        key.source,
-        key.workload,
-        key.arrival.value,
-        key.destination,
-        key.address,
-        key.port,
-        int(key.allowed),
-        key.reason,
-    )
+    there = (key.destination, key.address, key.reason, key.service, key.policy)
+    numbers = (key.port, int(key.allowed), int(key.outbound))
+    return (key.identity, key.source, key.workload, key.arrival.value, *there, *numbers)
 
 
 def _size(path: Path) -> int:

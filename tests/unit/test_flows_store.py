@@ -103,6 +103,9 @@ def test_a_time_leaves_out_what_was_last_seen_before(tmp_path: Path) -> None:
         {"address": "fd00::1"},
         {"port": 5433},
         {"allowed": False, "reason": "policy_denied"},
+        {"reason": "connect_refused"},
+        {"policy": "shop/all (a.yaml:1)"},
+        {"service": "db.shop.svc"},
     ],
 )
 def test_whatever_differs_is_another_flow(tmp_path: Path, difference: dict[str, Any]) -> None:
@@ -110,6 +113,33 @@ def test_whatever_differs_is_another_flow(tmp_path: Path, difference: dict[str, 
     kept.add([flow(), flow(**difference)])
     kept.close()
     assert len(everything(kept.path)) == 2
+
+
+def test_what_was_called_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    there: dict[str, Any] = {
+        "outbound": True,
+        "source": "",
+        "service": "db.shop.svc",
+        "policy": "p",
+    }
+    kept.add([flow(), flow(connections=4, **there)])
+    kept.close()
+    assert [each.outbound for each in everything(kept.path)] == [False]
+    found, _ = read(kept.path, 0, outbound=True)
+    (called,) = [each for each in found if each.outbound]
+    assert (called.connections, called.service, called.policy) == (4, "db.shop.svc", "p")
+
+
+def test_what_was_open_before_is_that_of_the_first_hour(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    kept.add([flow(connections=4, open_now=2)])
+    kept.add([msgspec.structs.replace(flow(NOW + HOUR, 1, open_now=3), carried=2)])
+    kept.add([msgspec.structs.replace(flow(NOW + HOUR + 5, 0, open_now=3), carried=3)])
+    kept.add([msgspec.structs.replace(flow(NOW + 2 * HOUR, 0, open_now=1), carried=3)])
+    found = [read(kept.path, since)[0][0] for since in (0, NOW + HOUR, NOW + 2 * HOUR)]
+    kept.close()
+    assert [(each.connections, each.carried) for each in found] == [(5, 0), (1, 2), (0, 3)]
 
 
 def test_a_restart_goes_on(tmp_path: Path) -> None:

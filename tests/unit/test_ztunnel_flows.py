@@ -11,11 +11,21 @@ from support.certificates import NOW
 from support.fake_core import REASONS, FakeCore, record
 from support.mesh_state import identity, policy
 from support.tunnel_rig import HTTPBIN, SLEEP, Rig, chain_of
+from ztunnel import flow_keys, labels
 from ztunnel import flows as tables
-from ztunnel import labels
 from ztunnel._core import SeriesCounters
 from ztunnel.decisions import Numbers, SeriesTable
-from ztunnel.protocol import Arrival, Flow, FlowKey, Flows, Mode
+from ztunnel.flow_messages import MAX_NAME
+from ztunnel.protocol import (
+    Arrival,
+    Endpoint,
+    Flow,
+    FlowKey,
+    Flows,
+    Mode,
+    Service,
+    ServicePort,
+)
 from ztunnel.reasons import Reason
 
 CALLER = identity("httpbin")
@@ -71,7 +81,15 @@ def test_a_caller_with_identity_is_known_by_it_its_address_and_workload(rig: Rig
     assert told(rig.tunnel.flows) == [
         Flow(
             FlowKey(
-                CALLER, "10.2.0.1", HTTPBIN.uid, Arrival.HBONE, POD, "10.1.0.1", 8080, allowed=True
+                CALLER,
+                "10.2.0.1",
+                HTTPBIN.uid,
+                Arrival.HBONE,
+                POD,
+                "10.1.0.1",
+                8080,
+                allowed=True,
+                policy="istio-system/default",
             ),
             NOW,
             NOW,
@@ -108,20 +126,99 @@ def test_a_refusal_has_its_reason(rig: Rig) -> None:
         8080,
         allowed=False,
         reason=Reason.STRICT_PLAINTEXT.value,
+        policy="istio-system/default",
     )
     assert (found.connections, found.open) == (4, 0)
 
 
-def test_what_was_let_in_and_met_no_application_is_a_connection_too(rig: Rig) -> None:
+def test_what_was_let_in_and_met_no_application_is_told_apart_by_reason(rig: Rig) -> None:
     upcall = rig.inbound("203.0.113.7")
-    count(rig.core, rig.core.answer_to(upcall).series, opened=1, closed=1, CONNECT_REFUSED=2)
+    series = rig.core.answer_to(upcall).series
+    count(rig.core, series, opened=1, closed=1, CONNECT_REFUSED=2)
+    found = told(rig.tunnel.flows)
+    assert all(flow.key.allowed for flow in found)
+    assert {flow.key.reason: flow.connections for flow in found} == {"": 1, "connect_refused": 2}
+    count(rig.core, series, opened=1, closed=1, CONNECT_REFUSED=3, CLIENT_RESET=1)
+    found = told(rig.tunnel.flows)
+    # Nothing was carried since.
+    assert {flow.key.reason: flow.connections for flow in found} == {
+        "connect_refused": 1,
+        "client_reset": 1,
+    }
+
+
+def test_a_call_of_the_pod_is_told_with_whom_it_called_and_how(rig: Rig) -> None:
+    upcall = rig.outbound("10.2.0.1", 80)
+    count(rig.core, rig.core.answer_to(upcall).series, opened=3, closed=2, received=1, sent=2)
     (found,) = told(rig.tunnel.flows)
-    assert (found.key.allowed, found.connections) == (True, 3)
+    assert found.key == FlowKey(
+        identity("sleep"),
+        "",
+        POD,
+        Arrival.HBONE,
+        HTTPBIN.uid,
+        "10.2.0.1",
+        80,
+        allowed=True,
+        outbound=True,
+    )
+    assert (found.connections, found.open, found.received, found.sent) == (3, 1, 1, 2)
 
 
-def test_calls_of_the_pod_itself_are_no_flows_of_it(rig: Rig) -> None:
-    rig.outbound("10.2.0.1")
+def test_a_call_in_plaintext_names_the_policy_that_asks_for_it(rig: Rig) -> None:
+    rig.apply(policy(HTTPBIN.uid, Mode.DISABLE))
+    count(rig.core, rig.core.answer_to(rig.outbound("10.2.0.1", 80)).series, opened=1)
+    (found,) = told(rig.tunnel.flows)
+    assert (found.key.arrival, found.key.destination) == (Arrival.PLAINTEXT, HTTPBIN.uid)
+    assert (found.key.identity, found.key.policy) == ("", "istio-system/default")
+
+
+def test_a_call_out_of_the_mesh_is_told_by_its_address(rig: Rig) -> None:
+    count(rig.core, rig.core.answer_to(rig.outbound("203.0.113.9", 443)).series, opened=1)
+    (found,) = told(rig.tunnel.flows)
+    assert (found.key.destination, found.key.address, found.key.port) == ("", "203.0.113.9", 443)
+    assert found.key.arrival is Arrival.PLAINTEXT
+
+
+def test_a_call_through_a_service_has_the_port_of_its_workload(rig: Rig) -> None:
+    port = ServicePort(80, 8000)
+    endpoint = Endpoint(HTTPBIN.uid, "10.2.0.1")
+    rig.apply(
+        Service("default/web", "web.example", "default", ("10.96.0.9",), (port,), (endpoint,))
+    )
+    count(rig.core, rig.core.answer_to(rig.outbound("10.96.0.9", 80)).series, opened=1)
+    (found,) = told(rig.tunnel.flows)
+    assert (found.key.service, found.key.address, found.key.port) == (
+        "web.example",
+        "10.2.0.1",
+        8000,
+    )
+
+
+def test_a_call_that_is_refused_here_has_its_reason(rig: Rig) -> None:
+    answer = rig.core.answer_to(rig.outbound("127.0.0.1", 80))
+    count(rig.core, answer.series, SELF_CALL=2)
+    (found,) = told(rig.tunnel.flows)
+    assert (found.key.allowed, found.key.reason, found.connections) == (False, "self_call", 2)
+
+
+def test_what_the_caller_alone_knows_is_told_by_reason(rig: Rig) -> None:
+    upcall = rig.outbound("10.2.0.1", 80)
+    count(rig.core, rig.core.answer_to(upcall).series, CONNECT_TIMEOUT=4, TLS_ALERT=1)
+    found = {flow.key.reason: flow.connections for flow in told(rig.tunnel.flows)}
+    assert found == {"connect_timeout": 4, "tls_alert": 1}
+
+
+def test_calls_of_the_pod_to_itself_are_no_flows(rig: Rig) -> None:
+    rig.outbound("10.1.0.1", 80)
     assert len(rig.tunnel.flows) == 0
+
+
+def test_a_name_of_a_file_is_made_harmless() -> None:
+    said = flow_keys.printable("a/b (x\n\x1b[2J\udcff.yaml:1)")
+    assert said.isprintable()
+    assert said.startswith("a/b (x")
+    assert len(flow_keys.printable("x" * 5000)) == MAX_NAME
 
 
 def test_ports_differ_where_label_sets_do_not(rig: Rig) -> None:
@@ -169,6 +266,25 @@ def test_an_open_connection_is_told_of_every_minute(rig: Rig) -> None:
     rig.wall -= 3600
     assert [flow.open for flow in told(rig.tunnel.flows)] == [1]
     assert told(rig.tunnel.flows) == []
+
+
+def test_what_was_open_when_it_was_told_before_is_said_once(rig: Rig) -> None:
+    series = rig.core.answer_to(rig.inbound("203.0.113.7")).series
+    count(rig.core, series, opened=3, closed=1)
+    assert [(flow.connections, flow.carried) for flow in told(rig.tunnel.flows)] == [(3, 0)]
+    count(rig.core, series, opened=4, closed=2)
+    assert [(flow.connections, flow.carried) for flow in told(rig.tunnel.flows)] == [(1, 2)]
+
+
+def test_what_began_and_was_told_in_vain_was_not_open_before(rig: Rig) -> None:
+    series = rig.core.answer_to(rig.inbound("203.0.113.7")).series
+    count(rig.core, series, opened=1)
+    told(rig.tunnel.flows)
+    count(rig.core, series, opened=3)
+    told(rig.tunnel.flows, heard=False)
+    count(rig.core, series, opened=4)
+    (found,) = told(rig.tunnel.flows)
+    assert (found.connections, found.carried, found.open) == (3, 1, 4)
 
 
 def test_what_a_decision_counted_outlives_it(rig: Rig) -> None:

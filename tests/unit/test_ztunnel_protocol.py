@@ -62,8 +62,8 @@ def test_an_authorization_comes_out_as_it_went_in(policy: Authorization) -> None
     assert frame.message == sent
 
 
-def test_peers_of_before_authorization_are_told_apart() -> None:
-    assert PROTOCOL_VERSION == 4
+def test_peers_of_the_release_before_are_told_apart() -> None:
+    assert PROTOCOL_VERSION == 5
 
 
 @pytest.mark.parametrize(

@@ -125,16 +125,32 @@ format: setup ## Rewrite Python and C in the project's style
 schemas: setup ## Write the JSON Schemas and the CRDs of the resources anew from their types
 	$(BIN)/python schemas/generate.py
 
+# Programs of Debian's that tests speak to, from packages that would start a service: unpacked here,
+# never installed.
+PEERS := prometheus
+# Its own user for downloads may not write here.
+DOWNLOAD := apt-get download -q -o APT::Sandbox::User="$$(id -un)"
+.PHONY: peers
+peers: $(PEERS:%=build/peers/%/.unpacked) ## Unpack the programs that tests speak to
+
+build/peers/%/.unpacked: | system-packages
+	rm -rf $(@D)
+	mkdir -p $(@D)
+	cd $(@D) && { $(DOWNLOAD) $* || { apt-get update -q && $(DOWNLOAD) $*; }; }
+	dpkg -x $(@D)/$*_*.deb $(@D)
+	rm $(@D)/$*_*.deb
+	touch $@
+
 .PHONY: test
-test: setup lint ## Run everything: lint, unit, namespace and interop tests (root)
+test: setup peers lint ## Run everything: lint, unit, namespace and interop tests (root)
 	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-unit
-test-unit: setup ## Run the tests that need no privileges
+test-unit: setup peers ## Run the tests that need no privileges
 	$(PYTEST) -m 'not netns and not interop' $(PYTEST_ARGS)
 
 .PHONY: test-netns
-test-netns: setup ## Run the tests in network namespaces (root)
+test-netns: setup peers ## Run the tests in network namespaces (root)
 	$(PYTEST) -m netns $(PYTEST_ARGS)
 
 # An instrumented copy of both packages stands before the installed ones on the path, and the tests
@@ -166,12 +182,12 @@ exit $$failed
 endef
 
 .PHONY: sanitize
-sanitize: setup ## Run the namespace tests with AddressSanitizer and UBSan (root)
+sanitize: setup peers ## Run the namespace tests with AddressSanitizer and UBSan (root)
 	$(call sanitized_test,asan,address$(comma)undefined)
 
 # ThreadSanitizer's shadow memory and a wide address space randomisation exclude each other.
 .PHONY: sanitize-threads
-sanitize-threads: setup ## Run the namespace tests with ThreadSanitizer (root)
+sanitize-threads: setup peers ## Run the namespace tests with ThreadSanitizer (root)
 	$(call sanitized_test,tsan,thread,setarch -R)
 
 comma := ,

@@ -93,7 +93,7 @@ class Agent:
         self.started = datetime.now(UTC)
         self.loaded = asyncio.Event()
         """Set once a configuration is in force."""
-        self.instruments = Metrics(parts.version, self.picture)
+        self.instruments = Metrics(parts.version)
         self.control = ControlServer(
             for_tunnel(settings),
             on_held=self._held,

@@ -211,8 +211,11 @@ class _Backend:
     def stuck(self) -> str:
         return self.trouble
 
-    def metrics(self) -> bytes:
-        return self._agent.instruments.render()
+    async def metrics(self, *, openmetrics: bool) -> bytes:
+        status = self._agent.picture()
+        render = self._agent.instruments.render
+        # A second or so of a large node's numbers must not hold up a change.
+        return await asyncio.to_thread(render, status, openmetrics=openmetrics)
 
     def resources(self) -> tuple[protocol.Resource, ...]:
         return tuple(self._agent.control.state.values())

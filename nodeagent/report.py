@@ -213,6 +213,7 @@ def _certificate(state: IdentityState) -> CertificateReport:
         not_after=_moment(state.not_after),
         renewals=state.issued,
         failures=state.failures,
+        failed=state.failed,
         error=state.last_error,
     )
 

@@ -75,7 +75,10 @@ class AuthorizationReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CertificateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One identity of this node. `error` is the last renewal's, empty after a success."""
+    """One identity of this node. `error` is the last renewal's, empty after a success.
+
+    `failures` counts since the last success, `failed` since the start, as `renewals` does.
+    """
 
     identity: str
     not_before: datetime | None = None
@@ -83,6 +86,7 @@ class CertificateReport(msgspec.Struct, frozen=True, kw_only=True):
     renewals: int = 0
     failures: int = 0
     error: str = ""
+    failed: int = 0
 
 
 class PodReport(msgspec.Struct, frozen=True, kw_only=True):

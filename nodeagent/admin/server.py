@@ -23,7 +23,7 @@ import structlog
 from aiohttp import hdrs, web
 
 from nodeagent.admin.configuration import Configuration
-from nodeagent.admin.metrics import CONTENT_TYPE
+from nodeagent.admin.metrics import CONTENT_TYPE, OPENMETRICS_TYPE
 from nodeagent.admin.model import Status
 from ztunnel import protocol
 
@@ -74,8 +74,8 @@ class Backend(Protocol):
     def stuck(self) -> str:
         """Why this process should be restarted; empty while it is alive."""
 
-    def metrics(self) -> bytes:
-        """Prometheus text."""
+    async def metrics(self, *, openmetrics: bool) -> bytes:
+        """Text for Prometheus, in its own format or as OpenMetrics."""
 
     def resources(self) -> tuple[protocol.Resource, ...]:
         """The state that ztunnel is to hold."""
@@ -162,8 +162,11 @@ class AdminServer:
                 )
         return await handler(request)
 
-    async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=self._backend.metrics(), headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
+    async def _metrics(self, request: web.Request) -> web.Response:
+        openmetrics = _takes_openmetrics(request.headers.get(hdrs.ACCEPT, ""))
+        body = await self._backend.metrics(openmetrics=openmetrics)
+        media = OPENMETRICS_TYPE if openmetrics else CONTENT_TYPE
+        return web.Response(body=body, headers={hdrs.CONTENT_TYPE: media})
 
     async def _ready(self, _request: web.Request) -> web.Response:
         missing = await self._backend.missing()
@@ -280,6 +283,12 @@ def _table_form(host: str, port: int) -> str:
     packed = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"
+
+
+def _takes_openmetrics(accept: str) -> bool:
+    """Who takes it prefers it: quality values are not looked at."""
+    kinds = (each.partition(";")[0].strip().lower() for each in accept.split(","))
+    return "application/openmetrics-text" in kinds
 
 
 def _own_host(host: str) -> bool:

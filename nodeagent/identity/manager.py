@@ -84,7 +84,8 @@ class IdentityState:
     """One identity. Times are seconds since the epoch, 0 without an SVID.
 
     `renew_at` is when the next request is planned; `last_reason` a ProviderReason's token.
-    `failures` counts since the last success, `issued` all SVIDs since the start.
+    `failures` counts since the last success; `failed` all failures and `issued` all SVIDs since the
+    start.
     """
 
     identity: str
@@ -93,6 +94,7 @@ class IdentityState:
     not_after: int
     renew_at: float
     failures: int
+    failed: int
     issued: int
     last_reason: str
     last_error: str
@@ -124,6 +126,7 @@ class _Entry:
     retry_at: float = 0.0
     """By the monotonic clock; counts only after a failure."""
     failures: int = 0
+    failed: int = 0
     issued: int = 0
     last_error: ProviderError | None = None
 
@@ -153,6 +156,7 @@ class _Entry:
             not_after=0 if self.svid is None else self.svid.not_after,
             renew_at=planned,
             failures=self.failures,
+            failed=self.failed,
             issued=self.issued,
             last_reason="" if self.last_error is None else self.last_error.reason.value,
             last_error="" if self.last_error is None else self.last_error.detail,
@@ -313,6 +317,7 @@ class IdentityManager:
 
     def _fail(self, entry: _Entry, error: ProviderError) -> None:
         entry.failures += 1
+        entry.failed += 1
         entry.last_error = error
         delay = schedule.backoff(entry.failures, self._chance(), retryable=error.retryable)
         entry.retry_at = self._clock.monotonic() + delay

@@ -70,6 +70,7 @@ def state(phase: IdentityPhase = IdentityPhase.VALID, not_after: int = 20) -> Id
         not_after=not_after,
         renew_at=15.5,
         failures=2,
+        failed=4,
         issued=3,
         last_reason="unavailable",
         last_error="CA down",

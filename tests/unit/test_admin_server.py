@@ -8,12 +8,15 @@ import os
 import socket
 import typing
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.admin import Metrics, Status, server
@@ -30,6 +33,7 @@ from nodeagent.admin.model import (
 )
 from nodeagent.api import Document
 from support import conformance
+from support.prometheus import check_metrics
 from support.resources import identities, read, service
 from ztunnel import protocol
 
@@ -39,7 +43,14 @@ SECRET = b"the private key"
 
 
 def picture(missing: tuple[str, ...] = ()) -> Status:
-    certificate = CertificateReport(identity=ID, not_before=NOW, not_after=NOW, renewals=2)
+    certificate = CertificateReport(
+        identity=ID,
+        not_before=NOW,
+        not_after=NOW + timedelta(seconds=60),
+        renewals=2,
+        failures=1,
+        failed=5,
+    )
     return Status(
         schema=SCHEMA,
         time=NOW,
@@ -65,6 +76,7 @@ def picture(missing: tuple[str, ...] = ()) -> Status:
                 netns="a",
                 state=PodState.ENROLLED,
                 since=NOW,
+                mode="STRICT",
                 drops={"unmarked": 7},
                 certificate=certificate,
             ),
@@ -79,7 +91,7 @@ class FakeBackend:
         self.lacking: tuple[str, ...] = ()
         self.reason = ""
         self.documents: Configuration | None = None
-        self._metrics = Metrics("1", lambda: picture(self.lacking))
+        self._metrics = Metrics("1")
 
     async def status(self) -> Status:
         return picture(self.lacking)
@@ -90,8 +102,8 @@ class FakeBackend:
     def stuck(self) -> str:
         return self.reason
 
-    def metrics(self) -> bytes:
-        return self._metrics.render()
+    async def metrics(self, *, openmetrics: bool) -> bytes:
+        return self._metrics.render(picture(self.lacking), openmetrics=openmetrics)
 
     def resources(self) -> tuple[protocol.Resource, ...]:
         return (
@@ -117,14 +129,19 @@ class Site:
         self.backend = backend
 
     async def get(
-        self, path: str, *, unix: bool = False, method: str = "GET", host: str | None = None
+        self,
+        path: str,
+        *,
+        unix: bool = False,
+        method: str = "GET",
+        host: str | None = None,
+        accept: str = "*/*",
     ) -> tuple[int, str]:
+        headers = {"Accept": accept} | ({"Host": host} if host is not None else {})
         connector = aiohttp.UnixConnector(str(self.path)) if unix else aiohttp.TCPConnector()
         async with (
             aiohttp.ClientSession(connector=connector) as session,
-            session.request(
-                method, self.base + path, headers={"Host": host} if host is not None else None
-            ) as response,
+            session.request(method, self.base + path, headers=headers) as response,
         ):
             return response.status, await response.text()
 
@@ -242,8 +259,42 @@ def test_metrics(tmp_path: Path) -> None:
         dropped = "nodeagent_capture_dropped_total"
         assert series[dropped, (("reason", "unmarked"), workload)] == 7
         identity = (("spiffe_id", ID),)
-        assert series["nodeagent_svid_not_after_seconds", identity] == NOW.timestamp()
+        assert series["nodeagent_svid_not_before_timestamp_seconds", identity] == NOW.timestamp()
+        assert series["nodeagent_svid_expiry_timestamp_seconds", identity] == NOW.timestamp() + 60
         assert series["nodeagent_svid_renewals_total", identity] == 2
+        assert series["nodeagent_svid_renewal_failures_total", identity] == 5
+        assert series["nodeagent_svid_renewal_failing", identity] == 1
+        named = (("spiffe_id", ID), workload)
+        expiry = "nodeagent_workload_svid_expiry_timestamp_seconds"
+        assert series[expiry, named] == NOW.timestamp() + 60
+        assert series["nodeagent_pod_state", (("state", "Enrolled"), workload)] == 1
+        assert series["nodeagent_workload_mtls_mode", (("mode", "STRICT"), workload)] == 1
+        assert series["process_open_fds", ()] > 0
+
+    run(test, tmp_path)
+
+
+def test_promtool_has_nothing_to_say() -> None:
+    metrics = Metrics("1")
+    metrics.repairs.labels("default/a", "rules").inc()
+    metrics.enrol_failures.labels("default/a").inc()
+    metrics.change_seconds.observe(0.1)
+    check_metrics(metrics.render(picture(), openmetrics=False).decode())
+
+
+def test_openmetrics_is_given_to_who_asks_for_it(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        code, body = await site.get(
+            "/metrics", accept="application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
+        )
+        assert code == 200
+        assert body.endswith("# EOF\n")
+        names = {
+            sample.name
+            for family in openmetrics_families(body)  # type: ignore[no-untyped-call]  # theirs
+            for sample in family.samples
+        }
+        assert {"nodeagent_svid_renewals_total", "nodeagent_build_info"} <= names
 
     run(test, tmp_path)
 

@@ -300,7 +300,9 @@ def test_a_bound_workload_is_enrolled_published_and_ready(tmp_path: Path) -> Non
         assert status.ready
         assert status.pods[0].certificate is not None
         assert status.pods[0].mode == "PERMISSIVE"
-        assert b"nodeagent_ready 1.0" in world.agent.instruments.render()
+        agent = world.agent
+        text = agent.instruments.render(agent.picture(), openmetrics=False)
+        assert b"nodeagent_ready 1.0" in text
 
     run(tmp_path, test)
 

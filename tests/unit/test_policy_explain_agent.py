@@ -32,7 +32,7 @@ class Backend:
     def stuck(self) -> str:
         return ""
 
-    def metrics(self) -> bytes:
+    async def metrics(self, *, openmetrics: bool) -> bytes:  # noqa: ARG002 - the interface's
         return b""
 
     def resources(self) -> tuple[protocol.Resource, ...]:

@@ -14,6 +14,7 @@ from prometheus_client.samples import Sample
 from support.certificates import NOW
 from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
+from support.prometheus import check_metrics
 from ztunnel import istio_text, labels
 from ztunnel._core import PodCounters
 from ztunnel.audit import Counts
@@ -323,6 +324,10 @@ def test_an_accept_header_that_says_nothing_gets_an_answer(core: FakeCore, accep
     media, portions = render(picture(core), accept)
     assert b"ztunnel_build_info" in b"".join(portions)
     assert media
+
+
+def test_promtool_has_nothing_to_say(core: FakeCore) -> None:
+    check_metrics(text(picture(core)))
 
 
 def test_verdicts_by_rule(core: FakeCore) -> None:

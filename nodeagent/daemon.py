@@ -235,7 +235,7 @@ class _Backend:
         place = self._agent.place()
         node = self._agent.settings.node
         return await asyncio.to_thread(
-            lambda: msgspec.json.encode(graph.build(recorder.read(node, age, outbound=True), place))
+            lambda: msgspec.json.encode(graph.build(recorder.seen(node, age), place))
         )
 
     async def certificates(self) -> bytes:

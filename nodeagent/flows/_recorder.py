@@ -20,6 +20,7 @@ import structlog
 
 from nodeagent.flow_settings import Keep
 from nodeagent.flows._model import SCHEMA, Recording
+from nodeagent.flows._recent import Recent
 from nodeagent.flows._store import HOUR, FlowStore, StoreError, recording
 from ztunnel.protocol import Flow
 
@@ -31,6 +32,10 @@ counted; the next report counts on from there."""
 
 WRITTEN_SECONDS: Final = 2.0
 """For a reader to wait for the writer: who asks wants to see what he has just done."""
+
+SHORT_SECONDS: Final = 900
+"""Of a shorter window, the hours of the file would tell mostly of another time: what is in memory
+is the better answer, even if that began after the window."""
 
 RETRY_SECONDS: Final = 30.0
 """Until a file that cannot be used is tried again."""
@@ -77,6 +82,7 @@ class Recorder:
         self._wall = wall
         self._clock = clock
         self._store = store or FlowStore(path, keep)
+        self._recent = Recent(wall())
         self._queue: queue.SimpleQueue[Sequence[Flow] | threading.Event | None]
         self._queue = queue.SimpleQueue()
         self._given = 0  # flows, by the thread that puts
@@ -107,6 +113,7 @@ class Recorder:
         """Take a batch. Never blocks; one thread only."""
         if not self.enabled:
             return
+        self._recent.add(flows, self._wall())
         if self._given - self._taken + len(flows) > MAX_QUEUED:
             self._dropped += len(flows)
             return
@@ -136,6 +143,27 @@ class Recorder:
         except StoreError as error:
             return _nothing(node, self._wall(), age, self._problem or str(error))
         return msgspec.structs.replace(found, problem=self._problem)
+
+    def seen(self, node: str, age: int) -> Recording:
+        """Return what was seen in the last `age` seconds, of callers and of called, as `read` does.
+
+        From memory, where that has it all; else from the file, with all of its oldest hour.
+        """
+        now = self._wall()
+        window = self._recent.read(now, age)
+        if self.enabled and (window.whole or age < SHORT_SECONDS):
+            return Recording(
+                schema=SCHEMA,
+                node=node,
+                time=datetime.fromtimestamp(now, UTC),
+                since=datetime.fromtimestamp(window.since, UTC),
+                oldest=datetime.fromtimestamp(window.began, UTC),
+                flows=window.flows,
+                problem=self._problem,
+            )
+        found = self.read(node, age, outbound=True)
+        hour = int(found.since.timestamp()) // HOUR * HOUR
+        return msgspec.structs.replace(found, since=datetime.fromtimestamp(hour, UTC))
 
     # --- the thread -----------------------------------------------------------------------------
 

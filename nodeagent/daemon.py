@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from nodeagent.admin import AdminServer, Configuration, Page, Status, Window
+from nodeagent.admin import AdminServer, Configuration, Page, Relay, Relayed, Status, Window
 from nodeagent.admin.model import PodState
 from nodeagent.admin.settings import SettingsReport
 from nodeagent.agent import Agent
@@ -102,6 +102,7 @@ async def serve(
                 "/certificates": Page("identities, chains and roots", backend.certificates),
                 "/settings": Page("the settings, and where each comes from", backend.settings),
             },
+            {"/stats": Relay(STATS, backend.stats)},
         )
         stack.push_async_callback(admin.close)
         await admin.serve(local.socket)
@@ -194,6 +195,9 @@ async def _beat(
             await asyncio.sleep(every)
 
 
+STATS: Final = "what came in, by Envoy's names; ?workload=NAMESPACE/NAME&filter=REGEX"
+
+
 class _Backend:
     """The agent as the admin listeners see it."""
 
@@ -263,3 +267,10 @@ class _Backend:
         """Have ztunnel tell what it has counted since its last report."""
         with contextlib.suppress(QueryError):
             await self._agent.control.query("report")
+
+    async def stats(self, query: str) -> Relayed:
+        try:
+            answer = await self._agent.control.query("stats", {"query": query})
+            return msgspec.json.decode(answer, type=Relayed)
+        except (QueryError, msgspec.DecodeError) as error:
+            return Relayed(503, "text/plain; charset=utf-8", f"{error}\n")

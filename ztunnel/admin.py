@@ -1,4 +1,4 @@
-"""The tunnel's HTTP ports: /metrics, /healthz/ready and /healthz/live.
+"""The tunnel's HTTP ports: /metrics, /stats, /healthz/ready and /healthz/live.
 
 This module owns two small servers for GET and HEAD. It promises that a client costs a bounded
 amount of memory and time (connections, header bytes, deadlines), that a probe is answered on the

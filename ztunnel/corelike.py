@@ -8,12 +8,15 @@ counts can then be tested, and read, without it.
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ztunnel.protocol import Arrival
 
 if TYPE_CHECKING:
     from ztunnel._core import Ended, Failed, PodCounters, SeriesCounters, Stats, Upcall
 
-__all__ = ["CoreLike", "Kind"]
+__all__ = ["ARRIVALS", "CoreLike", "Kind"]
 
 
 class Kind(enum.IntEnum):
@@ -24,6 +27,13 @@ class Kind(enum.IntEnum):
     INBOUND_HBONE = 3
     PEER_CERTIFICATE = 4
     SERVER_CERTIFICATE = 5
+
+
+ARRIVALS: Final[Mapping[int, Arrival]] = {
+    Kind.INBOUND_PLAINTEXT: Arrival.PLAINTEXT,
+    Kind.INBOUND_HBONE: Arrival.HBONE,
+}
+"""What comes in, by the core's kind."""
 
 
 class CoreLike(Protocol):

@@ -29,10 +29,12 @@ from pathlib import Path
 from typing import Final
 
 import click
+import msgspec
 import structlog
 
-from ztunnel import _core, access_log, logs, stats, tls
+from ztunnel import _core, access_log, envoy_stats, logs, stats, tls
 from ztunnel.admin import Asked, Page, Server, health_page, parse_address
+from ztunnel.arrivals import whole
 from ztunnel.audit import AuditLog
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
@@ -155,6 +157,10 @@ class Daemon:
         if what == "report":
             await self._tell_flows()
             return b"{}"
+        if what == "stats":
+            page = await self._stats(Asked(args.get("query", ""), ""))
+            body = page.body.decode()
+            return msgspec.json.encode({"status": page.status, "media": page.media, "body": body})
         return await self._health.answer(what, args)
 
     def _drain(self) -> None:
@@ -180,7 +186,10 @@ class Daemon:
         # One thread: large changes and scrapes, which may wait for each other.
         loop.set_default_executor(ThreadPoolExecutor(1, "ztunnel-slow"))
         health = {"/healthz/ready": self._ready, "/healthz/live": self._live}
-        self._servers = [Server({"/metrics": self._metrics}), Server(health)]
+        self._servers = [
+            Server({"/metrics": self._metrics, "/stats": self._stats}),
+            Server(health),
+        ]
         async with contextlib.AsyncExitStack() as stack:
             for server in self._servers:
                 stack.push_async_callback(server.stop)
@@ -310,6 +319,22 @@ class Daemon:
         media, portions = stats.render(picture, asked.accept)
         return Page(200, media, b"", portions)
 
+    async def _stats(self, asked: Asked) -> Page:
+        tunnel = self._tunnel
+        try:
+            query = envoy_stats.parse(asked.query)
+        except envoy_stats.QueryError as error:
+            return Page(400, "text/plain; charset=utf-8", f"{error}\n".encode())
+        arrived = await whole(tunnel.arrivals, tunnel.flows, query.workload)
+        pods = [held for held in tunnel.pods if query.workload in (None, held.pod.workload)]
+        if query.workload is not None and not pods and query.workload not in tunnel.arrivals:
+            text = "workload: no pod of this node has it; write NAMESPACE/NAME\n"
+            return Page(404, "text/plain; charset=utf-8", text.encode())
+        handshaking = sum(self._core.read_pod(held.number).handshakes for held in pods)
+        body = envoy_stats.render(query, envoy_stats.statistics(arrived, handshaking))
+        media = "application/json" if query.as_json else "text/plain; charset=utf-8"
+        return Page(200, media, body)
+
     async def _ready(self, _asked: Asked) -> Page:
         return health_page(self._health.ready())
 
@@ -342,7 +367,7 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
     default="127.0.0.1:15020",
     show_default=True,
     callback=_address,
-    help="Where /metrics is served.",
+    help="Where /metrics and /stats are served.",
 )
 @click.option(
     "--ready-address",

@@ -22,7 +22,7 @@ import msgspec
 from ztunnel import address, labels, reasons
 from ztunnel.access_log import Line, Sink
 from ztunnel.authorize import Verdict
-from ztunnel.corelike import Kind
+from ztunnel.corelike import ARRIVALS, Kind
 from ztunnel.decisions import Key
 from ztunnel.labels import Labels
 from ztunnel.log_limit import FailureLines
@@ -33,6 +33,7 @@ from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
     from ztunnel._core import Ended, Failed, Upcall
+    from ztunnel.arrivals import Arrivals
     from ztunnel.audit import AuditLog
     from ztunnel.corelike import CoreLike
     from ztunnel.decisions import Decisions, Peers, Record
@@ -81,8 +82,9 @@ class _Way(NamedTuple):
 
 
 class _Owner(Protocol):
-    """What of the tunnel is read here."""
+    """What of the tunnel is read here, but for `arrivals`, which is told."""
 
+    arrivals: Arrivals
     decisions: Decisions
     identities: Identities
     peers: Peers
@@ -150,6 +152,10 @@ class Events:
         outbound = event.kind == _OUTBOUND
         hbone = outbound and event.upstream_port == HBONE_PORT
         if record is None:
+            arrival = ARRIVALS.get(event.kind)
+            if arrival is not None:
+                workload = self._owner.pods.workload(event.pod)
+                self._owner.arrivals.undecided(workload, arrival, reason)
             found = self._early_labels(state, event, reason)
             if found is None:
                 return []
@@ -260,6 +266,8 @@ class Events:
         self.handshake_failures[SERVER if inbound else CLIENT, _REASONS[event.reason]] += 1
         detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
         if inbound:
+            workload = self._owner.pods.workload(event.pod)
+            self._owner.arrivals.handshake_failed(workload, _REASONS[event.reason])
             self._audit.failed(
                 _REASONS[event.reason],
                 event.address,

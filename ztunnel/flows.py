@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -102,14 +102,19 @@ class FlowTable:
         limit: int = MAX_FLOWS,
         limit_of_pod: int = MAX_OF_POD,
         plaintext: Callable[[FlowKey, int], None] = lambda _key, _number: None,
+        gone: Callable[[FlowKey, Counters], None] = lambda _key, _counters: None,
     ) -> None:
-        """`plaintext` is told of connections that came in so, when they are looked at."""
+        """`plaintext` is told of connections that came in so, when they are looked at.
+
+        `gone` is told of each flow that goes, and of all that it has counted.
+        """
         self._plaintext = plaintext
         self._core = core
         self._numbers = numbers
         self._wall = wall
         self._limit = limit
         self._limit_of_pod = limit_of_pod
+        self._gone = gone
         self._live: dict[tuple[FlowKey, int], LiveFlow] = {}
         self._of_pod: Counter[tuple[bool, str]] = Counter()
         self._untold: dict[FlowKey, _Tally] = {}
@@ -147,12 +152,29 @@ class FlowTable:
             return
         self._look(flow, int(self._wall()))
         flow.series.retired = flow.series.retired.plus(flow.seen)
+        self._gone(flow.key, flow.seen)
         del self._live[flow.key, flow.series.number]
         del flow.series.flows[flow.number]
         self._of_pod[flow.key.owner] -= 1
         if not self._of_pod[flow.key.owner]:
             del self._of_pod[flow.key.owner]
         self._core.remove_series(flow.number)
+
+    async def look(self, destination: str | None) -> AsyncIterator[tuple[LiveFlow, Counters]]:
+        """Read the counters of the flows to a workload (None: to all) that came in.
+
+        The loop turns meanwhile. A flow without `refs` has gone since it was read.
+        """
+        flows = [
+            flow
+            for flow in self._live.values()
+            if not flow.key.outbound and destination in (None, flow.key.destination)
+        ]
+        for count, flow in enumerate(flows, start=1):
+            if count % PORTION == 0:
+                await asyncio.sleep(0)
+            if flow.refs:
+                yield flow, self._counters(flow.number)
 
     def _counters(self, number: int) -> Counters:
         return Counters(*self._core.read_series(number))

@@ -10,6 +10,8 @@ Questions that ztunnel answers (`Query.what`):
              of the audit log ("" if nothing is), and how far a drain is (`upgrade.Upgrade.status`).
 `drain`      hand over: the process whose id is the argument `successor` serves from now on.
              Answered once nothing is accepted any more (by the daemon, not here).
+`stats`      /stats of the argument `query` (a URL's, as it is there): `status`, `media` and `body`
+             of the answer in HTTP (by the daemon, not here).
 `decisions`  what the core was told: an array of at most MAX_LISTED decisions and MAX_LISTED_BYTES;
              the argument `pod` (a pod's uid) selects.
 """

@@ -21,7 +21,7 @@ from ztunnel import svid
 from ztunnel.reasons import Reason
 from ztunnel.spiffe import SpiffeId
 
-__all__ = ["MAX_IDENTITIES", "Identities", "Proven", "reason_of"]
+__all__ = ["MAX_IDENTITIES", "Bundles", "Identities", "Proven", "reason_of"]
 
 MAX_IDENTITIES: Final = 8192
 """Remembered chains, about 2 KB each. A cluster of 1,000 identities renewing every hour keeps those

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ztunnel import address, flow_keys
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Request, Verdict, authorize
-from ztunnel.corelike import Kind
+from ztunnel.corelike import ARRIVALS
 from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
 from ztunnel.protocol import Arrival, FlowKey, Service, Workload
@@ -35,11 +35,6 @@ __all__ = ["NUMBER_OF", "Cut", "Judge", "still_allowed"]
 
 NUMBER_OF: Final = {reason: number for number, reason in enumerate(Reason)}
 """Reason to the core's number for it; `reasons.check` has made sure that the core agrees."""
-
-_ARRIVALS: Final[Mapping[int, Arrival]] = {
-    Kind.INBOUND_PLAINTEXT: Arrival.PLAINTEXT,
-    Kind.INBOUND_HBONE: Arrival.HBONE,
-}
 
 _MAX_WEIGHT: Final = 2**32 - 1
 """The core keeps a weight in 32 bits."""
@@ -165,7 +160,7 @@ class Judge:
         series = self._series.acquire(labels)
         flow: LiveFlow | None = None
         try:
-            if held is not None and key.kind in _ARRIVALS:
+            if held is not None and key.kind in ARRIVALS:
                 flow = self._flows.acquire(_inbound_flow(state, held, key, proven, verdict), series)
             counted = flow.number if flow is not None else series.number
             if verdict.allow and held is not None:
@@ -284,7 +279,7 @@ def _inbound_flow(
         identity=identity,
         source=address.text(key.source),
         workload=source.uid if source is not None else "",
-        arrival=_ARRIVALS[key.kind],
+        arrival=ARRIVALS[key.kind],
         destination=held.pod.workload,
         address=address.text(key.destination),
         port=key.port,

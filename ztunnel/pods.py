@@ -120,6 +120,12 @@ class Stage:
         self.surplus: list[PodSockets] = []
         """Sockets that came again for a pod that already has them."""
 
+    @property
+    def shown(self) -> list[Held]:
+        """Pods that are given a certificate, their first or a newer one."""
+        first = [held for held in self.added.values() if held.pair is not None]
+        return first + [held for held, _, _ in self.rotated]
+
 
 class Pods:
     """All held pods. `clock` is monotonic, seconds."""
@@ -153,6 +159,11 @@ class Pods:
 
     def by_number(self, number: int) -> Held | None:
         return self._by_number.get(number)
+
+    def workload(self, number: int) -> str:
+        """Return the uid of a pod's workload, "" if the pod has gone. `number` is the core's."""
+        held = self.by_number(number)
+        return held.pod.workload if held is not None else ""
 
     def at(self, packed: bytes) -> Held | None:
         """Return the pod that has this address; the newest, while an address changes hands."""

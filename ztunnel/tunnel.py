@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import structlog
 
-from ztunnel import protocol, svid
+from ztunnel import protocol
+from ztunnel.arrivals import Arrivals
 from ztunnel.audit import AuditLog
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
@@ -35,9 +36,10 @@ from ztunnel.counted import Counted
 from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
 from ztunnel.events import Events
 from ztunnel.flows import FlowTable
-from ztunnel.identities import Identities, Proven, reason_of
+from ztunnel.identities import Identities, Proven
 from ztunnel.judge import NUMBER_OF, Judge
 from ztunnel.pods import Builder, Held, PodError, Pods, PodSockets, build_pair
+from ztunnel.proofs import CertificateRefusedError, check_server, verify
 from ztunnel.reasons import Reason
 from ztunnel.recheck import Recheck
 from ztunnel.route import Balance, Refuse, Route, route
@@ -115,7 +117,14 @@ class Tunnel:
         """True once a change has been put in force."""
         self.counted = Counted(clock)
         self.series = SeriesTable(core, numbers, clock)
-        self.flows = FlowTable(core, numbers, wall, plaintext=self.counted.in_plaintext)
+        self.arrivals = Arrivals()
+        self.flows = FlowTable(
+            core,
+            numbers,
+            wall,
+            plaintext=self.counted.in_plaintext,
+            gone=self.arrivals.flow_gone,
+        )
         self.peers = Peers(core, numbers)
         self.decisions = Decisions(core, self.series, self.flows, self.peers)
         self.identities = Identities(numbers, self._evicted)
@@ -195,6 +204,8 @@ class Tunnel:
         self.state = after
         for gone in self.pods.commit(stage):
             self._drop_peers(gone)
+        for held in stage.shown:
+            self.arrivals.certificate(held.pod.workload)
         self._new_epoch()
         self.committed = True
 
@@ -386,33 +397,16 @@ class Tunnel:
 
     def _certificate(self, upcall: Upcall) -> None:
         try:
-            proven = self._verify(upcall)
+            proven = verify(upcall, self.identities, self.state.bundles, self._wall())
             if upcall.kind == Kind.SERVER_CERTIFICATE:
-                self._check_server(upcall, proven)
-        except _CertificateRefusedError as refused:
+                check_server(self.peers.get(upcall.peer), proven)
+        except CertificateRefusedError as refused:
             self.events.explain(upcall, refused.detail)
             self._core.answer_certificate(upcall.id, 0, NUMBER_OF[refused.reason])
             return
+        if upcall.kind == Kind.PEER_CERTIFICATE:
+            self.arrivals.handshake(self.pods.workload(upcall.pod))
         self._core.answer_certificate(upcall.id, proven.number, 0)
-
-    def _verify(self, upcall: Upcall) -> Proven:
-        if not upcall.chain:
-            raise _CertificateRefusedError(Reason.CERT_MISSING, "")
-        try:
-            return self.identities.verify(upcall.chain, self.state.bundles, self._wall())
-        except svid.SvidError as error:
-            raise _CertificateRefusedError(reason_of(error), error.detail) from None
-
-    def _check_server(self, upcall: Upcall, proven: Proven) -> None:
-        peer = self.peers.get(upcall.peer)
-        if peer is None:
-            raise _CertificateRefusedError(Reason.POD_REMOVED, "the pool has been removed")
-        if str(proven.id) not in peer.expected:
-            expected = " or ".join(sorted(peer.expected))
-            raise _CertificateRefusedError(
-                Reason.IDENTITY_MISMATCH, f"expected {expected}, the peer is {proven.id}"
-            )
-        peer.remember(proven)
 
     def _missing(self, outcome: Route) -> Reason | None:
         """Return what of the pod's own state a route lacks and that may yet come."""
@@ -487,10 +481,3 @@ class Tunnel:
 def _peer_idle(deadlines: protocol.Deadlines) -> float:
     """Seconds until an unused peer is forgotten: the core looks for idle connections by pings."""
     return deadlines.idle + deadlines.ping_interval + PEER_MARGIN
-
-
-class _CertificateRefusedError(Exception):
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail

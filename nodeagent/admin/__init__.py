@@ -7,7 +7,7 @@ HTTP listeners.
 from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import Metrics
 from nodeagent.admin.model import SCHEMA, Status
-from nodeagent.admin.server import AdminServer, Backend, Page, Window
+from nodeagent.admin.server import AdminServer, Backend, Page, Relay, Relayed, Window
 
 __all__ = [
     "SCHEMA",
@@ -16,6 +16,8 @@ __all__ = [
     "Configuration",
     "Metrics",
     "Page",
+    "Relay",
+    "Relayed",
     "Status",
     "Window",
 ]

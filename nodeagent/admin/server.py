@@ -27,7 +27,16 @@ from nodeagent.admin.metrics import CONTENT_TYPE, OPENMETRICS_TYPE
 from nodeagent.admin.model import Status
 from ztunnel import protocol
 
-__all__ = ["AdminServer", "Backend", "Page", "Window", "dump_resource", "socket_owner"]
+__all__ = [
+    "AdminServer",
+    "Backend",
+    "Page",
+    "Relay",
+    "Relayed",
+    "Window",
+    "dump_resource",
+    "socket_owner",
+]
 
 log = structlog.get_logger()
 
@@ -62,6 +71,21 @@ class Window(msgspec.Struct, frozen=True):
     answer: Callable[[int], Awaitable[bytes]]
 
 
+class Relayed(msgspec.Struct, frozen=True):
+    """A page that ztunnel has made: HTTP status, media type, text."""
+
+    status: int
+    media: str
+    body: str
+
+
+class Relay(msgspec.Struct, frozen=True):
+    """A page of ztunnel's, for a URL's query as it came: for everybody. `text` says what it is."""
+
+    text: str
+    answer: Callable[[str], Awaitable[Relayed]]
+
+
 class Backend(Protocol):
     """Where the answers come from."""
 
@@ -88,21 +112,24 @@ class Backend(Protocol):
 
 
 class AdminServer:
-    """Serves a Backend, and `windows` and `pages` by path, on any number of listening sockets."""
+    """Serves a Backend, and `windows`, `pages` and `relays` by path, on any number of sockets."""
 
     def __init__(
         self,
         backend: Backend,
         windows: Mapping[str, Window] | None = None,
         pages: Mapping[str, Page] | None = None,
+        relays: Mapping[str, Relay] | None = None,
     ) -> None:
         self._backend = backend
-        windows, pages = windows or {}, pages or {}
+        windows, pages, relays = windows or {}, pages or {}, relays or {}
         self._private = _PRIVATE | windows.keys() | pages.keys()
         self._texts = {
             path: f"{window.text}; ?seconds=3600 says since when"
             for path, window in windows.items()
-        } | {path: page.text for path, page in pages.items()}
+        }
+        self._texts |= {path: page.text for path, page in pages.items()}
+        self._texts |= {path: relay.text for path, relay in relays.items()}
         self._servers: list[asyncio.Server] = []
         app = web.Application(middlewares=[_errors, self._guard], client_max_size=1)
         app.router.add_get("/metrics", self._metrics)
@@ -116,6 +143,8 @@ class AdminServer:
             app.router.add_get(path, _window(window))
         for path, page in pages.items():
             app.router.add_get(path, _page(page))
+        for path, relay in relays.items():
+            app.router.add_get(path, _relay(relay))
         app.router.add_get("/", self._index)
         app.on_response_prepare.append(_close_after)
         self._runner = web.AppRunner(
@@ -224,6 +253,16 @@ class AdminServer:
 def _page(page: Page) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(_request: web.Request) -> web.Response:
         return web.Response(body=await page.answer(), content_type="application/json")
+
+    return handle
+
+
+def _relay(relay: Relay) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        page = await relay.answer(request.rel_url.raw_query_string)
+        return web.Response(
+            status=page.status, body=page.body.encode(), headers={hdrs.CONTENT_TYPE: page.media}
+        )
 
     return handle
 

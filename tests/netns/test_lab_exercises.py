@@ -75,7 +75,21 @@ def one_is_locked(lab: Lab) -> None:
 
 
 def who_calls_is_known(lab: Lab) -> None:
-    text = lab.node("node-1").metrics()
+    node = lab.node("node-1")
+
+    def seen() -> dict[str, int]:
+        query = "workload=istioinaction%2Fweb-api&format=json&filter=_found%24"
+        status, body = node.get(f"/stats?{query}", 15020)
+        assert status == 200
+        return {stat["name"]: stat["value"] for stat in json.loads(body)["stats"]}
+
+    before = seen()
+    assert curl(lab, OUTSIDE, WEB_API).returncode == 0
+    after = before | {
+        "tls_inspector.tls_not_found": before["tls_inspector.tls_not_found"] + 1,
+    }
+    wait_until(lambda: seen() == after, "one more connection without TLS")
+    text = node.metrics()
     for security in ("none", "mutual_tls"):
         assert any(
             'destination_workload="web-api"' in sample
@@ -135,7 +149,7 @@ AFTER: Final[dict[type[Exercise], dict[str, tuple[int, Check]]]] = {
     Rollout: {
         "First steps": (5, both_are_answered),
         "Introduce strict mTLS one service at a time": (7, one_is_locked),
-        "Who's calling with mTLS or Plaintext?": (5, who_calls_is_known),
+        "Who's calling with mTLS or Plaintext?": (8, who_calls_is_known),
         "Use AuthorizationPolicy and Access Logging": (6, plaintext_is_marked),
         "Apply strict mTLS": (5, plaintext_is_refused),
     },

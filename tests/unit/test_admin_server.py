@@ -154,6 +154,10 @@ async def paged() -> bytes:
     return b'{"schema": 1}'
 
 
+async def relayed(query: str) -> server.Relayed:
+    return server.Relayed(404, "text/plain; charset=utf-8", f"asked: {query}\n")
+
+
 def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
     async def main() -> None:
         backend = FakeBackend()
@@ -161,6 +165,7 @@ def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
             backend,
             {"/window": server.Window("a window", looked)},
             {"/page": server.Page("a page", paged)},
+            {"/stats": server.Relay("statistics", relayed)},
         )
         tcp = socket.create_server(("127.0.0.1", 0))
         local = socket.socket(socket.AF_UNIX)
@@ -210,6 +215,14 @@ def test_a_page_asks_for_nothing(tmp_path: Path) -> None:
         code, body = await site.get("/page", unix=True)
         assert (code, json.loads(body)) == (200, {"schema": 1})
         assert "/page            a page\n" in (await site.get("/", unix=True))[1]
+
+    run(test, tmp_path)
+
+
+def test_ztunnels_statistics_are_handed_on_with_their_status(tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        found = await site.get("/stats?workload=a/b&filter=%5Etls&usedonly")
+        assert found == (404, "asked: workload=a/b&filter=%5Etls&usedonly\n")
 
     run(test, tmp_path)
 

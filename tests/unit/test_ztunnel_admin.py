@@ -12,8 +12,8 @@ from ztunnel.admin import Asked, Page, Server, health_page, parse_address
 DEADLINE = 30
 
 
-async def hello(_asked: Asked) -> Page:
-    return Page(200, "text/plain", b"hello\n")
+async def hello(asked: Asked) -> Page:
+    return Page(200, "text/plain", f"hello{asked.query}\n".encode())
 
 
 async def broken(_asked: Asked) -> Page:
@@ -67,6 +67,10 @@ def test_a_page_is_served() -> None:
     head, _, body = get("/hello").partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200")
     assert body == b"hello\n"
+
+
+def test_a_page_is_given_the_query() -> None:
+    assert get("/hello?x=1&y=%3D").endswith(b"\r\n\r\nhellox=1&y=%3D\n")
 
 
 def test_head_has_no_body() -> None:

@@ -22,7 +22,7 @@ from nodeagent.lab.lab import Lab
 from nodeagent.lab.model import LabSpec, PodPlan
 from nodeagent.lab.spec import load_exercise
 
-__all__ = ["MUTUAL", "PLAINTEXT", "Call", "Done", "Exercise", "Step"]
+__all__ = ["MUTUAL", "PLAINTEXT", "Call", "Done", "Exercise", "Stats", "Step"]
 
 MUTUAL: Final = "mutual_tls"
 PLAINTEXT: Final = "none"
@@ -34,6 +34,7 @@ _CODE: Final = ("-w", "\n%{http_code}")
 """Printed behind the body: the status of the answer."""
 
 Entry = dict[str, Any]
+Stats = dict[str, int]
 
 
 class Call(NamedTuple):
@@ -226,6 +227,24 @@ class Exercise(abc.ABC):
             if sample.name == "istio_tcp_connections_opened_total"
             and wanted.items() <= sample.labels.items()
         )
+
+    def stats(self, pod: str, part: str, until: Callable[[Stats], bool] = bool) -> Stats:
+        """Return the statistics of a pod whose names contain `part`, by name, once they are so."""
+        found = self._pod(pod)
+        url = f"localhost:{_ADMIN}/stats?workload={found.pod.uid}"
+        node = self._lab.node(found.pod.node)
+        self._claims.show(f"  $ nsenter --net={node.space} curl -sS '{url}' | grep {part}")
+        seen: Stats = {}
+
+        def look() -> bool:
+            lines = node.run([*_CURL, url]).stdout.splitlines()
+            pairs = [line.rpartition(": ") for line in lines if part in line]
+            seen.clear()
+            seen.update({name: int(value) for name, _, value in pairs})
+            return until(seen)
+
+        polled(look, self._patience)
+        return seen
 
     def status(self, node: str) -> dict[str, Any]:
         """Return what `nodeagent status -o json` of a node says; empty while it cannot."""

@@ -9,8 +9,9 @@ Where the text uses what is of another kind of mesh, the nearest thing of this o
   layer 7. Here both identities are in the access log of the called pod's tunnel.
 - Padlocks in Kiali are drawn from `istio_tcp_connections_opened_total` by its label
   `connection_security_policy`: it is that metric which is read.
-- Envoy's own statistics (`tls_inspector`, `ssl.handshake`), and the annotation that switches them
-  on: here the same metric tells plaintext from mutual TLS, and counts each connection once.
+- Envoy's own statistics (`tls_inspector`, `ssl.handshake`) are those of the node's /stats, which
+  need no annotation. The text's proxy inspects a connection twice and counts 2; here it is 1.
+  Plaintext comes in at port 15006 and mutual TLS at 15008, in the text both at 15006.
 - An EnvoyFilter to have `audit_flag` and certificates in the access log: they always are. The flag
   of a request that no AUDIT rule matched is left out, where the text's log says "false".
 - Methods and paths in the AUDIT rule are of layer 7. The record says that they were not looked at.
@@ -27,7 +28,7 @@ import msgspec
 
 from nodeagent.lab.claims import chain, polled
 from nodeagent.lab.model import LabSpec
-from nodeagent.lab.steps.exercise import MUTUAL, PLAINTEXT, Call, Exercise, Step
+from nodeagent.lab.steps.exercise import MUTUAL, PLAINTEXT, Call, Exercise, Stats, Step
 
 __all__ = ["Rollout"]
 
@@ -42,6 +43,24 @@ IN_MESH: Final = (SLEEP, HTTPBIN, WEB_API, RECOMMENDATION, HISTORY)
 HEADERS_URL: Final = "httpbin.default:8000/headers"
 WEB_API_URL: Final = "web-api.istioinaction:8080"
 HISTORY_URL: Final = "purchase-history.istioinaction:8080"
+
+PLAIN: Final = "listener.0.0.0.0_15006"
+HBONE: Final = "listener.0.0.0.0_15008"
+NOT_FOUND: Final = "tls_inspector.tls_not_found"
+INSPECTED: Final = frozenset(
+    {
+        "tls_inspector.alpn_found",
+        "tls_inspector.alpn_not_found",
+        "tls_inspector.client_hello_too_large",
+        "tls_inspector.connection_closed",
+        "tls_inspector.read_error",
+        "tls_inspector.sni_found",
+        "tls_inspector.sni_not_found",
+        "tls_inspector.tls_found",
+        NOT_FOUND,
+    }
+)
+"""As the text prints them."""
 
 MESH_POLICY: Final = "istio-system/default"
 HISTORY_POLICY: Final = "istioinaction/purchase-history-strict"
@@ -125,26 +144,46 @@ class Rollout(Exercise):
         self._is_refused(HISTORY, HISTORY_URL, HISTORY_POLICY)
 
     def _who_is_calling(self) -> None:
-        clear, locked = self.opened(WEB_API, PLAINTEXT), self.opened(WEB_API, MUTUAL)
+        inspected = self.stats(WEB_API, "tls_inspector")
+        self.claim("nine statistics of tls_inspector", set(inspected) == INSPECTED)
+        before = self.stats(WEB_API, "listener.0.0.0.0")
         call = self.call(OUTSIDE, WEB_API_URL, _complete)
         self.claim("a plaintext call to web-api is answered", _complete(call))
-        self.claim(
-            "it is counted as plaintext, once, and not as mutual TLS",
-            polled(lambda: self.opened(WEB_API, PLAINTEXT) == clear + 1, self._patience)
-            and self.opened(WEB_API, MUTUAL) == locked,
+        self._counted(inspected, "tls_inspector", {NOT_FOUND: 1}, "tls_not_found has grown by 1")
+        self._counted(
+            before,
+            "listener.0.0.0.0",
+            {f"{PLAIN}.downstream_cx_total": 1, f"{PLAIN}.downstream_cx_destroy": 1},
+            "one connection came in at 15006 and has ended, without a handshake",
         )
         caller = self.logged(call, WEB_API).get("src.addr", "")
         self.claim(
             f"the access log has its address: {caller}",
             caller.startswith(tuple(self._spelled(OUTSIDE))),
         )
+        inspected = self.stats(WEB_API, "tls_inspector")
+        before = self.stats(WEB_API, "listener.0.0.0.0")
         call = self.call(SLEEP, WEB_API_URL, _complete)
         self.claim("a call from the mesh is answered", _complete(call))
-        self.claim(
-            "it is counted as mutual TLS, once, and not as plaintext",
-            polled(lambda: self.opened(WEB_API, MUTUAL) == locked + 1, self._patience)
-            and self.opened(WEB_API, PLAINTEXT) == clear + 1,
+        self._counted(
+            inspected,
+            "tls_inspector",
+            {f"tls_inspector.{name}": 1 for name in ("tls_found", "alpn_found", "sni_not_found")},
+            "tls_found has grown by 1, tls_not_found has not",
         )
+        # Handshakes are not of connections: this one may share an HBONE connection that stood.
+        self._counted(
+            {name: value for name, value in before.items() if "_cx_" in name},
+            "listener.0.0.0.0",
+            {f"{HBONE}.downstream_cx_total": 1, f"{HBONE}.downstream_cx_destroy": 1},
+            "one connection came in at 15008, and none at 15006",
+        )
+
+    def _counted(self, before: Stats, part: str, more: Stats, said: str) -> None:
+        """Claim that of these statistics just `more` has been added."""
+        wanted = {name: value + more.get(name, 0) for name, value in before.items()}
+        found = self.stats(WEB_API, part, lambda seen: wanted.items() <= seen.items())
+        self.claim(said, wanted.items() <= found.items())
 
     def _spelled(self, pod: str) -> list[str]:
         return [f"[{text}]:" if ":" in text else f"{text}:" for text in self.addresses(pod)]

@@ -36,6 +36,7 @@ from nodeagent.control import ControlServer, QueryError
 from nodeagent.descriptors import KeptDescriptors
 from nodeagent.flows import Recorder
 from nodeagent.identity import IdentityManager, Provider
+from nodeagent.observe.captured import captured
 from nodeagent.observe.graph import Place
 from nodeagent.podkeeper import PodKeeper, PodView
 from nodeagent.pods import Appeared, Change, NetnsHandle, Unusable
@@ -125,6 +126,7 @@ class Agent:
         self._identities: frozenset[SpiffeId] = frozenset()
         self._documents: SourceState | None = None
         self._applied: SourceState | None = None
+        self._watched: dict[str, str] = {}
         self._own = OwnStatus()
         self._own_at = -OWN_STATUS_SECONDS
         self._asking = asyncio.Lock()
@@ -136,6 +138,7 @@ class Agent:
         for pod in await self.parts.capture.recover():
             self._left.setdefault(reconcile.workload_of(pod.uid), []).append(pod.uid)
             log.info("pod of an earlier run found", pod=pod.uid, listening=pod.listening)
+        self.parts.flows.resume([uid for found in self._left.values() for uid in found])
 
     async def run(self, listening: socket.socket) -> None:
         """Work until cancelled. `listening` is the control socket."""
@@ -285,10 +288,18 @@ class Agent:
             if self._in_force is not None and acknowledged >= self._in_force:
                 for keeper in self._keepers.values():
                     keeper.permit()
+            self._watch()
             await self._ask()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self.progress_after(seen)
+
+    def _watch(self) -> None:
+        """Tell the recorder whose callers cannot pass by unseen."""
+        keepers = self._keepers.values()
+        if self.loaded.is_set() and all(keeper.settled.is_set() for keeper in keepers):
+            self._watched = captured(self._watched, self._views())
+            self.parts.flows.watch(self._watched)
 
     # --- what the parts call back ----------------------------------------------------------
 

@@ -39,7 +39,7 @@ from ztunnel import protocol
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 __all__ = [
     "ControlServer",
@@ -93,7 +93,7 @@ class ControlServer:
         before_snapshot: Callable[[frozenset[str]], Awaitable[None]],
         on_change: Callable[[], None],
         on_drained: Callable[[int], None],
-        on_flows: Callable[[Sequence[protocol.Flow]], None],
+        on_flows: Callable[[int, protocol.Flows], None],
         observe_seconds: Callable[[float], None],
         clock: Callable[[], float],
         first_version: int,
@@ -103,7 +103,8 @@ class ControlServer:
         `before_snapshot` is awaited once for each ztunnel, with the uids of the pods that it holds;
         it bounds its own time.
         `on_drained` is told of each ztunnel that has ended its drain, and how many connections it
-        had to cut. `on_flows` is given what any of them has counted of callers, and never waits.
+        had to cut. `on_flows` is given what any of them has counted of callers, and when that one
+        was started (`Hello.started`), and never waits.
         `first_version` must exceed every version that an earlier run can have used.
         `observe_seconds` is told how long each change took from its first part to its Ack.
         """

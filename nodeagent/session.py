@@ -22,7 +22,7 @@ from nodeagent.channel import Channel, close_all
 from ztunnel import protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 __all__ = ["Draining", "PodDescriptors", "Publisher", "QueryError", "Rejected", "Session"]
 
@@ -93,7 +93,7 @@ class Publisher(Protocol):
 
     clock: Callable[[], float]
     on_change: Callable[[], None]
-    on_flows: Callable[[Sequence[protocol.Flow]], None]
+    on_flows: Callable[[int, protocol.Flows], None]
     observe_seconds: Callable[[float], None]
     version: int
     state: published.State
@@ -287,7 +287,7 @@ class Session:
             elif isinstance(message, protocol.Query):
                 await self._send(self._answer(message))
             elif isinstance(message, protocol.Flows):
-                self._server.on_flows(message.flows)
+                self._server.on_flows(self.started, message)
             else:
                 raise protocol.ProtocolError(f"unexpected {type(message).__name__}")
 

@@ -155,7 +155,7 @@ class Daemon:
             self._upgrade.hand_over(int(pid) if pid.isdecimal() else 0)
             return b"{}"
         if what == "report":
-            await self._tell_flows()
+            await self._tell_flows(asked=True)
             return b"{}"
         if what == "stats":
             page = await self._stats(Asked(args.get("query", ""), ""))
@@ -213,8 +213,10 @@ class Daemon:
                     group.create_task(self._report()),
                 ]
                 await self._upgrade.over.wait()
+                # Nobody is let in behind the last report.
+                self._tunnel.drain()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._tell_flows(), LAST_REPORT_SECONDS)
+                    await asyncio.wait_for(self._tell_flows(last=True), LAST_REPORT_SECONDS)
                 for task in tasks:
                     task.cancel()
         if self._failure is not None:
@@ -280,10 +282,10 @@ class Daemon:
             await asyncio.sleep(REPORT_SECONDS)
             await self._tell_flows()
 
-    async def _tell_flows(self) -> None:
+    async def _tell_flows(self, *, asked: bool = False, last: bool = False) -> None:
         """Tell nodeagent who has called."""
         try:
-            await self._tunnel.flows.report(self._control.report)
+            await self._tunnel.flows.report(self._control.report, asked=asked, last=last)
         except Exception:  # noqa: BLE001 - a report lost must not end the tunnel
             _log.exception("callers could not be reported")
 

@@ -106,6 +106,17 @@ class Flow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
 
 
 class Flows(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t", tag="flows"):
-    """A portion of what was counted. Nothing is answered."""
+    """A portion of what was counted. Nothing is answered.
+
+    `number` counts what one process has told, from 1: where one is missing, what it told is lost.
+    With this message everything has been told that was counted from `since`, when the process began
+    to count, to `until`, seconds since the epoch; if there is `more`, not before the last portion.
+    `last`: the process ends, and has let nobody in since.
+    """
 
     flows: tuple[Flow, ...]
+    number: _Count
+    since: _Count
+    until: _Count
+    more: bool = False
+    last: bool = False

@@ -3,8 +3,9 @@
 This module owns that counting, beside the metrics' label sets, which know neither ports nor
 addresses. It promises that a connection costs nothing here (the core counts, and is read
 every REPORT_SECONDS), that what a decision has counted is told once and is not lost when the
-decision goes, and that it holds a bounded number of flows, of which one pod has a share: what finds
-no room is counted by pod and verdict. It may not judge, nor wait for nodeagent.
+decision goes, that it holds a bounded number of flows, of which one pod has a share (what finds no
+room is counted by pod and verdict), and that who is told can tell whether anything was lost on the
+way. It may not judge, nor wait for nodeagent.
 
 A flow is fed by decisions, as a label set is, and lives in the core as a series of its own, for as
 long as one of its decisions lives there. So the label set's numbers are its own and those of its
@@ -34,6 +35,10 @@ __all__ = ["REPORT_SECONDS", "FlowTable", "LiveFlow"]
 REPORT_SECONDS: Final = 5.0
 """Between two reports to nodeagent: what a crash loses. Reading a thousand flows takes less than
 ten milliseconds on a busy machine, in portions."""
+
+QUIET_SECONDS: Final = 30
+"""Between two reports while nothing is counted: they say that nobody called. Each is a write to
+nodeagent's disk, and after a crash the time since the last one counts as not recorded."""
 
 STILL_OPEN_SECONDS: Final = 60
 """Between two reports of a flow of which nothing moves, but connections are open."""
@@ -121,6 +126,13 @@ class FlowTable:
         self._untold_of: Counter[tuple[bool, str]] = Counter()
         self.folded = 0
         """Times that a flow found no room."""
+        self._since = int(wall())
+        self._number = 0
+        """Of the last message that was told."""
+        self._told = 0
+        """Until when everything has been told, seconds since the epoch."""
+        self._ended = False
+        self._telling = asyncio.Lock()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -181,14 +193,15 @@ class FlowTable:
 
     # --- what is told ---------------------------------------------------------------------------
 
-    async def collect(self) -> None:
-        """Look at all flows; the loop turns meanwhile."""
+    async def collect(self) -> int:
+        """Look at all flows, and return from when they are; the loop turns meanwhile."""
         now = int(self._wall())
         for count, flow in enumerate(list(self._live.values()), start=1):
             if count % PORTION == 0:
                 await asyncio.sleep(0)
             if flow.refs:
                 self._look(flow, now)
+        return now
 
     def _look(self, flow: LiveFlow, now: int) -> None:
         before, seen = flow.seen, self._counters(flow.number)
@@ -253,19 +266,42 @@ class FlowTable:
             tally.sent += flow.sent
             tally.carried, tally.settled = flow.carried, True
 
-    async def report(self, tell: Callable[[protocol.Flows], Awaitable[bool]]) -> None:
+    async def report(
+        self,
+        tell: Callable[[protocol.Flows], Awaitable[bool]],
+        *,
+        asked: bool = False,
+        last: bool = False,
+    ) -> None:
         """Tell what has been counted; what `tell` does not get through is kept for the next time.
+
+        Without anything to tell it is told that there is nothing, once in QUIET_SECONDS, when
+        somebody has `asked`, and at the end: `last`, after which nothing is told any more.
 
         May be cancelled at any point: then a portion that was on its way may be lost.
         """
-        await self.collect()
+        async with self._telling:
+            now = await self.collect()
+            quiet = not self._untold and 0 <= now - self._told < QUIET_SECONDS
+            if not self._ended and (not quiet or asked or last):
+                await self._tell(tell, now, last=last)
+
+    async def _tell(
+        self, tell: Callable[[protocol.Flows], Awaitable[bool]], now: int, *, last: bool
+    ) -> None:
         # One round: what is counted meanwhile waits for the next report.
-        for _ in range(1 + len(self._untold) // MAX_TOLD):
+        for left in reversed(range(1 + len(self._untold) // MAX_TOLD)):
             flows = self.take()
-            if not flows:
-                return
-            if not await tell(protocol.Flows(flows)):
+            more = bool(left and self._untold)
+            ends = last and not more
+            message = protocol.Flows(flows, self._number + 1, self._since, now, more, ends)
+            if not await tell(message):
                 self.give_back(flows)
+                return
+            self._number += 1
+            if not more:
+                self._told = now
+                self._ended = ends
                 return
 
 

@@ -19,7 +19,8 @@ connects, again and again with backoff, for as long as it lives.
    `commit` set. ztunnel applies nothing before `commit`, then all of it at once, drops what a reset
    did not name, and answers `Ack`. Later changes are `Update`s without `reset`.
 4. Either side may send `Query` at any time after `Welcome`; the other answers with `Answer`.
-5. ztunnel sends `Flows`, what it has counted of calls, every few seconds; nothing answers.
+5. ztunnel sends `Flows`, what it has counted of calls, every few seconds; nothing answers. They
+   are numbered, so that nodeagent knows from when to when it has heard everything.
 
 Two ztunnels
 ------------

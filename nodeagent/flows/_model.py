@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["SCHEMA", "Recorded", "Recording"]
+__all__ = ["SCHEMA", "Gap", "Recorded", "Recording"]
 
 SCHEMA: Final = 1
 """Raised when a field changes its meaning; readers refuse what they do not know."""
@@ -59,11 +59,23 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
         return not self.port
 
 
+class Gap(msgspec.Struct, frozen=True, kw_only=True):
+    """A time of which not everything is known, and the cause. Times are RFC 3339 in UTC."""
+
+    begin: datetime
+    until: datetime
+    cause: str
+
+
 class Recording(msgspec.Struct, frozen=True, kw_only=True):
     """The flows since a moment, the last seen first. Times are RFC 3339 in UTC.
 
     `oldest` is the hour from which on anything is kept, None if nothing is. `truncated`: there are
     more than fit an answer. `problem` says why recording does not work now.
+
+    Who was let in is recorded without a gap from `complete` up to `time`; None: there is one now.
+    `gaps` are those since `since`, and `down` is when no ztunnel ran, so that nobody was let in.
+    `watched` are the workloads that are captured, with since when that is known.
     """
 
     schema: int
@@ -74,3 +86,12 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     flows: tuple[Recorded, ...]
     truncated: bool = False
     problem: str = ""
+    complete: datetime | None = None
+    gaps: tuple[Gap, ...] = ()
+    down: tuple[Gap, ...] = ()
+    watched: dict[str, datetime] = {}
+
+    @property
+    def is_complete(self) -> bool:
+        """True where nobody can have called unrecorded since `since`, of who could be called."""
+        return not (self.gaps or self.truncated or self.complete is None)

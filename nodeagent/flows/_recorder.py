@@ -1,28 +1,30 @@
-"""The thread that writes recorded flows: takes batches, keeps the file, says what went wrong once.
+"""The thread that writes recorded flows: takes messages, keeps the file, says what went wrong once.
 
 This module owns the queue and the thread. It promises that `put` returns at once whatever the disk
 does, that what finds no room or cannot be written is counted, that an error is logged when it comes
-and when it has gone and not with every batch, and that no defect here ends more than recording. It
-may not know what flows mean.
+and when it has gone and not with every message, and that no defect here ends more than recording.
+It may not know what flows mean.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
 
 from nodeagent.flow_settings import Keep
+from nodeagent.flows._errors import StoreError
 from nodeagent.flows._model import SCHEMA, Recording
+from nodeagent.flows._reading import recording
 from nodeagent.flows._recent import Recent
-from nodeagent.flows._store import HOUR, FlowStore, StoreError, recording
-from ztunnel.protocol import Flow
+from nodeagent.flows._store import HOUR, FlowStore
+from ztunnel.protocol import Flows
 
 __all__ = ["Recorder", "RecorderStatus"]
 
@@ -55,8 +57,29 @@ class RecorderStatus(msgspec.Struct, frozen=True):
     problem: str
 
 
+class _Told(NamedTuple):
+    process: int
+    message: Flows
+
+
+class _Watch(NamedTuple):
+    """Who is captured. `going_on` are those that were all the time, None: whose pod is the same."""
+
+    pods: dict[str, str]
+    going_on: frozenset[str] | None
+
+
 class _Store(Protocol):
-    def add(self, flows: Sequence[Flow], /) -> None: ...
+    def add(self, process: int, message: Flows, /) -> None: ...
+
+    def retain(self, pods: Collection[str], /) -> None: ...
+
+    def watch(
+        self, pods: Mapping[str, str], going_on: Collection[str] | None, now: float, /
+    ) -> None: ...
+
+    @property
+    def files(self) -> int: ...
 
     def prune(self, now: float, /) -> None: ...
 
@@ -83,10 +106,12 @@ class Recorder:
         self._clock = clock
         self._store = store or FlowStore(path, keep)
         self._recent = Recent(wall())
-        self._queue: queue.SimpleQueue[Sequence[Flow] | threading.Event | None]
+        self._queue: queue.SimpleQueue[_Told | _Watch | threading.Event | None]
         self._queue = queue.SimpleQueue()
-        self._given = 0  # flows, by the thread that puts
-        self._taken = 0  # flows, by the thread that writes
+        self._before: frozenset[str] = frozenset()
+        self._watched: dict[str, str] | None = None
+        self._given = 0  # flows and messages, by the thread that puts
+        self._taken = 0  # the same, by the thread that writes
         self._dropped = 0  # by the thread that puts
         self._failed = 0  # by the thread that writes, as all below
         self._recorded = 0
@@ -94,6 +119,10 @@ class Recorder:
         self._problem = ""
         self._retry_at = 0.0
         self._pruned = -1
+        self._retained = False
+        self._now_watched: dict[str, str] = {}
+        self._watch: _Watch | None = None  # what is not written yet
+        self._files = 0
         self._thread = threading.Thread(target=self._run, name="flows", daemon=True)
 
     def start(self) -> None:
@@ -109,16 +138,35 @@ class Recorder:
         if self._thread.is_alive():
             log.warning("recorded flows did not drain", flows=self._given - self._taken)
 
-    def put(self, flows: Sequence[Flow]) -> None:
-        """Take a batch. Never blocks; one thread only."""
+    def put(self, process: int, message: Flows) -> None:
+        """Take what a process (by when it was started) has told. Never blocks; one thread only."""
         if not self.enabled:
             return
-        self._recent.add(flows, self._wall())
-        if self._given - self._taken + len(flows) > MAX_QUEUED:
-            self._dropped += len(flows)
+        self._recent.add(message.flows, self._wall())
+        size = 1 + len(message.flows)
+        if self._given - self._taken + size > MAX_QUEUED:
+            self._dropped += len(message.flows)
             return
-        self._given += len(flows)
-        self._queue.put(flows)
+        self._given += size
+        self._queue.put(_Told(process, message))
+
+    def resume(self, pods: Collection[str]) -> None:
+        """Say which pods have been found captured. Before `start`: of all others it is not known
+        whether they were captured all the time.
+        """
+        self._before = frozenset(pods)
+
+    def watch(self, pods: Mapping[str, str]) -> None:
+        """Say which workloads are captured, by the pod of each. Never blocks; as `put`.
+
+        Of those that are in it again, this is so all the time, also where the pod is another.
+        """
+        found = dict(pods)
+        if self.enabled and found != self._watched:
+            before = self._watched
+            going_on = None if before is None else frozenset(found.keys() & before.keys())
+            self._queue.put(_Watch(found, going_on))
+            self._watched = found
 
     @property
     def status(self) -> RecorderStatus:
@@ -169,39 +217,59 @@ class Recorder:
 
     def _run(self) -> None:
         # Once before anything is reported: what is over goes also on a node where nobody calls.
-        self._write(())
+        self._write(None)
         while True:
-            flows = self._queue.get()
-            if flows is None:
+            given = self._queue.get()
+            if given is None:
                 break
-            if isinstance(flows, threading.Event):
-                flows.set()
-                continue
-            self._write(flows)
-            self._taken += len(flows)
+            if isinstance(given, threading.Event):
+                given.set()
+            elif isinstance(given, _Watch):
+                self._now_watched = given.pods
+                # Where the one before is not written, what is in the file is older than that.
+                self._watch = given if self._watch is None else _Watch(given.pods, frozenset())
+                self._write(None)
+            else:
+                self._write(given)
+                self._taken += 1 + len(given.message.flows)
         self._store.close()
 
-    def _write(self, flows: Sequence[Flow]) -> None:
+    def _write(self, told: _Told | None) -> None:
+        flows = 0 if told is None else len(told.message.flows)
         if self._problem and self._clock() < self._retry_at:
-            self._failed += len(flows)
+            self._failed += flows
             return
         try:
             self._prune()
-            self._store.add(flows)
+            if told is not None:
+                self._store.add(told.process, told.message)
+            self._write_watch()
         except StoreError as error:
-            self._failed += len(flows)
             self._trouble(str(error))
+            self._failed += flows
         except Exception as error:
-            self._failed += len(flows)
             if not self._problem:
                 log.exception("a defect in recording flows")
             self._trouble(f"internal error ({type(error).__name__}): see the log")
+            self._failed += flows
         else:
-            self._recorded += len(flows)
+            self._recorded += flows
             self._bytes = self._store.bytes
             if self._problem:
                 self._problem = ""
                 log.info("flows are recorded again", file=str(self.path), lost=self._failed)
+
+    def _write_watch(self) -> None:
+        if not self._retained:
+            self._store.retain(self._before)
+            self._retained = True
+        if self._store.files != self._files:
+            # A new file knows of nobody.
+            self._files = self._store.files
+            self._watch = self._watch or _Watch(self._now_watched, frozenset())
+        if self._watch is not None:
+            self._store.watch(self._watch.pods, self._watch.going_on, self._wall())
+            self._watch = None
 
     def _prune(self) -> None:
         hour = int(self._wall()) // HOUR

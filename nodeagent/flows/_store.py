@@ -1,10 +1,10 @@
 """The file of recorded flows: an SQLite database of hourly sums.
 
 This module owns the tables, their bounds and how a broken file is dealt with. It promises that a
-batch is in the file whole or not at all, that the file stays below its size (the oldest hours give
-way), that one workload cannot fill it (MAX_OF_WORKLOAD), that it is 0600, and that a file which is
-no good is put aside, once, and a new one begun. It may not be used by two threads; `read` opens
-the file for itself, beside a writer or without one.
+message is in the file whole or not at all, and with it that it was heard (`_spans`), that the file
+stays below its size (the oldest hours give way), that one workload cannot fill it
+(MAX_OF_WORKLOAD), that it is 0600, and that instead of a file which is no good, or has been
+removed, a new one is begun. It may not be used by two threads, and leaves reading to `_reading`.
 
 Hourly sums, because what is asked are hours and days, and because an hour that is over can be
 dropped at once: its rows lie together.
@@ -17,20 +17,18 @@ import os
 import sqlite3
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
 import structlog
 
-from nodeagent.api import values
 from nodeagent.flow_settings import Keep
-from nodeagent.flows._model import SCHEMA, Recorded, Recording
-from ztunnel.protocol import Flow, FlowKey
+from nodeagent.flows import _spans
+from nodeagent.flows._errors import StoreError, UnusableError, told
+from ztunnel.protocol import Flow, FlowKey, Flows
 
-__all__ = ["FILE_NAME", "FlowStore", "StoreError", "read", "recording"]
+__all__ = ["BUSY_SECONDS", "CARRIED_BITS", "COLUMNS", "FILE_NAME", "HOUR", "VERSION", "FlowStore"]
 
 FILE_NAME: Final = "flows.db"
 BROKEN: Final = ".broken"
@@ -46,9 +44,6 @@ as one, so that they cannot push out what is remembered of others."""
 MAX_KNOWN: Final = 20_000
 """Flows whose number in the file is remembered: it saves a look for each report of each."""
 
-MAX_READ: Final = 50_000
-"""Flows of one answer, the last seen first: about 17 MB of JSON."""
-
 MAX_WAL_BYTES: Final = 32 * 1024 * 1024
 """Of the write-ahead log, usually a tenth of it. It grows while somebody reads and does not end."""
 
@@ -58,16 +53,13 @@ FULL: Final = 0.9
 BUSY_SECONDS: Final = 2.0
 """For another process's lock: only a reader that recovers the file after a crash takes one."""
 
-_VERSION: Final = 2
+VERSION: Final = 2
+CARRIED_BITS: Final = 40
+"""Of `carried`, which is read in one number with the hour: to have it of the first row alone."""
 _PAGE: Final = 4096
 _MEGABYTE: Final = 1024 * 1024
-_PRIMARY: Final = 0xFF
-"""Of an extended result code (sqlite.org/rescode.html)."""
-_NOT_OURS: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_MOST_SECONDS: Final = 1 << 40
-"""A number of seconds behind which no time is meant."""
 
-_COLUMNS: Final = (
+COLUMNS: Final = (
     "identity, source, workload, arrival, destination, address, reason, service, policy,"
     " port, allowed, outbound"
 )
@@ -79,7 +71,7 @@ CREATE TABLE flow (
     destination TEXT NOT NULL, address TEXT NOT NULL, reason TEXT NOT NULL,
     service TEXT NOT NULL, policy TEXT NOT NULL,
     port INTEGER NOT NULL, allowed INTEGER NOT NULL, outbound INTEGER NOT NULL,
-    UNIQUE ({_COLUMNS})
+    UNIQUE ({COLUMNS})
 ) STRICT;
 CREATE TABLE hourly (
     hour INTEGER NOT NULL, flow INTEGER NOT NULL,
@@ -88,12 +80,13 @@ CREATE TABLE hourly (
     received INTEGER NOT NULL, sent INTEGER NOT NULL, carried INTEGER NOT NULL,
     PRIMARY KEY (hour, flow)
 ) STRICT, WITHOUT ROWID;
-PRAGMA user_version = {_VERSION};
+{_spans.TABLES}
+PRAGMA user_version = {VERSION};
 """
 
-_MARKS: Final = ", ".join("?" * len(_COLUMNS.split(",")))
-_FIND: Final = f"SELECT id FROM flow WHERE ({_COLUMNS}) = ({_MARKS})"  # noqa: S608 - our own names
-_NEW: Final = f"INSERT INTO flow ({_COLUMNS}) VALUES ({_MARKS})"  # noqa: S608 - as above
+_MARKS: Final = ", ".join("?" * len(COLUMNS.split(",")))
+_FIND: Final = f"SELECT id FROM flow WHERE ({COLUMNS}) = ({_MARKS})"  # noqa: S608 - our own names
+_NEW: Final = f"INSERT INTO flow ({COLUMNS}) VALUES ({_MARKS})"  # noqa: S608 - as above
 _ADD: Final = """
 UPDATE hourly SET first = min(first, ?), last = max(last, ?), connections = connections + ?,
     most_open = max(most_open, ?), received = received + ?, sent = sent + ?
@@ -107,20 +100,6 @@ _OWNERS: Final = (
     "SELECT outbound, iif(outbound, workload, destination) AS owner, count(*) FROM hourly"
     " JOIN flow ON flow.id = hourly.flow WHERE hour = ? GROUP BY outbound, owner"
 )
-_BITS: Final = 40
-"""Of `carried` in one number with the hour, to take it from the first row alone."""
-_MOST_CARRIED: Final = (1 << _BITS) - 1
-_READ: Final = f"""
-SELECT {_COLUMNS}, min(first), max(last) AS seen, sum(connections), max(most_open),
-    sum(received), sum(sent), min(hour << {_BITS} | carried) & (1 << {_BITS}) - 1
-FROM hourly JOIN flow ON flow.id = hourly.flow
-WHERE hour >= ? AND last >= ? AND outbound <= ?
-GROUP BY flow.id ORDER BY seen DESC, flow.id LIMIT ?
-"""  # noqa: S608 - as above
-
-
-class StoreError(Exception):
-    """The file cannot be used now; the message says why, and what to do."""
 
 
 class FlowStore:
@@ -131,6 +110,10 @@ class FlowStore:
         self._keep = keep
         self._pages = keep.max_megabytes * _MEGABYTE // _PAGE
         self._connection: sqlite3.Connection | None = None
+        self._file = (0, 0)
+        """Device and inode of the file that is open."""
+        self.files = 0
+        """How many have been begun."""
         self._known: dict[FlowKey, int] = {}
         self._hour = -1
         self._of_workload: Counter[tuple[bool, str]] = Counter()
@@ -142,9 +125,17 @@ class FlowStore:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def add(self, flows: Sequence[Flow]) -> None:
-        """Add a batch: all of it, or nothing."""
-        self._do(lambda: self._add_all(flows))
+    def add(self, process: int, message: Flows) -> None:
+        """Add what a process has told: all of it, or nothing."""
+        self._do(lambda: self._add_all(process, message))
+
+    def retain(self, pods: Collection[str]) -> None:
+        """Forget who was captured, but for these pods: of others it is not known any more."""
+        self._do(lambda: self._watched(lambda: _spans.retain(self._open, pods)))
+
+    def watch(self, pods: Mapping[str, str], going_on: Collection[str] | None, now: float) -> None:
+        """Remember which workloads are captured at `now`: as `_spans.watch`."""
+        self._do(lambda: self._watched(lambda: _spans.watch(self._open, pods, going_on, int(now))))
 
     def prune(self, now: float) -> None:
         """Drop the hours that are over.
@@ -152,7 +143,7 @@ class FlowStore:
         Those of a future stay: it is this clock that is wrong, on a machine that boots without one.
         """
         oldest = int(now) // HOUR - self._keep.retention_hours
-        self._do(lambda: self._drop("hour < ?", oldest))
+        self._do(lambda: self._drop(oldest))
 
     @property
     def bytes(self) -> int:
@@ -166,17 +157,27 @@ class FlowStore:
         """Open the file and do `work`; begin a new file, once, if this one is no good."""
         for attempt in (1, 2):
             try:
-                with _told(self.path):
+                with told(self.path):
+                    if self._connection is not None and not self._is_there():
+                        self.close()
                     if self._connection is None:
                         self._connection = self._opened()
                     work()
                     return
-            except _UnusableError as error:
+            except UnusableError as error:
                 self.close()
                 if attempt == 1:
                     self._put_aside(error)
                 else:
                     raise StoreError(f"{self.path} {error}") from None
+
+    def _is_there(self) -> bool:
+        """Return whether the file that is open is still the one of this name."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self._file
 
     @property
     def _open(self) -> sqlite3.Connection:
@@ -191,16 +192,17 @@ class FlowStore:
             descriptor = os.open(self.path, flags, 0o600)
         except OSError as error:
             if self.path.is_symlink():
-                raise _UnusableError("is a link, and none is followed here") from None
+                raise UnusableError("is a link, and none is followed here") from None
             raise StoreError(f"{self.path}: {error.strerror}") from error
         try:
             found = os.fstat(descriptor)
         finally:
             os.close(descriptor)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-            raise _UnusableError("is not a file of this program's user")
+            raise UnusableError("is not a file of this program's user")
         if found.st_mode & 0o077:
             self.path.chmod(0o600)
+        self._file = (found.st_dev, found.st_ino)
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             self._prepare(connection)
@@ -211,8 +213,8 @@ class FlowStore:
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _VERSION):
-            raise _UnusableError(f"is of another release (form {version}, this one has {_VERSION})")
+        if version not in (0, VERSION):
+            raise UnusableError(f"is of another release (form {version}, this one has {VERSION})")
         for pragma in (
             f"page_size = {_PAGE}",
             # What is dropped makes the file smaller.
@@ -228,13 +230,14 @@ class FlowStore:
             connection.execute(f"PRAGMA {pragma}")
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise _UnusableError(f"is damaged: {found}")
+            raise UnusableError(f"is damaged: {found}")
         if version == 0:
             if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-                raise _UnusableError("is a database of something else")
+                raise UnusableError("is a database of something else")
             connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
+            self.files += 1
 
-    def _put_aside(self, reason: _UnusableError) -> None:
+    def _put_aside(self, reason: UnusableError) -> None:
         """Move the file away, in the place of the one that was moved before."""
         aside = Path(f"{self.path}{BROKEN}")
         try:
@@ -261,12 +264,18 @@ class FlowStore:
 
     # --- writing --------------------------------------------------------------------------------
 
-    def _add_all(self, flows: Sequence[Flow]) -> None:
+    def _add_all(self, process: int, message: Flows) -> None:
         self._check_log()
         self._make_room()
         with self._transaction():
-            for flow in flows:
+            for flow in message.flows:
                 self._add(flow)
+            _spans.heard(self._open, process, message)
+
+    def _watched(self, work: Callable[[], None]) -> None:
+        self._check_log()
+        with self._transaction():
+            work()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -284,7 +293,7 @@ class FlowStore:
     def _add(self, flow: Flow) -> None:
         hour = flow.last // HOUR
         numbers = (flow.first, flow.last, flow.connections, flow.open, flow.received, flow.sent)
-        carried = min(flow.carried, _MOST_CARRIED)
+        carried = min(flow.carried, (1 << CARRIED_BITS) - 1)
         key = flow.key
         number = self._number(key)
         if number is not None and self._added(numbers, hour, number):
@@ -331,7 +340,7 @@ class FlowStore:
             first, last = self._open.execute("SELECT min(hour), max(hour) FROM hourly").fetchone()
             if first == last:
                 return
-            self._drop("hour = ?", first)
+            self._drop(first + 1)
 
     def _used(self) -> float:
         pages, free = (
@@ -340,13 +349,15 @@ class FlowStore:
         )
         return float((pages - free) / self._pages)
 
-    def _drop(self, condition: str, hour: int) -> None:
+    def _drop(self, oldest: int) -> None:
+        """Drop the hours before `oldest`, and that they were recorded."""
         connection = self._open
         with self._transaction():
-            gone = connection.execute(f"DELETE FROM hourly WHERE {condition}", (hour,)).rowcount  # noqa: S608 - our own text
+            gone = connection.execute("DELETE FROM hourly WHERE hour < ?", (oldest,)).rowcount
             if gone:
                 connection.execute("DELETE FROM flow WHERE id NOT IN (SELECT flow FROM hourly)")
                 self._forget()
+            _spans.forget(connection, oldest * HOUR)
         if gone:
             # As a script: it is done in steps without rows, of which `execute` takes one.
             connection.executescript("PRAGMA incremental_vacuum")
@@ -355,111 +366,6 @@ class FlowStore:
         """Forget what was known of the file's rows: they may be others now."""
         self._known.clear()
         self._hour = -1
-
-
-def recording(path: Path, node: str, now: float, age: int, *, outbound: bool = False) -> Recording:
-    """Return what was seen in the last `age` seconds, as it is published. Raises StoreError.
-
-    `now` is seconds since the epoch. With `outbound`, what the workloads of the node called is in
-    it, too.
-    """
-    since = max(0.0, now - age)
-    found, oldest = read(path, since, outbound=outbound)
-    return Recording(
-        schema=SCHEMA,
-        node=node,
-        time=datetime.fromtimestamp(now, UTC),
-        since=datetime.fromtimestamp(since, UTC),
-        oldest=None if oldest is None else datetime.fromtimestamp(oldest, UTC),
-        flows=tuple(found[:MAX_READ]),
-        truncated=len(found) > MAX_READ,
-    )
-
-
-def read(
-    path: Path, since: float, most: int = MAX_READ, *, outbound: bool = False
-) -> tuple[list[Recorded], float | None]:
-    """Return the flows last seen at `since` or later, and the oldest hour that is kept.
-
-    Times are seconds since the epoch. One flow more than `most` shows that there are more.
-    Raises StoreError. Nothing is changed: the file may be somebody else's, or a copy.
-    """
-    if not path.is_file():
-        raise StoreError(f"{path}: no such file: nothing has been recorded there")
-    since = min(max(since, 0), _MOST_SECONDS)
-    try:
-        with _told(path), contextlib.closing(_reader(path)) as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version != _VERSION:
-                raise StoreError(
-                    f"{path}: no recording of this release (form {version}); of a copy, "
-                    f"{path.name}-wal is a part"
-                )
-            asked = (int(since) // HOUR, int(since), outbound, most + 1)
-            rows = connection.execute(_READ, asked).fetchall()
-            oldest = connection.execute("SELECT min(hour) FROM hourly").fetchone()[0]
-            found = [_recorded(row) for row in rows]
-            kept = None if oldest is None else _moment(oldest * HOUR).timestamp()
-    except _UnusableError as error:
-        raise StoreError(f"{path}: {error}") from None
-    except (ValueError, OverflowError):
-        raise StoreError(f"{path}: is damaged: it holds what no flow is") from None
-    return found, kept
-
-
-def _reader(path: Path) -> sqlite3.Connection:
-    # Without its log there is nobody who writes, and then nothing need be made beside the file.
-    alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
-    name = f"file:{quote(os.path.realpath(path))}?mode=ro{alone}"
-    return sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None, uri=True)
-
-
-def _recorded(row: tuple[object, ...]) -> Recorded:
-    """Return a row. Raises ValueError or OverflowError if it is none that was written here."""
-    texts, numbers = map(_text, row[:9]), map(_int, row[9:])
-    identity, source, workload, arrival, destination, address, reason, service, policy = texts
-    port, allowed, outbound, first, last, connections, most_open, received, sent, carried = numbers
-    return Recorded(
-        identity=identity,
-        source=source,
-        workload=workload,
-        arrival=arrival,
-        destination=destination,
-        address=address,
-        port=values.port(port) if port else 0,
-        allowed=bool(allowed),
-        reason=reason,
-        first=_moment(first),
-        last=_moment(last),
-        connections=connections,
-        most_open=most_open,
-        received=received,
-        sent=sent,
-        carried=carried,
-        outbound=bool(outbound),
-        service=service,
-        policy=policy,
-    )
-
-
-def _moment(seconds: int) -> datetime:
-    try:
-        return datetime.fromtimestamp(seconds, UTC)
-    except OSError as error:
-        raise OverflowError from error
-
-
-def _int(value: object) -> int:
-    if not isinstance(value, int):
-        raise ValueError(value)  # noqa: TRY004 - of a file, not of a caller
-    return value
-
-
-def _text(value: object) -> str:
-    # Whatever else is in a name would have its way with a terminal.
-    if not isinstance(value, str) or not value.isprintable():
-        raise ValueError(value)
-    return value
 
 
 def _row(key: FlowKey) -> tuple[str | int, ...]:
@@ -473,25 +379,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-class _UnusableError(Exception):
-    """What lies there is no file of recorded flows, or no longer; the message ends "PATH …"."""
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the system into ours."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY
-        if code in _NOT_OURS:
-            raise _UnusableError(f"is damaged: {error}") from None
-        if code == sqlite3.SQLITE_FULL:
-            raise StoreError(
-                f"{path}: no room: the disk is full, or flows.max_megabytes is too small"
-            ) from error
-        raise StoreError(f"{path}: {error}") from error
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror or error}") from error

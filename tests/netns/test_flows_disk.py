@@ -12,17 +12,18 @@ import pytest
 pytestmark = pytest.mark.netns
 
 CHILD = """
-import json, sys, time
+import itertools, json, sys, time
 sys.path[:0] = {path!r}
 from pathlib import Path
 from nodeagent.flow_settings import Keep
 from nodeagent.flows import Recorder, read
 from nodeagent.flows import _recorder
 from support.netns import wait_until
-from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 _recorder.RETRY_SECONDS = 0
 here, ballast = Path({folder!r}) / "flows.db", Path({folder!r}) / "ballast"
+numbers, began = itertools.count(1), int(time.time())
 recorder = Recorder(here, Keep(), time.time, time.monotonic)
 
 def put(count, destination):
@@ -30,7 +31,8 @@ def put(count, destination):
     key = lambda n: FlowKey("", f"10.0.{{n // 250}}.{{n % 250}}", "", Arrival.HBONE, destination,
                             "10.1.0.1", 80, True)
     before = recorder.status
-    recorder.put([Flow(key(n), now, now, 1, 0, 0, 0) for n in range(count)])
+    flows = tuple(Flow(key(n), now, now, 1, 0, 0, 0) for n in range(count))
+    recorder.put(1, Flows(flows, next(numbers), began, now))
     wait_until(lambda: recorder.status.recorded + recorder.status.lost
                == before.recorded + before.lost + count, "the batch is dealt with")
     return recorder.status.problem

@@ -30,7 +30,7 @@ class Harness:
         server: control.ControlServer,
         path: Path,
         seconds: list[float],
-        flows: list[protocol.Flow],
+        flows: list[tuple[int, protocol.Flows]],
     ) -> None:
         self.server = server
         self.path = path
@@ -81,14 +81,14 @@ async def serving(tmp_path: Path) -> AsyncIterator[Harness]:
         harness.asked.append(held)
         await harness.gate.wait()
 
-    flows: list[protocol.Flow] = []
+    flows: list[tuple[int, protocol.Flows]] = []
     server = control.ControlServer(
         SETTINGS,
         on_held=on_held,
         before_snapshot=before_snapshot,
         on_change=on_change,
         on_drained=on_drained,
-        on_flows=flows.extend,
+        on_flows=lambda process, message: flows.append((process, message)),
         observe_seconds=seconds.append,
         clock=time.monotonic,
         first_version=100,

@@ -81,13 +81,14 @@ def test_what_a_ztunnel_has_counted_is_handed_on_and_not_answered(tmp_path: Path
     counted = protocol.Flow(key, 10, 20, 3, 1, 100, 200)
 
     async def test(h: Harness) -> None:
-        channel = await h.greeted()
-        await channel.send(protocol.Flows((counted, counted)))
+        channel = await h.greeted(started=7)
+        message = protocol.Flows((counted, counted), 1, 10, 20)
+        await channel.send(message)
         await channel.send(protocol.Query(1, "anything"))
         answer = (await channel.receive()).message
         assert isinstance(answer, protocol.Answer)
         assert answer.id == 1
-        assert h.flows == [counted, counted]
+        assert h.flows == [(7, message)]
         channel.close()
 
     run(test, tmp_path)
@@ -104,7 +105,7 @@ def test_counts_that_no_table_holds_end_the_conversation(
 
     async def test(h: Harness) -> None:
         channel = await h.greeted()
-        await channel.send(protocol.Flows((counted,)))
+        await channel.send(protocol.Flows((counted,), 1, 10, 20))
         with pytest.raises(Closed):
             await channel.receive()
         assert h.flows == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nodeagent.flow_settings import Keep
 from nodeagent.flows import Recorder, _recent, _recorder
 from nodeagent.flows._recent import RECENT_SECONDS, SLICE_SECONDS, Recent
-from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 NOW = 1_700_000_000 // 3600 * 3600
 KEY = FlowKey("", "10.0.0.9", "shop/web", Arrival.PLAINTEXT, "shop/db", "10.0.0.1", 80, True)
@@ -141,12 +141,23 @@ def test_a_short_window_is_told_from_memory_and_a_long_one_from_the_file(tmp_pat
     clock = [NOW + 10]
     first = recorder(tmp_path, clock)
     first.start()
-    first.put([told(NOW + 10, 4), told(NOW + 10, 1, outbound=True)])
+    first.put(
+        1,
+        Flows(
+            (
+                told(NOW + 10, 4),
+                told(NOW + 10, 1, outbound=True),
+            ),
+            1,
+            NOW,
+            NOW,
+        ),
+    )
     first.stop(10)
     clock[0] = NOW + 3000
     again = recorder(tmp_path, clock)
     again.start()
-    again.put([told(NOW + 3000, 2)])
+    again.put(1, Flows((told(NOW + 3000, 2),), 1, NOW, NOW))
     try:
         short = again.seen("n", 300)
         assert [each.connections for each in short.flows] == [2]
@@ -162,6 +173,6 @@ def test_a_short_window_is_told_from_memory_and_a_long_one_from_the_file(tmp_pat
 
 def test_where_nothing_is_to_be_recorded_nothing_is_kept(tmp_path: Path) -> None:
     quiet = recorder(tmp_path, [NOW], retention_hours=0)
-    quiet.put([told(NOW)])
+    quiet.put(1, Flows((told(NOW),), 1, NOW, NOW))
     found = quiet.seen("n", 60)
     assert (found.flows, found.problem) == ((), _recorder.OFF)

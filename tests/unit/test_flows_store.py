@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 
 from nodeagent.flow_settings import Keep
 from nodeagent.flows import FlowStore, Recorded, StoreError, _store, read
-from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 HOUR = 3600
 NOW = 1_700_000_000 // HOUR * HOUR
@@ -46,6 +46,10 @@ def store(tmp_path: Path, **keep: int) -> FlowStore:
     return FlowStore(tmp_path / "flows.db", Keep(**keep))
 
 
+def add(kept: FlowStore, flows: Sequence[Flow]) -> None:
+    kept.add(1, Flows(tuple(flows), 1, NOW, NOW))
+
+
 def everything(path: Path) -> list[Recorded]:
     return read(path, 0)[0]
 
@@ -59,8 +63,8 @@ def connections(path: Path) -> int:
 
 def test_reports_of_one_caller_add_up_over_hours(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow(connections=2, open_now=3)])
-    kept.add([flow(NOW + 60, 5, open_now=1), flow(NOW + HOUR, 1)])
+    add(kept, [flow(connections=2, open_now=3)])
+    add(kept, [flow(NOW + 60, 5, open_now=1), flow(NOW + HOUR, 1)])
     kept.close()
     assert everything(kept.path) == [
         Recorded(
@@ -85,7 +89,7 @@ def test_reports_of_one_caller_add_up_over_hours(tmp_path: Path) -> None:
 
 def test_a_time_leaves_out_what_was_last_seen_before(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow(NOW, 4), flow(NOW + 5 * HOUR, 7), flow(NOW, 1, port=80)])
+    add(kept, [flow(NOW, 4), flow(NOW + 5 * HOUR, 7), flow(NOW, 1, port=80)])
     found, oldest = read(kept.path, NOW + HOUR)
     kept.close()
     assert [(each.port, each.connections) for each in found] == [(5432, 7)]
@@ -110,7 +114,7 @@ def test_a_time_leaves_out_what_was_last_seen_before(tmp_path: Path) -> None:
 )
 def test_whatever_differs_is_another_flow(tmp_path: Path, difference: dict[str, Any]) -> None:
     kept = store(tmp_path)
-    kept.add([flow(), flow(**difference)])
+    add(kept, [flow(), flow(**difference)])
     kept.close()
     assert len(everything(kept.path)) == 2
 
@@ -123,7 +127,7 @@ def test_what_was_called_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
         "service": "db.shop.svc",
         "policy": "p",
     }
-    kept.add([flow(), flow(connections=4, **there)])
+    add(kept, [flow(), flow(connections=4, **there)])
     kept.close()
     assert [each.outbound for each in everything(kept.path)] == [False]
     found, _ = read(kept.path, 0, outbound=True)
@@ -133,10 +137,10 @@ def test_what_was_called_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
 
 def test_what_was_open_before_is_that_of_the_first_hour(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow(connections=4, open_now=2)])
-    kept.add([msgspec.structs.replace(flow(NOW + HOUR, 1, open_now=3), carried=2)])
-    kept.add([msgspec.structs.replace(flow(NOW + HOUR + 5, 0, open_now=3), carried=3)])
-    kept.add([msgspec.structs.replace(flow(NOW + 2 * HOUR, 0, open_now=1), carried=3)])
+    add(kept, [flow(connections=4, open_now=2)])
+    add(kept, [msgspec.structs.replace(flow(NOW + HOUR, 1, open_now=3), carried=2)])
+    add(kept, [msgspec.structs.replace(flow(NOW + HOUR + 5, 0, open_now=3), carried=3)])
+    add(kept, [msgspec.structs.replace(flow(NOW + 2 * HOUR, 0, open_now=1), carried=3)])
     found = [read(kept.path, since)[0][0] for since in (0, NOW + HOUR, NOW + 2 * HOUR)]
     kept.close()
     assert [(each.connections, each.carried) for each in found] == [(5, 0), (1, 2), (0, 3)]
@@ -145,7 +149,7 @@ def test_what_was_open_before_is_that_of_the_first_hour(tmp_path: Path) -> None:
 def test_a_restart_goes_on(tmp_path: Path) -> None:
     for _ in range(3):
         kept = store(tmp_path)
-        kept.add([flow()])
+        add(kept, [flow()])
         kept.close()
     assert connections(tmp_path / "flows.db") == 3
 
@@ -154,7 +158,7 @@ def test_the_file_is_for_its_owner_only(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         kept = store(tmp_path / "made")
-        kept.add([flow()])
+        add(kept, [flow()])
         files = sorted(kept.path.parent.iterdir())
         assert [file.name for file in files] == ["flows.db", "flows.db-shm", "flows.db-wal"]
         assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
@@ -166,7 +170,7 @@ def test_the_file_is_for_its_owner_only(tmp_path: Path) -> None:
 
 def test_it_can_be_read_beside_its_writer_and_without_one(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow()])
+    add(kept, [flow()])
     assert connections(kept.path) == 1
     kept.close()
     assert connections(kept.path) == 1
@@ -175,7 +179,7 @@ def test_it_can_be_read_beside_its_writer_and_without_one(tmp_path: Path) -> Non
 
 def test_a_copy_of_all_its_files_can_be_read_and_half_of_one_says_so(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow()])
+    add(kept, [flow()])
     whole, half = tmp_path / "whole", tmp_path / "half"
     for folder, names in ((whole, ("flows.db", "flows.db-wal")), (half, ("flows.db",))):
         folder.mkdir()
@@ -189,7 +193,7 @@ def test_a_copy_of_all_its_files_can_be_read_and_half_of_one_says_so(tmp_path: P
 
 def test_an_answer_is_bounded_and_shows_that_there_is_more(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow(NOW + port, port=port) for port in range(1, 6)])
+    add(kept, [flow(NOW + port, port=port) for port in range(1, 6)])
     found, _ = read(kept.path, 0, most=2)
     kept.close()
     assert [each.port for each in found] == [5, 4, 3]
@@ -200,7 +204,7 @@ def test_an_answer_is_bounded_and_shows_that_there_is_more(tmp_path: Path) -> No
 
 def test_hours_that_are_over_are_dropped(tmp_path: Path) -> None:
     kept = store(tmp_path, retention_hours=3)
-    kept.add([flow(NOW - hours * HOUR, port=hours + 1) for hours in range(6)])
+    add(kept, [flow(NOW - hours * HOUR, port=hours + 1) for hours in range(6)])
     kept.prune(NOW)
     assert sorted(each.port for each in everything(kept.path)) == [1, 2, 3, 4]
     rows = kept._open.execute("SELECT count(*) FROM flow").fetchone()
@@ -210,7 +214,7 @@ def test_hours_that_are_over_are_dropped(tmp_path: Path) -> None:
 
 def test_a_clock_that_begins_in_1970_loses_nothing(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow()])
+    add(kept, [flow()])
     kept.prune(60)
     kept.close()
     assert connections(kept.path) == 1
@@ -219,7 +223,7 @@ def test_a_clock_that_begins_in_1970_loses_nothing(tmp_path: Path) -> None:
 def test_a_file_that_is_nearly_full_drops_its_oldest_hours(tmp_path: Path) -> None:
     kept = store(tmp_path, max_megabytes=1)
     for hour in range(20):
-        kept.add([flow(NOW + hour * HOUR, source=f"10.0.{hour}.{n}") for n in range(250)])
+        add(kept, [flow(NOW + hour * HOUR, source=f"10.0.{hour}.{n}") for n in range(250)])
         assert kept.path.stat().st_size <= 1024 * 1024
     hours = {each.first for each in everything(kept.path)}
     kept.close()
@@ -230,12 +234,12 @@ def test_a_file_that_is_nearly_full_drops_its_oldest_hours(tmp_path: Path) -> No
 
 def test_a_batch_that_does_not_fit_is_refused_whole_and_the_next_is_taken(tmp_path: Path) -> None:
     kept = store(tmp_path, max_megabytes=1)
-    kept.add([flow()])
+    add(kept, [flow()])
     large = [flow(identity=f"spiffe://x/{n:0500}", destination=f"a/{n}") for n in range(3000)]
     with pytest.raises(StoreError, match="no room"):
-        kept.add(large)
+        add(kept, large)
     assert connections(kept.path) == 1
-    kept.add([flow()])
+    add(kept, [flow()])
     assert connections(kept.path) == 2
     kept.close()
 
@@ -243,11 +247,11 @@ def test_a_batch_that_does_not_fit_is_refused_whole_and_the_next_is_taken(tmp_pa
 def test_a_smaller_size_makes_the_file_smaller(tmp_path: Path) -> None:
     kept = store(tmp_path, max_megabytes=4)
     for hour in range(20):
-        kept.add([flow(NOW + hour * HOUR, source=f"10.0.{hour}.{n}") for n in range(400)])
+        add(kept, [flow(NOW + hour * HOUR, source=f"10.0.{hour}.{n}") for n in range(400)])
     kept.close()
     assert kept.path.stat().st_size > 3 * 512 * 1024
     smaller = store(tmp_path, max_megabytes=1)
-    smaller.add([flow(NOW + 20 * HOUR)])
+    add(smaller, [flow(NOW + 20 * HOUR)])
     smaller.close()
     assert smaller.path.stat().st_size <= 1024 * 1024
     assert connections(smaller.path) > 400
@@ -258,12 +262,12 @@ def test_callers_of_one_workload_beyond_its_share_are_counted_as_one(
 ) -> None:
     monkeypatch.setattr(_store, "MAX_OF_WORKLOAD", 3)
     kept = store(tmp_path)
-    kept.add([flow(port=port, connections=port) for port in range(1, 7)])
-    kept.add([flow(port=1, connections=10), flow(destination="shop/quiet", port=7)])
+    add(kept, [flow(port=port, connections=port) for port in range(1, 7)])
+    add(kept, [flow(port=1, connections=10), flow(destination="shop/quiet", port=7)])
     kept.close()
     # After a restart too, in the same hour.
     kept = store(tmp_path)
-    kept.add([flow(port=8), flow(NOW + HOUR, port=9)])
+    add(kept, [flow(port=8), flow(NOW + HOUR, port=9)])
     kept.close()
     found = {(each.destination, each.port): each.connections for each in everything(kept.path)}
     assert found == {
@@ -284,20 +288,20 @@ def test_a_reader_that_does_not_end_stops_recording_and_not_the_disk(
     monkeypatch.setattr(_store, "MAX_WAL_BYTES", 100_000)
     monkeypatch.setattr(_store, "BUSY_SECONDS", 0.1)
     kept = store(tmp_path)
-    kept.add([flow()])
+    add(kept, [flow()])
     reader = sqlite3.connect(kept.path, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM flow").fetchone()
 
     def fill() -> None:
         for number in range(1000):
-            kept.add([flow(port=number)])
+            add(kept, [flow(port=number)])
 
     with pytest.raises(StoreError, match="somebody reads it"):
         fill()
     assert kept.bytes < 400_000
     reader.close()
-    kept.add([flow(port=1001)])
+    add(kept, [flow(port=1001)])
     kept.close()
 
 
@@ -343,13 +347,13 @@ def test_a_file_that_cannot_be_used_is_put_aside_and_a_new_one_begun(
     tmp_path: Path, harm: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = store(tmp_path)
-    kept.add([flow(source=f"10.0.1.{n}") for n in range(200)])
+    add(kept, [flow(source=f"10.0.1.{n}") for n in range(200)])
     kept.close()
     harm(kept.path)
     capsys.readouterr()
     again = store(tmp_path)
-    again.add([flow()])
-    again.add([flow()])
+    add(again, [flow()])
+    add(again, [flow()])
     again.close()
     assert connections(again.path) == 2
     aside = again.path.with_name("flows.db.broken")
@@ -359,13 +363,13 @@ def test_a_file_that_cannot_be_used_is_put_aside_and_a_new_one_begun(
 
 def test_damage_while_it_is_open_is_found_and_costs_one_batch_at_most(tmp_path: Path) -> None:
     kept = store(tmp_path)
-    kept.add([flow(source=f"10.0.1.{n}") for n in range(250)])
+    add(kept, [flow(source=f"10.0.1.{n}") for n in range(250)])
     kept._open.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     damage_header(kept.path)
     # What it has read of the file stays with it; another cannot open it.
     kept.close()
     other = store(tmp_path)
-    other.add([flow()])
+    add(other, [flow()])
     other.close()
     assert connections(other.path) == 1
 
@@ -373,10 +377,10 @@ def test_damage_while_it_is_open_is_found_and_costs_one_batch_at_most(tmp_path: 
 def test_only_the_last_broken_file_is_kept(tmp_path: Path) -> None:
     for _ in range(3):
         kept = store(tmp_path)
-        kept.add([flow()])
+        add(kept, [flow()])
         kept.close()
         damage_header(kept.path)
-    store(tmp_path).add([flow()])
+    add(store(tmp_path), [flow()])
     assert sorted(file.name for file in tmp_path.iterdir() if "broken" in file.name) == [
         "flows.db.broken"
     ]
@@ -385,7 +389,7 @@ def test_only_the_last_broken_file_is_kept(tmp_path: Path) -> None:
 def test_a_directory_in_its_place_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "flows.db").mkdir()
     with pytest.raises(StoreError, match=r"flows\.db"):
-        store(tmp_path).add([flow()])
+        add(store(tmp_path), [flow()])
 
 
 @pytest.mark.parametrize("harm", [damage_header, another_release, something_else])
@@ -393,7 +397,7 @@ def test_reading_what_is_no_recording_says_so_and_changes_nothing(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     kept = store(tmp_path)
-    kept.add([flow()])
+    add(kept, [flow()])
     kept.close()
     harm(kept.path)
     before = kept.path.read_bytes()
@@ -418,7 +422,7 @@ def test_reading_what_is_no_recording_says_so_and_changes_nothing(
 )
 def test_reading_what_no_flow_is_says_so(tmp_path: Path, change: str) -> None:
     kept = store(tmp_path)
-    kept.add([flow()])
+    add(kept, [flow()])
     kept.close()
     with contextlib.closing(sqlite3.connect(kept.path)) as connection:
         connection.execute(f"UPDATE {change}")
@@ -438,20 +442,20 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from nodeagent.flow_settings import Keep
 from nodeagent.flows import FlowStore
-from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 store = FlowStore(Path({file!r}), Keep())
 number = 0
 while True:
     # Three of a batch belong together.
-    store.add([
+    store.add(1, Flows(tuple(
         Flow(
             FlowKey("", f"10.0.{{number // 250 % 250}}.{{number % 250}}", "", Arrival.HBONE,
                     f"a/{{each}}", "10.1.0.1", 80, True),
             {now}, {now}, 1, 0, 0, 0,
         )
         for each in range(3)
-    ])
+    ), number + 1, {now}, {now} + number))
     number += 1
     print(number, flush=True)
 """
@@ -473,7 +477,7 @@ def test_a_kill_in_the_middle_of_a_write_loses_no_batch_that_was_done(
         writer.send_signal(signal.SIGKILL)
         done = max([done, *map(int, writer.stdout.read().split(b"\n")[:-1])])
     kept = FlowStore(file, Keep())
-    kept.add([])
+    add(kept, [])
     assert not file.with_name("flows.db.broken").exists()
     by_workload = {f"a/{each}": 0 for each in range(3)}
     for each in everything(file):

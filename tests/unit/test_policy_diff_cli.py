@@ -20,7 +20,7 @@ from nodeagent.cli import cli
 from nodeagent.flow_settings import Keep
 from nodeagent.flows import SCHEMA, FlowStore, Recording, recording
 from ztunnel import protocol
-from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 MESH = """\
 apiVersion: networking.istio.io/v1
@@ -89,7 +89,8 @@ def store(tmp_path: Path, *keys: FlowKey, ago: int = 60, name: str = "flows.db")
     """Record three connections of each, so many seconds ago."""
     at = int(time.time()) - ago
     kept = FlowStore(tmp_path / name, Keep())
-    kept.add([Flow(key, at, at, 3, 0, 10, 20) for key in keys])
+    flows = tuple(Flow(key, at, at, 3, 0, 10, 20) for key in keys)
+    kept.add(1, Flows(flows, 1, at, at))
     kept.close()
     return name
 

@@ -418,3 +418,66 @@ def test_places_are_given_back() -> None:
     assert (len(table), table.folded) == (0, 0)
     assert set(core.series) == {series.number}
     core.close()
+
+
+# --- what is known to have been told ------------------------------------------------------------
+
+
+def messages(table: tables.FlowTable, *, heard: bool = True, **how: bool) -> list[Flows]:
+    found: list[Flows] = []
+
+    async def tell(message: Flows) -> bool:
+        found.append(message)
+        return heard
+
+    asyncio.run(table.report(tell, **how))
+    return found
+
+
+def test_reports_are_numbered_and_say_until_when_all_has_been_told(rig: Rig) -> None:
+    table = rig.tunnel.flows
+    series = rig.core.answer_to(rig.inbound("203.0.113.7")).series
+    (first,) = messages(table)
+    assert (first.number, first.since, first.until, first.flows) == (1, NOW, NOW, ())
+    rig.wall += 5
+    count(rig.core, series, opened=1, closed=1)
+    # What did not get through keeps its number.
+    (lost,) = messages(table, heard=False)
+    (again,) = messages(table)
+    assert (lost.number, again.number) == (2, 2)
+    assert (again.since, again.until, again.more, again.last) == (NOW, NOW + 5, False, False)
+    assert len(again.flows) == 1
+
+
+def test_while_nobody_calls_it_is_said_so_now_and_then_and_when_asked(rig: Rig) -> None:
+    table = rig.tunnel.flows
+    assert len(messages(table)) == 1
+    rig.wall += tables.QUIET_SECONDS - 1
+    assert messages(table) == []
+    assert [each.until for each in messages(table, asked=True)] == [NOW + tables.QUIET_SECONDS - 1]
+    rig.wall += tables.QUIET_SECONDS
+    assert len(messages(table)) == 1
+    # Also by a clock that was put back.
+    rig.wall -= 3600
+    assert len(messages(table)) == 1
+
+
+def test_only_the_last_portion_says_that_all_has_been_told(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_TOLD", 2)
+    for last in range(1, 5):
+        count(rig.core, rig.core.answer_to(rig.inbound(f"203.0.113.{last}")).series, opened=1)
+    found = messages(rig.tunnel.flows, last=True)
+    assert [(each.number, each.more, each.last) for each in found] == [
+        (1, True, False),
+        (2, False, True),
+    ]
+
+
+def test_nothing_is_told_behind_the_last_word(rig: Rig) -> None:
+    table = rig.tunnel.flows
+    assert [each.last for each in messages(table, last=True, heard=False)] == [True]
+    assert [(each.number, each.last) for each in messages(table, last=True)] == [(1, True)]
+    rig.wall += 3600
+    assert messages(table, asked=True) == []

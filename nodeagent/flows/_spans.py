@@ -1,0 +1,96 @@
+"""From when to when everything was heard: two tables beside the flows.
+
+This module owns their rows. It promises that a span covers a moment only if every message of its
+process about that moment is in the file: the span ends where one is missing, and with the
+transaction that a message is written in it is lost or kept with it. A workload is watched from when
+its capture was in force, as far as it is known not to have been out of force since. It may not
+begin or end transactions.
+
+A message that comes after one that was lost tells nothing of the time between: a new span begins at
+its end.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Collection, Mapping
+from typing import Final
+
+from ztunnel.protocol import Flows
+
+__all__ = ["MAX_SPANS", "TABLES", "forget", "heard", "retain", "watch"]
+
+MAX_SPANS: Final = 2000
+"""Kept at most. Each is a start of ztunnel or a failure of the disk, which is tried again twice a
+minute; where they do not fit, the oldest count as not recorded."""
+
+TABLES: Final = """
+CREATE TABLE span (
+    id INTEGER PRIMARY KEY,
+    process INTEGER NOT NULL, number INTEGER NOT NULL,
+    begin INTEGER NOT NULL, until INTEGER NOT NULL, ended INTEGER NOT NULL
+) STRICT;
+CREATE TABLE watched (
+    workload TEXT NOT NULL PRIMARY KEY, pod TEXT NOT NULL, begin INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+_BEGIN: Final = "INSERT INTO span (process, number, begin, until, ended) VALUES (?, ?, ?, ?, ?)"
+
+
+def heard(connection: sqlite3.Connection, process: int, message: Flows) -> None:
+    """Note that `message` has come, behind those that came before it."""
+    found = connection.execute(
+        "SELECT id, number, until FROM span WHERE process = ? ORDER BY id DESC LIMIT 1", (process,)
+    ).fetchone()
+    if found is not None and found[1] + 1 == message.number:
+        until = found[2] if message.more else max(found[2], message.until)
+        connection.execute(
+            "UPDATE span SET number = ?, until = ?, ended = ? WHERE id = ?",
+            (message.number, until, int(message.last), found[0]),
+        )
+        return
+    begin = message.since if message.number == 1 else message.until
+    until = begin if message.more else max(begin, message.until)
+    connection.execute(_BEGIN, (process, message.number, begin, until, int(message.last)))
+    connection.execute(
+        "DELETE FROM span WHERE id <= (SELECT max(id) FROM span) - ?",
+        (MAX_SPANS,),
+    )
+
+
+def retain(connection: sqlite3.Connection, pods: Collection[str]) -> None:
+    """Forget who was watched, but for workloads with one of these pods."""
+    for workload, pod in connection.execute("SELECT workload, pod FROM watched").fetchall():
+        if pod not in pods:
+            connection.execute("DELETE FROM watched WHERE workload = ?", (workload,))
+
+
+def watch(
+    connection: sqlite3.Connection,
+    pods: Mapping[str, str],
+    going_on: Collection[str] | None,
+    now: int,
+) -> None:
+    """Note who is watched at `now`, seconds since the epoch: workloads, and the pod of each.
+
+    Those of them that are `going_on` have been all the time; None: those whose pod is the same.
+    """
+    known = dict(connection.execute("SELECT workload, pod FROM watched").fetchall())
+    for workload in known.keys() - pods.keys():
+        connection.execute("DELETE FROM watched WHERE workload = ?", (workload,))
+    for workload, pod in pods.items():
+        same = known.get(workload) == pod if going_on is None else workload in going_on
+        if workload not in known or not same:
+            connection.execute(
+                "INSERT OR REPLACE INTO watched (workload, pod, begin) VALUES (?, ?, ?)",
+                (workload, pod, now),
+            )
+        elif known[workload] != pod:
+            connection.execute("UPDATE watched SET pod = ? WHERE workload = ?", (pod, workload))
+
+
+def forget(connection: sqlite3.Connection, moment: int) -> None:
+    """Nothing from before `moment` is kept any more."""
+    connection.execute("UPDATE span SET begin = ? WHERE begin < ?", (moment, moment))
+    connection.execute("DELETE FROM span WHERE until < ?", (moment,))

@@ -81,6 +81,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
     cls=_Root,
     context_settings=CONTEXT,
     lazy={
+        "graph": "nodeagent.cli.graph:graph",
         "lab": "nodeagent.cli.lab:lab",
         "policy": "nodeagent.cli.policy:policy",
         "run": "nodeagent.cli.run:run",
@@ -102,6 +103,7 @@ def cli() -> None:
     \b
     nodeagent run --settings FILE           the daemon
     nodeagent status                        what it does
+    nodeagent graph                         who talks to whom, and is it mTLS?
     nodeagent policy check FILE...          would these be in force?
     nodeagent policy diff OLD NEW           what would this change break?
     nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?

@@ -176,6 +176,16 @@ class ControlServer:
             raise QueryError("ztunnel is not connected")
         return await session.query(what, dict(args or {}), seconds)
 
+    def carrying(self) -> tuple[Session, ...]:
+        """Return the ztunnel that serves, and those that still carry what they had.
+
+        Raises QueryError without the former.
+        """
+        if self._serving is None:
+            raise QueryError("ztunnel is not connected")
+        draining = (each for each in self._sessions if each.draining)
+        return (self._serving, *draining)
+
     async def ask_draining(self) -> None:
         """Take anew what the draining ones still carry, for `status`."""
         await asyncio.gather(*(session.ask() for session in self._sessions if session.draining))

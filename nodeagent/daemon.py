@@ -15,19 +15,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
 import structlog
 
-from nodeagent.admin import AdminServer, Configuration, Page, Relay, Relayed, Status, Window
+from nodeagent.admin import (
+    AdminServer,
+    Configuration,
+    NoAnswerError,
+    Page,
+    Question,
+    Relay,
+    Relayed,
+    Status,
+    Window,
+)
 from nodeagent.admin.model import PodState
 from nodeagent.admin.settings import SettingsReport
 from nodeagent.agent import Agent
 from nodeagent.capture import CaptureError
 from nodeagent.certificates_report import certificates_report
+from nodeagent.connections import Carried
 from nodeagent.control import QueryError
 from nodeagent.observe import graph
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
@@ -103,6 +114,12 @@ async def serve(
                 "/settings": Page("the settings, and where each comes from", backend.settings),
             },
             {"/stats": Relay(STATS, backend.stats)},
+            {
+                "/connections": Question(
+                    "what is open; ?pod=, direction=, security=, identity=, limit=",
+                    backend.connections,
+                )
+            },
         )
         stack.push_async_callback(admin.close)
         await admin.serve(local.socket)
@@ -204,6 +221,7 @@ class _Backend:
     def __init__(self, agent: Agent, settings: SettingsReport) -> None:
         self._agent = agent
         self._settings = settings
+        self._carried = Carried(agent.settings.node, agent.control.carrying)
         self.trouble = ""
 
     async def status(self) -> Status:
@@ -262,6 +280,15 @@ class _Backend:
 
     async def settings(self) -> bytes:
         return msgspec.json.encode(self._settings)
+
+    async def connections(self, query: Mapping[str, str]) -> bytes:
+        """Return the JSON of the connections that the query admits."""
+        wanted = protocol.ConnectionFilter.read(query)
+        try:
+            found = await self._carried.take(wanted)
+        except (QueryError, msgspec.DecodeError) as error:
+            raise NoAnswerError(str(error)) from error
+        return await asyncio.to_thread(msgspec.json.encode, found)
 
     async def _reported(self) -> None:
         """Have ztunnel tell what it has counted since its last report."""

@@ -23,6 +23,7 @@ HISTOGRAM_BOUNDS_US: Final[tuple[int, ...]]
 """Upper bounds of the latency histograms' buckets, microseconds; one more bucket is unbounded."""
 DEADLINES: Final[dict[str, int]]
 """The deadlines' names and defaults, microseconds, in the order of `Stats.expired`."""
+CONNECTION_STATES: Final[tuple[str, ...]]
 LIMITS: Final[dict[str, int]]
 """The limits of one pod and their defaults; 0 is no limit."""
 LINE_FIELDS: Final[tuple[str, ...]]
@@ -72,6 +73,29 @@ class Failed(NamedTuple):
     port: int
     reason: int
     detail: str  # OpenSSL's reason string or errno text, at most 120 characters
+
+class Listed(NamedTuple):
+    """One application connection that is there. Strings are OpenSSL's names, "" without HBONE."""
+
+    number: int  # of the connection, never used again in this process
+    kind: int
+    state: int  # index into CONNECTION_STATES
+    pod: int
+    decision: int  # 0: none yet
+    identity: int  # whom the other side of HBONE has proved to be, client or server; 0: nobody
+    source: bytes
+    source_port: int
+    destination: bytes
+    destination_port: int
+    upstream: bytes
+    upstream_port: int
+    started_us: int
+    moved_us: int  # when bytes last reached one of its ends; 0: never
+    received: int
+    sent: int
+    tls_version: str
+    cipher: str
+    group: str  # of the key exchange
 
 class SeriesCounters(NamedTuple):
     opened: int
@@ -223,3 +247,10 @@ class Core:
         """Decisions that nothing refers to any more; reported after the last `Ended` of theirs
         has been collected."""
     def stats(self) -> Stats: ...
+    def list_connections(self) -> None:
+        """Have each worker copy what it carries, a few hundred connections a turn; `event_fd` tells
+        when some are ready. Raises BlockingIOError while the last listing has not been taken to its
+        end; OSError before `start`; MemoryError."""
+    def listed(self, most: int) -> tuple[list[Listed], bool, int]:
+        """Take up to `most` of those that are ready; True when none is left and none will come; how
+        many found no room (131,072 have it)."""

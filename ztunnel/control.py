@@ -47,6 +47,9 @@ SEND_SECONDS: Final = 10.0
 MAX_RESOURCES: Final = 1_000_000
 """Resources of one change: ten times the largest mesh that we plan for. Beyond it memory goes."""
 
+LONG_QUESTIONS: Final = frozenset({"connections"})
+"""Those whose answer takes so long that a change of policy must not wait for it."""
+
 POD_DESCRIPTORS: Final = 4
 
 _jitter: Final = random.SystemRandom()
@@ -144,6 +147,7 @@ class Control:
         self._problem = ""
         _log.info("connected to nodeagent", path=self._path, node=settings.node)
         pending: _Pending | None = None
+        replies: set[asyncio.Future[None]] = set()
         # Only for the first change: later ones keep them.
         fresh: protocol.Settings | None = settings
         try:
@@ -160,6 +164,10 @@ class Control:
                             ready, pending = pending, None
                             await self._commit(channel, ready, fresh)
                             fresh = None
+                    case protocol.Query(what=what) if what in LONG_QUESTIONS:
+                        _none_expected(descriptors)
+                        replies.add(asyncio.ensure_future(self._reply_later(channel, message)))
+                        replies = {reply for reply in replies if not reply.done()}
                     case protocol.Query():
                         _none_expected(descriptors)
                         await self._reply(channel, message)
@@ -174,6 +182,8 @@ class Control:
                         _close(descriptors)
                         raise protocol.ProtocolError(f"unexpected {type(message).__name__}")
         finally:
+            for reply in replies:
+                reply.cancel()
             if pending is not None:
                 pending.close()
 
@@ -239,6 +249,11 @@ class Control:
         except KeyError:
             reply = protocol.Answer(query.id, error="no such question")
         await self._send(channel, reply)
+
+    async def _reply_later(self, channel: Channel, query: protocol.Query) -> None:
+        """Answer while the conversation goes on. What cannot be sent, or not in time, is not."""
+        with contextlib.suppress(OSError, TimeoutError):
+            await self._reply(channel, query)
 
     async def tell(self, what: str, args: Mapping[str, str]) -> bool:
         """Tell nodeagent something, if it is there; what it answers is not waited for."""

@@ -40,6 +40,7 @@ from ztunnel.control import Control
 from ztunnel.corelike import Kind
 from ztunnel.flows import REPORT_SECONDS
 from ztunnel.health import Health
+from ztunnel.listing import Listing
 from ztunnel.log_writer import STDOUT
 from ztunnel.reasons import ReasonsMismatchError
 from ztunnel.reasons import check as check_reasons
@@ -138,6 +139,9 @@ class Daemon:
             self._upgrade.status,
             log.path if log.path == STDOUT else str(Path(log.path).absolute()),
         )
+        self._listing = Listing(
+            self._core, self._tunnel, _core.CONNECTION_STATES, time.monotonic, time.time
+        )
         self._servers: list[Server] = []
         self._bound = False
         self._failure: OSError | None = None
@@ -161,6 +165,8 @@ class Daemon:
             page = await self._stats(Asked(args.get("query", ""), ""))
             body = page.body.decode()
             return msgspec.json.encode({"status": page.status, "media": page.media, "body": body})
+        if what == "connections":
+            return await self._listing.answer(args)
         return await self._health.answer(what, args)
 
     def _drain(self) -> None:

@@ -14,6 +14,8 @@ Questions that ztunnel answers (`Query.what`):
              of the answer in HTTP (by the daemon, not here).
 `decisions`  what the core was told: an array of at most MAX_LISTED decisions and MAX_LISTED_BYTES;
              the argument `pod` (a pod's uid) selects.
+`connections` what is carried now, page by page (`connection_messages`; by `listing`, not here).
+`report`     tell what has been counted of callers now (by the daemon, not here).
 """
 
 from __future__ import annotations

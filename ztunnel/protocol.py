@@ -43,6 +43,13 @@ from typing import Final
 import msgspec
 
 from ztunnel import framing
+from ztunnel.connection_messages import (
+    Connection,
+    ConnectionFilter,
+    ConnectionPage,
+    Direction,
+    Security,
+)
 from ztunnel.flow_messages import Arrival, Flow, FlowKey, Flows
 from ztunnel.framing import HEADER, MAX_FDS, MAX_FRAME, ProtocolError
 from ztunnel.settings import (
@@ -73,9 +80,13 @@ __all__ = [
     "Authorization",
     "Authorized",
     "Condition",
+    "Connection",
+    "ConnectionFilter",
+    "ConnectionPage",
     "Credential",
     "DataPlane",
     "Deadlines",
+    "Direction",
     "Endpoint",
     "Facility",
     "Flow",
@@ -96,6 +107,7 @@ __all__ = [
     "Resource",
     "Rule",
     "SameNode",
+    "Security",
     "Service",
     "ServicePort",
     "Settings",

@@ -142,6 +142,8 @@ class Tunnel:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._collected_at = clock()
         self._failed_at = -FAILURE_MEMORY
+        self.on_pump: Callable[[], None] = lambda: None
+        """Called whenever the core has something to say: it may be for others too."""
         self.internal_errors = 0
         self.waited_too_long = 0
 
@@ -256,6 +258,7 @@ class Tunnel:
         # Before collecting: what is reported from here on makes it readable again.
         with contextlib.suppress(BlockingIOError):
             os.read(self._core.event_fd, _COUNTER_BYTES)
+        self.on_pump()
         upcalls = self._core.upcalls(UPCALLS_A_TURN)
         for upcall in upcalls:
             self._handle(upcall, may_wait=True)

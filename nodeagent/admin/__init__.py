@@ -7,7 +7,16 @@ HTTP listeners.
 from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import Metrics
 from nodeagent.admin.model import SCHEMA, Status
-from nodeagent.admin.server import AdminServer, Backend, Page, Relay, Relayed, Window
+from nodeagent.admin.server import (
+    AdminServer,
+    Backend,
+    NoAnswerError,
+    Page,
+    Question,
+    Relay,
+    Relayed,
+    Window,
+)
 
 __all__ = [
     "SCHEMA",
@@ -15,7 +24,9 @@ __all__ = [
     "Backend",
     "Configuration",
     "Metrics",
+    "NoAnswerError",
     "Page",
+    "Question",
     "Relay",
     "Relayed",
     "Status",

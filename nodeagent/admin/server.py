@@ -30,7 +30,9 @@ from ztunnel import protocol
 __all__ = [
     "AdminServer",
     "Backend",
+    "NoAnswerError",
     "Page",
+    "Question",
     "Relay",
     "Relayed",
     "Window",
@@ -54,7 +56,7 @@ MAX_LINE: Final = 4096
 
 _PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration", "/flows"})
 """Paths that tell who runs here: on loopback for root (and this daemon's user) alone. So are those
-of a `Window` and of a `Page`."""
+of a `Window`, a `Page` and a `Question`."""
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -86,6 +88,20 @@ class Relay(msgspec.Struct, frozen=True):
     answer: Callable[[str], Awaitable[Relayed]]
 
 
+class Question(msgspec.Struct, frozen=True):
+    """An answer in JSON to a query's parameters. `text` says what it is.
+
+    `answer` raises ValueError, which says what is wrong with them, and NoAnswerError.
+    """
+
+    text: str
+    answer: Callable[[Mapping[str, str]], Awaitable[bytes]]
+
+
+class NoAnswerError(Exception):
+    """There is no answer now; the message says why."""
+
+
 class Backend(Protocol):
     """Where the answers come from."""
 
@@ -112,7 +128,7 @@ class Backend(Protocol):
 
 
 class AdminServer:
-    """Serves a Backend, and `windows`, `pages` and `relays` by path, on any number of sockets."""
+    """Serves a Backend, and by path what else there is, on any number of listening sockets."""
 
     def __init__(
         self,
@@ -120,16 +136,19 @@ class AdminServer:
         windows: Mapping[str, Window] | None = None,
         pages: Mapping[str, Page] | None = None,
         relays: Mapping[str, Relay] | None = None,
+        questions: Mapping[str, Question] | None = None,
     ) -> None:
         self._backend = backend
         windows, pages, relays = windows or {}, pages or {}, relays or {}
-        self._private = _PRIVATE | windows.keys() | pages.keys()
+        questions = questions or {}
+        self._private = _PRIVATE | windows.keys() | pages.keys() | questions.keys()
         self._texts = {
             path: f"{window.text}; ?seconds=3600 says since when"
             for path, window in windows.items()
         }
         self._texts |= {path: page.text for path, page in pages.items()}
         self._texts |= {path: relay.text for path, relay in relays.items()}
+        self._texts |= {path: question.text for path, question in questions.items()}
         self._servers: list[asyncio.Server] = []
         app = web.Application(middlewares=[_errors, self._guard], client_max_size=1)
         app.router.add_get("/metrics", self._metrics)
@@ -145,6 +164,8 @@ class AdminServer:
             app.router.add_get(path, _page(page))
         for path, relay in relays.items():
             app.router.add_get(path, _relay(relay))
+        for path, question in questions.items():
+            app.router.add_get(path, _question(question))
         app.router.add_get("/", self._index)
         app.on_response_prepare.append(_close_after)
         self._runner = web.AppRunner(
@@ -272,6 +293,21 @@ def _window(window: Window) -> Callable[[web.Request], Awaitable[web.Response]]:
         return web.Response(
             body=await window.answer(_age(request)), content_type="application/json"
         )
+
+    return handle
+
+
+def _question(question: Question) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        if len(set(request.query)) != len(request.query):
+            raise web.HTTPBadRequest(text="a parameter is there twice\n")
+        try:
+            body = await question.answer(request.query)
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
+        except NoAnswerError as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
+        return web.Response(body=body, content_type="application/json")
 
     return handle
 

@@ -82,6 +82,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
     context_settings=CONTEXT,
     lazy={
         "graph": "nodeagent.cli.graph:graph",
+        "connections": "nodeagent.cli.connections:connections",
         "lab": "nodeagent.cli.lab:lab",
         "policy": "nodeagent.cli.policy:policy",
         "run": "nodeagent.cli.run:run",
@@ -104,6 +105,7 @@ def cli() -> None:
     nodeagent run --settings FILE           the daemon
     nodeagent status                        what it does
     nodeagent graph                         who talks to whom, and is it mTLS?
+    nodeagent connections                   what is open, and how protected
     nodeagent policy check FILE...          would these be in force?
     nodeagent policy diff OLD NEW           what would this change break?
     nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final, NamedTuple, TypeVar
 
-from ztunnel._core import Ended, Failed, PodCounters, SeriesCounters, Stats, Upcall
+from ztunnel._core import Ended, Failed, Listed, PodCounters, SeriesCounters, Stats, Upcall
 from ztunnel.corelike import Kind
 from ztunnel.reasons import Reason
 
@@ -64,6 +64,10 @@ class FakeCore:
         self.forms: dict[int, bytes] = {}
         self.ready: tuple[bytes, int] = (b"", 0)
         """What `lines` returns next."""
+        self.carried: list[Listed] = []
+        """What the next listing has."""
+        self.missed = 0
+        self.listing = False
         self._ended: deque[Ended] = deque()
         self._failed: deque[Failed] = deque()
         self._freed: deque[int] = deque()
@@ -312,6 +316,16 @@ class FakeCore:
 
     def freed(self, most: int) -> list[int]:
         return [self._freed.popleft() for _ in range(min(most, len(self._freed)))]
+
+    def list_connections(self) -> None:
+        if self.listing:
+            raise BlockingIOError
+        self.listing = True
+
+    def listed(self, most: int) -> tuple[list[Listed], bool, int]:
+        found, self.carried = self.carried[:most], self.carried[most:]
+        self.listing &= bool(self.carried)
+        return found, not self.listing, self.missed
 
     def stats(self) -> Stats:
         buckets = (1,) * (len(BOUNDS_US) + 1)

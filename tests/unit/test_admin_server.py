@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import typing
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -158,6 +158,14 @@ async def relayed(query: str) -> server.Relayed:
     return server.Relayed(404, "text/plain; charset=utf-8", f"asked: {query}\n")
 
 
+async def answered(query: Mapping[str, str]) -> bytes:
+    if "silent" in query:
+        raise server.NoAnswerError("ztunnel is not connected")
+    if "wrong" in query:
+        raise ValueError("wrong: not understood")
+    return json.dumps(dict(query)).encode()
+
+
 def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
     async def main() -> None:
         backend = FakeBackend()
@@ -166,6 +174,7 @@ def run(test: Callable[[Site], Awaitable[None]], tmp_path: Path) -> None:
             {"/window": server.Window("a window", looked)},
             {"/page": server.Page("a page", paged)},
             {"/stats": server.Relay("statistics", relayed)},
+            {"/question": server.Question("a question", answered)},
         )
         tcp = socket.create_server(("127.0.0.1", 0))
         local = socket.socket(socket.AF_UNIX)
@@ -223,6 +232,25 @@ def test_ztunnels_statistics_are_handed_on_with_their_status(tmp_path: Path) -> 
     async def test(site: Site) -> None:
         found = await site.get("/stats?workload=a/b&filter=%5Etls&usedonly")
         assert found == (404, "asked: workload=a/b&filter=%5Etls&usedonly\n")
+
+    run(test, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "query,code,body",
+    [
+        ("", 200, "{}"),
+        ("?pod=default/a&limit=3", 200, '{"pod": "default/a", "limit": "3"}'),
+        ("?pod=a&pod=b", 400, "a parameter is there twice\n"),
+        ("?wrong=1", 400, "wrong: not understood\n"),
+        ("?silent=1", 503, "ztunnel is not connected\n"),
+    ],
+)
+def test_a_question_is_asked_with_its_parameters(
+    tmp_path: Path, query: str, code: int, body: str
+) -> None:
+    async def test(site: Site) -> None:
+        assert await site.get(f"/question{query}", unix=True) == (code, body)
 
     run(test, tmp_path)
 
@@ -405,6 +433,7 @@ def test_other_users_get_no_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         assert (await site.get("/flows"))[0] == 403
         assert (await site.get("/page"))[0] == 403
         assert (await site.get("/window"))[0] == 403
+        assert (await site.get("/question"))[0] == 403
         assert (await site.get("/metrics"))[0] == 200
         assert (await site.get("/status", unix=True))[0] == 200
 

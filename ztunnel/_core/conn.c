@@ -38,6 +38,8 @@ static struct zt_conn *conn_new(struct zt_worker *w, struct zt_pod *pod, enum zt
     c->pod = pod;
     c->kind = kind;
     c->started = w->now;
+    c->number = ++w->born;
+    c->listed = w->listing; /* a listing under way is of what was there before */
     c->client.io = (struct zt_io){.on_event = on_client, .fd = -1};
     c->server.io = (struct zt_io){.on_event = on_server, .fd = -1};
     c->timer.fire = on_deadline;

@@ -14,12 +14,24 @@
 
 #include "worker.h"
 
+/*
+ * X(NAME, its name in a listing)
+ *
+ * DECIDING    asked the table
+ * POOL        waits for an HBONE connection
+ * CONNECTING  dials the server leg, or CONNECT has no answer yet
+ */
+#define ZT_CONN_STATES(X)       \
+    X(DECIDING, "deciding")     \
+    X(POOL, "waiting")          \
+    X(CONNECTING, "connecting") \
+    X(OPEN, "open")
+
 enum zt_conn_state {
-    ZT_C_DECIDING,   /* asked the table */
-    ZT_C_POOL,       /* waits for an HBONE connection */
-    ZT_C_CONNECTING, /* dials the server leg, or CONNECT has no answer yet */
-    ZT_C_OPEN,
-    ZT_C_ENDED, /* in the graveyard */
+#define X(name, text) ZT_C_##name,
+    ZT_CONN_STATES(X)
+#undef X
+        ZT_C_ENDED, /* in the graveyard */
 };
 
 struct zt_leg {
@@ -72,7 +84,9 @@ struct zt_conn {
     struct zt_decision *decision;
     enum zt_kind kind;
     enum zt_conn_state state;
-    bool dials; /* the server leg; counted by the pod */
+    bool dials;      /* the server leg; counted by the pod */
+    uint64_t number; /* of the worker's connections, from 1 */
+    uint64_t listed; /* the last listing that it is in (listing.h) */
     uint64_t identity;
     struct zt_addr source, destination, upstream;
     uint64_t started, received, sent;

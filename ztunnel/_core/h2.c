@@ -470,6 +470,7 @@ void zt_h2_certificate(struct zt_worker *w, uint64_t upcall, uint64_t identity,
         zt_h2_end(h, reason, "the certificate's identity was refused");
         return;
     }
+    h->proven = identity;
     h->identity = h->server ? identity : 0;
     rv = zt_session_start(h);
     if (rv) {

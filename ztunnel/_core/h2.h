@@ -47,6 +47,7 @@ struct zt_h2 {
     bool in_session;     /* nghttp2 is on the stack: do not tear the session down */
     enum zt_reason fate; /* what to end with once nghttp2 is off the stack; 0: nothing */
     uint64_t identity;   /* server: number of the proven identity */
+    uint64_t proven;     /* the same, of clients too */
     uint64_t upcall, generation, started, heard, idle_since;
     uint64_t noticed;       /* when the first GOAWAY went out (RFC 9113, 6.8); 0: not yet */
     bool parted;            /* the second went out too: no stream begins any more */
@@ -112,6 +113,8 @@ void zt_tls_close_notify(struct zt_h2 *h);
 /* Returns the memory that a burst of output left behind. */
 void zt_tls_shrink(struct zt_h2 *h);
 void zt_tls_configure_server(SSL_CTX *ctx);
+/* What a handshake that is complete has agreed on. */
+void zt_tls_about(const struct zt_h2 *h, struct zt_tls_about *out);
 
 /* --- stream.c: HTTP/2 and the streams ------------------------------------------------------------------ */
 

@@ -2,6 +2,7 @@
  * The core as a Python type: its life, how values cross, and the module with its tables.
  */
 #include "module.h"
+#include "conn.h"
 
 #include <stddef.h>
 
@@ -229,15 +230,18 @@ static PyType_Spec core_spec = {
 static int add_tables(PyObject *module) {
     PyObject *reasons = PyTuple_New(ZT_REASON_COUNT), *bounds, *functions = PyDict_New(),
              *deadlines = PyDict_New(), *limits = PyDict_New(),
-             *fields = PyTuple_New(ZT_LINE_FIELD_COUNT);
+             *fields = PyTuple_New(ZT_LINE_FIELD_COUNT), *states = PyTuple_New(ZT_C_ENDED);
     int i = 0;
 
-    if (!reasons || !functions || !deadlines || !limits || !fields) return -1;
+    if (!reasons || !functions || !deadlines || !limits || !fields || !states) return -1;
 #define X(name, token) PyTuple_SET_ITEM(reasons, i++, PyUnicode_FromString(token));
     ZT_REASONS(X)
 #undef X
 #define X(name, text) PyTuple_SET_ITEM(fields, ZT_F_##name, PyUnicode_FromString(text));
     ZT_LINE_FIELDS(X)
+#undef X
+#define X(name, text) PyTuple_SET_ITEM(states, ZT_C_##name, PyUnicode_FromString(text));
+    ZT_CONN_STATES(X)
 #undef X
 #define X(us) us,
     const long all[] = {ZT_HISTOGRAM(X)};
@@ -273,6 +277,7 @@ static int add_tables(PyObject *module) {
     ZT_LIMIT_TABLE(X)
 #undef X
     if (PyModule_AddObject(module, "LIMITS", limits) < 0) return -1;
+    if (PyModule_AddObject(module, "CONNECTION_STATES", states) < 0) return -1;
     if (PyModule_AddObject(module, "LINE_FIELDS", fields) < 0) return -1;
     if (PyModule_AddObject(module, "DEADLINES", deadlines) < 0) return -1;
     if (PyModule_AddObject(module, "REASONS", reasons) < 0) return -1;

@@ -16,7 +16,7 @@
 #include "worker.h"
 
 /* Names of the records that Python receives. */
-#define ZT_PY_RECORDS(X) X(upcall) X(ended) X(failed) X(series) X(pod) X(stats)
+#define ZT_PY_RECORDS(X) X(upcall) X(ended) X(failed) X(listed) X(series) X(pod) X(stats)
 
 struct module_state {
 #define X(record) PyTypeObject *record;
@@ -68,7 +68,9 @@ struct core_object {
     X(lines, METH_NOARGS)               \
     X(failed, METH_O)                   \
     X(freed, METH_O)                    \
-    X(stats, METH_NOARGS)
+    X(stats, METH_NOARGS)               \
+    X(list_connections, METH_NOARGS)    \
+    X(listed, METH_O)
 /* clang-format on */
 
 #define X(name, flags) PyObject *zt_py_##name(PyObject *self, PyObject *args);

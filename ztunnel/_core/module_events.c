@@ -2,6 +2,7 @@
  * What Python hears from the core: questions (and its answers to them), ends, failures, counters.
  */
 #include "limit.h"
+#include "listing.h"
 #include "module.h"
 
 /* Takes at most this many items at once, on the stack. */
@@ -163,6 +164,69 @@ PyObject *zt_py_lines(PyObject *self, PyObject *unused) {
                          (unsigned long long)lines->count);
 }
 
+/* --- what is carried -------------------------------------------------------------------------------------------------- */
+
+/* A few names for thousands of connections: each is one object. */
+static PyObject *name_object(const char *name) {
+    return PyUnicode_InternFromString(name);
+}
+
+static PyObject *listed_object(struct module_state *state, const struct zt_listed *l) {
+    struct zt_py_filler f = zt_py_fill(state->listed);
+
+    zt_py_put(&f, zt_py_number(l->number));
+    zt_py_put(&f, PyLong_FromLong(l->kind));
+    zt_py_put(&f, PyLong_FromLong(l->state));
+    zt_py_put(&f, zt_py_number(l->pod));
+    zt_py_put(&f, zt_py_number(l->decision));
+    zt_py_put(&f, zt_py_number(l->identity));
+    zt_py_put(&f, ip_bytes(&l->source));
+    zt_py_put(&f, PyLong_FromLong(l->source.port));
+    zt_py_put(&f, ip_bytes(&l->destination));
+    zt_py_put(&f, PyLong_FromLong(l->destination.port));
+    zt_py_put(&f, optional_ip(&l->upstream));
+    zt_py_put(&f, PyLong_FromLong(l->upstream.port));
+    zt_py_put(&f, zt_py_number(l->started_us));
+    zt_py_put(&f, zt_py_number(l->moved_us));
+    zt_py_put(&f, zt_py_number(l->received));
+    zt_py_put(&f, zt_py_number(l->sent));
+    zt_py_put(&f, name_object(l->tls.version));
+    zt_py_put(&f, name_object(l->tls.cipher));
+    zt_py_put(&f, name_object(l->tls.group));
+    return zt_py_filled(&f);
+}
+
+PyObject *zt_py_list_connections(PyObject *self, PyObject *unused) {
+    int rv = zt_listing_begin(zt_py_core(self));
+
+    return zt_py_done(rv, "list_connections");
+}
+
+PyObject *zt_py_listed(PyObject *self, PyObject *arg) {
+    Py_ssize_t most = PyLong_AsSsize_t(arg);
+    struct zt_listed items[BATCH];
+    uint64_t missed = 0;
+    bool over = false;
+    PyObject *list;
+
+    if (PyErr_Occurred()) return NULL;
+    list = PyList_New(0);
+    while (list && most > 0) {
+        size_t n = zt_listing_take(zt_py_core(self), items, most < BATCH ? (size_t)most : BATCH,
+                                   &over, &missed);
+
+        for (size_t i = 0; list && i < n; i++) {
+            if (append(list, listed_object(zt_py_state(self), &items[i])) < 0) Py_CLEAR(list);
+        }
+        if (n < BATCH) break;
+        most -= (Py_ssize_t)n;
+    }
+    if (!list) return NULL;
+    return Py_BuildValue("NOK", list, over ? Py_True : Py_False, (unsigned long long)missed);
+}
+
+/* --- counters --------------------------------------------------------------------------------------------------------- */
+
 PyObject *zt_py_read_pod(PyObject *self, PyObject *arg) {
     unsigned long long number = PyLong_AsUnsignedLongLong(arg);
     struct zt_pod_counters c;
@@ -242,6 +306,11 @@ static PyStructSequence_Field ended_fields[] = {
     F(received), F(sent),          F(reason),      END};
 static PyStructSequence_Field failed_fields[] = {F(kind), F(pod),    F(peer),   F(address),
                                                  F(port), F(reason), F(detail), END};
+static PyStructSequence_Field listed_fields[] = {
+    F(number),   F(kind),          F(state),       F(pod),         F(decision),
+    F(identity), F(source),        F(source_port), F(destination), F(destination_port),
+    F(upstream), F(upstream_port), F(started_us),  F(moved_us),    F(received),
+    F(sent),     F(tls_version),   F(cipher),      F(group),       END};
 static PyStructSequence_Field series_fields[] = {F(opened),   F(closed), F(failed),
                                                  F(received), F(sent),   END};
 static PyStructSequence_Field pod_fields[] = {
@@ -284,6 +353,7 @@ static int add_record(PyObject *module, PyTypeObject **slot, const char *name,
 int zt_py_add_records(PyObject *module, struct module_state *state) {
     if (RECORD(upcall, "Upcall", upcall_fields) < 0 || RECORD(ended, "Ended", ended_fields) < 0 ||
         RECORD(failed, "Failed", failed_fields) < 0 ||
+        RECORD(listed, "Listed", listed_fields) < 0 ||
         RECORD(series, "SeriesCounters", series_fields) < 0 ||
         RECORD(pod, "PodCounters", pod_fields) < 0 || RECORD(stats, "Stats", stats_fields) < 0)
         return -1;

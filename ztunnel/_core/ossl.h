@@ -34,6 +34,10 @@ typedef int ossl_alpn_cb(SSL *, unsigned char **, unsigned char *, unsigned char
     X(SSL_shutdown, int, (SSL *), "int(*)(SSL *)")                                                \
     X(SSL_get_peer_certificate, X509 *, (SSL *), "X509 *(*)(SSL *)")                              \
     X(SSL_get_peer_cert_chain, X509_STACK *, (SSL *), "Cryptography_STACK_OF_X509 *(*)(SSL *)")   \
+    X(SSL_get_version, char *, (SSL *), "char *(*)(SSL *)")                                       \
+    X(SSL_get_current_cipher, SSL_CIPHER *, (SSL *), "SSL_CIPHER *(*)(SSL *)")                    \
+    X(SSL_CIPHER_get_name, char *, (SSL_CIPHER *), "char *(*)(SSL_CIPHER *)")                     \
+    X(SSL_get0_group_name, char *, (SSL *), "char *(*)(SSL *)")                                   \
     X(SSL_get_verify_result, long, (SSL *), "long(*)(SSL *)")                                     \
     X(SSL_get0_alpn_selected, void, (SSL *, unsigned char **, unsigned int *),                    \
       "void(*)(SSL *, unsigned char * *, unsigned int *)")                                        \

@@ -4,8 +4,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "state.h"
-#include "worker.h"
+#include "listing.h"
 
 int zt_queues_init(struct zt_core *core) {
     int rv = zt_map_init(&core->asked);
@@ -40,6 +39,7 @@ void zt_queues_free(struct zt_core *core) {
         free(d);
         d = next;
     }
+    zt_listing_free(core);
     free(core->ended);
     free(core->failed);
     free(core->lines.text);

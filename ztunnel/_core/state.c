@@ -653,6 +653,7 @@ int zt_core_new(struct zt_core **out, int nworkers) {
     core->next_upcall = 1;
     core->upcalls_tail = &core->upcalls_head;
     core->freed_tail = &core->freed_head;
+    core->listing.tail = &core->listing.head;
     pthread_mutex_init(&core->lock, NULL);
     pthread_mutex_init(&core->queue_lock, NULL);
     core->workers = calloc((size_t)nworkers, sizeof(*core->workers));

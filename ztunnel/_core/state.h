@@ -200,6 +200,23 @@ struct zt_ring {
     uint64_t head, tail, first;
 };
 
+/* What a handshake has agreed on, by OpenSSL's names; "" where there is none. */
+struct zt_tls_about {
+    char version[8];
+    char cipher[32];
+    char group[32];
+};
+
+/* A snapshot of connections that is being made or taken (listing.h). */
+struct zt_slice;
+struct zt_listing {
+    bool begun;
+    int working;     /* workers that are not through */
+    size_t room;     /* for so many connections more */
+    uint64_t missed; /* for which there was none */
+    struct zt_slice *head, **tail;
+};
+
 struct zt_core {
     int nworkers;
     struct zt_worker **workers;
@@ -227,6 +244,7 @@ struct zt_core {
         lines_taken; /* swapped when they are taken, so that nothing is copied here */
     struct zt_decision *freed_head, **freed_tail;
     uint64_t events_lost;
+    struct zt_listing listing;
 };
 
 /* queue.c's part of a core. */

@@ -240,6 +240,20 @@ void zt_tls_close_notify(struct zt_h2 *h) {
     zt_tls_drain(h);
 }
 
+/* --- what was agreed on --------------------------------------------------------------------------------------------- */
+
+static void name(char *to, size_t room, const char *from) {
+    snprintf(to, room, "%s", from ? from : "");
+}
+
+void zt_tls_about(const struct zt_h2 *h, struct zt_tls_about *out) {
+    SSL_CIPHER *cipher = ossl.SSL_get_current_cipher(h->ssl);
+
+    name(out->version, sizeof(out->version), ossl.SSL_get_version(h->ssl));
+    name(out->cipher, sizeof(out->cipher), cipher ? ossl.SSL_CIPHER_get_name(cipher) : NULL);
+    name(out->group, sizeof(out->group), ossl.SSL_get0_group_name(h->ssl));
+}
+
 /* --- the peer's chain --------------------------------------------------------------------------------------------- */
 
 static int to_der(X509 *cert, struct zt_der *out) {

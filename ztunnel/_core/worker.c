@@ -16,6 +16,7 @@
 #include "conn.h"
 #include "h2.h"
 #include "limit.h"
+#include "listing.h"
 #include "pool.h"
 
 #define EVENTS_PER_TURN 256
@@ -287,6 +288,9 @@ static void handle_message(struct zt_worker *w, struct zt_msg *m) {
         break;
     case ZT_MSG_RETIRE:
         zt_pool_retire(w);
+        break;
+    case ZT_MSG_LIST:
+        zt_listing_ordered(w);
         break;
     case ZT_MSG_POD_GONE:
         m->reason = ZT_R_POD_REMOVED;
@@ -592,6 +596,8 @@ int zt_worker_new(struct zt_worker **out, struct zt_core *core, int index) {
     zt_list_init(&w->h2s);
     zt_list_init(&w->dirty);
     zt_list_init(&w->tasks);
+    zt_list_init(&w->listing_task.link);
+    w->listing_task.run = zt_listing_task;
     zt_list_init(&w->lingers);
     zt_list_init(&w->drain_timer.link);
     for (int d = 0; d < ZT_DEADLINES; d++) zt_list_init(&w->deadlines[d]);

@@ -73,6 +73,7 @@ enum zt_msg_type {
     ZT_MSG_SUSPECT_PEER,  /* peer (a reference) */
     ZT_MSG_RETIRE,        /* look for pooled connections that may close, and for credentials */
     ZT_MSG_POD_GONE,      /* pod (a reference) */
+    ZT_MSG_LIST,          /* copy what is carried (listing.h) */
     ZT_MSG_DEAF,          /* pod (a reference): no epoll has its listeners any more */
     ZT_MSG_DRAIN,
     ZT_MSG_ACCEPTED, /* pod (a reference), kind, fd, source, destination */
@@ -148,6 +149,9 @@ struct zt_worker {
     struct zt_list dirty; /* struct zt_h2 to flush */
     struct zt_list lingers;
     struct zt_list tasks;
+    struct zt_task listing_task;
+    uint64_t born;    /* connections so far */
+    uint64_t listing; /* the last listing that was ordered */
     struct zt_list deadlines[ZT_DEADLINES];
     struct zt_grave *graves;
     struct zt_pipe pipes[ZT_PIPE_POOL];

@@ -114,6 +114,11 @@ int zt_tls_chain(struct zt_h2 *h, struct zt_der chain[ZT_MAX_CHAIN]) {
     return 1;
 }
 
+void zt_tls_about(const struct zt_h2 *h, struct zt_tls_about *out) {
+    (void)h;
+    snprintf(out->version, sizeof(out->version), "none");
+}
+
 void zt_tls_close_notify(struct zt_h2 *h) {
     zt_tls_drain(h);
 }

@@ -94,7 +94,8 @@ void rig_settle(void);
     X(COLLECT)          \
     X(LOOP)             \
     X(READ_ALL)         \
-    X(DRAIN)
+    X(DRAIN)            \
+    X(LIST)
 enum world_op {
 #define X(name) WORLD_##name,
     WORLD_OPS(X)

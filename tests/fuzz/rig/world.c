@@ -10,12 +10,14 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "listing.h"
 #include "rig.h"
 
 #define APPS 64
 #define DECISIONS 1024 /* what the judge remembers; it answers no more questions than these */
 #define LEFT 64        /* questions that wait for an answer */
 #define FDS 4096
+#define LISTED 1024 /* connections of one listing that are looked at */
 /* What one stream or the connection may hold: HTTP/2's window and what is in flight. */
 #define BYTES_MAX (96u * 1024 * 1024)
 
@@ -56,6 +58,10 @@ static int socket_errno;
 static uint64_t cut_identity;
 static const struct zt_peer *cut_peer;
 static bool pod_there;
+/* The listing under way, who it has named, and the last connection that was there at its order. */
+static bool listing;
+static uint64_t seen[LISTED], born;
+static size_t nlisted;
 
 static uint8_t byte(const uint8_t *args, size_t n, size_t i) {
     return i < n ? args[i] : 0;
@@ -320,6 +326,41 @@ static void read_from(int fd, void (*sees)(const uint8_t *data, size_t len)) {
     }
 }
 
+/* A listing names each connection once, and those that were there at the order and still are: all
+ * of them but for those that found no memory. */
+static void take_listing(void) {
+    struct zt_listed listed[32];
+    uint64_t missed;
+    bool over;
+    size_t n;
+
+    do {
+        n = zt_listing_take(rig.core, listed, 32, &over, &missed);
+        for (size_t i = 0; i < n && nlisted < LISTED; i++) {
+            for (size_t k = 0; k < nlisted; k++) RIG_REQUIRE(seen[k] != listed[i].number);
+            seen[nlisted++] = listed[i].number;
+        }
+    } while (n == 32);
+    if (!over) return;
+    for (const struct zt_list *l = rig.worker->conns.next; listing && l != &rig.worker->conns;
+         l = l->next) {
+        const struct zt_conn *c = ZT_CONTAINER((uintptr_t)l, struct zt_conn, link);
+        bool found = c->number > born || missed || nlisted == LISTED;
+
+        for (size_t k = 0; k < nlisted; k++)
+            found |= seen[k] == c->number * ZT_MAX_WORKERS + (uint64_t)rig.worker->index;
+        RIG_REQUIRE(found);
+    }
+    listing = false;
+}
+
+static void begin_listing(void) {
+    if (RIG_CALL(zt_listing_begin(rig.core)) != 0) return;
+    listing = true;
+    nlisted = 0;
+    born = rig.worker->born;
+}
+
 static void collect(void) {
     struct zt_ended ended[32];
     struct zt_failed failed[32];
@@ -331,6 +372,7 @@ static void collect(void) {
     while (zt_ended_take(rig.core, ended, 32)) continue;
     while (zt_failed_take(rig.core, failed, 32)) continue;
     while (zt_freed_take(rig.core, freed, 32)) continue;
+    take_listing();
 }
 
 void world_turn(void) {
@@ -563,6 +605,9 @@ static void control(enum world_op op, uint8_t a, uint8_t b) {
     case WORLD_DRAIN:
         RIG_CALL(zt_core_drain(rig.core));
         break;
+    case WORLD_LIST:
+        begin_listing();
+        break;
     case WORLD_ALLOCATION_FAILS:
         rig.fail_after = a;
         rig.fail_count = 1u + b % 16; /* in a row */
@@ -629,6 +674,7 @@ void world_begin(void) {
     world.read_all = true;
     napps = nleft = socket_errno = 0;
     ndecisions = 0;
+    listing = false;
     judging = certificates = ALLOW;
     for (int i = 0; i < 3; i++)
         RIG_REQUIRE(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0,

@@ -26,6 +26,7 @@ from ztunnel.corelike import ARRIVALS, Kind
 from ztunnel.decisions import Key
 from ztunnel.labels import Labels
 from ztunnel.log_limit import FailureLines
+from ztunnel.probe import is_probe
 from ztunnel.reasons import Reason
 from ztunnel.route import HandOver, Passthrough, Plain, Refuse, Tunnel
 from ztunnel.state import HBONE_PORT
@@ -115,6 +116,8 @@ class Events:
         self.handshake_failures: Counter[tuple[Side, Reason]] = Counter()
         self.failed: Counter[Reason] = Counter()
         """Connections that did not end as they should, those without a line among them."""
+        self.probes = 0
+        """Probes of the capture that were answered: no connections, in lines as in counts."""
         self.failure_lines = FailureLines(clock)
 
     def explain(self, upcall: Upcall, detail: str) -> None:
@@ -145,6 +148,9 @@ class Events:
             self._sink.write(lines)
 
     def _ended(self, state: State, event: Ended) -> list[Line]:
+        if event.kind == _OUTBOUND and is_probe(event.destination, event.destination_port):
+            self.probes += 1
+            return []
         reason = _REASONS[event.reason]
         if _FAILURE[event.reason]:
             self.failed[reason] += 1

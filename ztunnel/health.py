@@ -5,9 +5,10 @@ that every check names what is wrong in words for the operator. It may not repai
 
 Questions that ztunnel answers (`Query.what`):
 
-`status`     one object: versions, checks, counters, pods with their identity and certificate's
-             end, where the access log goes ("-" is standard output), what is wrong with each sink
-             of the audit log ("" if nothing is), and how far a drain is (`upgrade.Upgrade.status`).
+`status`     one object: release, versions, checks, counters, pods with their identity and
+             certificate's end, where the access log goes ("-" is standard output), what is wrong
+             with each sink of the audit log ("" if nothing is), and how far a drain is
+             (`upgrade.Upgrade.status`).
 `drain`      hand over: the process whose id is the argument `successor` serves from now on.
              Answered once nothing is accepted any more (by the daemon, not here).
 `stats`      /stats of the argument `query` (a URL's, as it is there): `status`, `media` and `body`
@@ -20,6 +21,7 @@ Questions that ztunnel answers (`Query.what`):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +32,7 @@ from ztunnel.authorize import Verdict
 from ztunnel.corelike import Kind
 from ztunnel.log_writer import STDOUT
 from ztunnel.protocol import PROTOCOL_VERSION
+from ztunnel.release import release
 from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse
 
 if TYPE_CHECKING:
@@ -150,6 +153,8 @@ class Health:
         stats = self._core.stats()
         return {
             "protocol_version": PROTOCOL_VERSION,
+            "release": release(),
+            "pid": os.getpid(),
             "version": tunnel.state.version,
             "epoch": tunnel.epoch,
             "connected": control.connected,

@@ -18,6 +18,7 @@ from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import ARRIVALS
 from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
+from ztunnel.probe import is_probe
 from ztunnel.protocol import Arrival, FlowKey, Service, Workload
 from ztunnel.reasons import Reason
 from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse, Route, Tunnel, Way
@@ -96,7 +97,8 @@ class Judge:
             self.outbound_labels(state, held, key, route),
         )
         try:
-            record.series = self._series.acquire(record.labels)
+            if not is_probe(key.destination, key.port):
+                record.series = self._series.acquire(record.labels)
             if isinstance(route, Tunnel):
                 record.peer = self._peers.acquire(
                     held.number,
@@ -111,7 +113,7 @@ class Judge:
                 record.mirror_labels = self.handed_labels(state, held, route)
                 record.mirror = self._series.acquire(record.mirror_labels)
                 record.flow = self._flows.acquire(_handed_flow(state, held, route), record.mirror)
-            else:
+            elif record.series is not None:
                 called = flow_keys.outbound(state, held.pod.workload, key, route)
                 if called is not None:
                     record.flow = self._flows.acquire(called, record.series)

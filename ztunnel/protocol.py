@@ -69,6 +69,8 @@ __all__ = [
     "HEADER",
     "MAX_FDS",
     "MAX_FRAME",
+    "PROBE_ADDRESSES",
+    "PROBE_PORT",
     "PROTOCOL_VERSION",
     "Ack",
     "Action",
@@ -123,6 +125,13 @@ __all__ = [
 
 PROTOCOL_VERSION: Final = 5
 """Raised when a message changes in a way that an older peer would misread."""
+
+
+PROBE_ADDRESSES: Final = ("192.0.0.8", "100:0:0:1::1")
+PROBE_PORT: Final = 15001
+"""What a probe of a pod's capture calls from inside the pod: the tunnel resets it and counts it as
+nothing else. Addresses that are no destination anywhere (the dummy addresses of RFC 7600 and RFC
+9780, in IANA's registries of special-purpose addresses), so that nobody else can answer."""
 
 
 class Mode(enum.StrEnum):

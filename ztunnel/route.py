@@ -8,7 +8,8 @@ a clock or draw random numbers (balancing is described, the core chooses).
 
 The rules, in order
 -------------------
-1. Loopback and unspecified destinations, also IPv4-mapped, are refused.
+1. Loopback and unspecified destinations, also IPv4-mapped, are refused, and so are probes of the
+   capture, which want nothing else.
 2. The pod's own workload must be known: it names the identity to act under.
 3. A service's virtual address and port become endpoints: healthy ones, of the best locality, by
    weight. A port that the service does not have is refused, unless a workload has that address.
@@ -35,6 +36,7 @@ from urllib.parse import quote
 import msgspec
 
 from ztunnel import address
+from ztunnel.probe import is_probe
 from ztunnel.protocol import DataPlane, Endpoint, Mode, Service, Workload
 from ztunnel.reasons import Reason
 from ztunnel.state import HBONE_PORT, OWN_PORTS, LocalPod, State, mode_of
@@ -139,7 +141,7 @@ def route(state: State, pod: LocalPod, destination: bytes, port: int) -> Route:
 
     `Refuse(UNKNOWN_WORKLOAD)` means that the pod's own workload is not known: worth a short wait.
     """
-    if address.is_local_only(destination) or not port:
+    if address.is_local_only(destination) or not port or is_probe(destination, port):
         return Refuse(Reason.SELF_CALL)
     source = state.workload_of(pod)
     if source is None:

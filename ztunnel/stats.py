@@ -152,6 +152,7 @@ async def take(
             "connections_cut_total": tunnel.recheck.cut,
             "waits_expired_total": tunnel.waited_too_long,
             "internal_errors_total": tunnel.internal_errors,
+            "capture_probes_total": tunnel.events.probes,
             "access_log_lines_total": access_log.written,
             "access_log_left_out_total": tunnel.events.failure_lines.left_out,
             "access_log_dropped_total": access_log.dropped,

@@ -8,7 +8,6 @@ anything itself: it is given a picture.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from ztunnel.audit.entry import Policy, policy_of
 from ztunnel.counted import OTHER
 from ztunnel.labels import UNKNOWN
 from ztunnel.reasons import Reason
+from ztunnel.release import release
 
 if TYPE_CHECKING:
     from ztunnel._core import PodCounters
@@ -58,6 +58,7 @@ _OWN_HELP: Final[Mapping[str, str]] = {
     "connections_cut_total": "Decisions whose live connections a change of state has cut.",
     "waits_expired_total": "Connections refused because a young pod's state did not come in time.",
     "internal_errors_total": "Errors of the tunnel's own; each has a stack trace in the log.",
+    "capture_probes_total": "Probes of a pod's capture (nodeagent doctor) that were answered.",
     "access_log_lines_total": "Access log lines written.",
     "access_log_left_out_total": "Lines of failures left out, for there were too many of a kind.",
     "access_log_dropped_total": "Access log lines lost: queue full, or the file not writable.",
@@ -384,14 +385,7 @@ def _own(picture: Picture) -> Iterator[Metric]:
 @functools.cache
 def _build() -> dict[str, str]:
     return {
-        "version": _version(),
+        "version": release(),
         "python": platform.python_version(),
         "openssl": tls.version(),
     }
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("nodeagent")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -434,6 +434,25 @@ static PyObject *link_info(PyObject *module, PyObject *arguments) {
     return Py_BuildValue("(II)", info.prog_id, info.netns.netns_ino);
 }
 
+static PyObject *next_link(PyObject *module, PyObject *arguments) {
+    unsigned after, found;
+
+    if (!PyArg_ParseTuple(arguments, "I", &after)) return NULL;
+    if (!bpf_link_get_next_id(after, &found)) return PyLong_FromUnsignedLong(found);
+    if (errno != ENOENT) return fail(errno, "next link");
+    Py_RETURN_NONE;
+}
+
+static PyObject *open_link(PyObject *module, PyObject *arguments) {
+    unsigned id;
+    int fd;
+
+    if (!PyArg_ParseTuple(arguments, "I", &id)) return NULL;
+    words_used = 0;
+    fd = bpf_link_get_fd_by_id(id);
+    return fd < 0 ? fail(-fd, "link") : PyLong_FromLong(fd);
+}
+
 static PyObject *link_netns(PyObject *module, PyObject *arguments) {
     int program, netns, fd;
 
@@ -529,6 +548,8 @@ static PyMethodDef functions[] = {
     {"load_sk_lookup", load_sk_lookup, METH_VARARGS, NULL},
     {"program_id", program_id, METH_VARARGS, NULL},
     {"link_info", link_info, METH_VARARGS, NULL},
+    {"next_link", next_link, METH_VARARGS, NULL},
+    {"open_link", open_link, METH_VARARGS, NULL},
     {"link_netns", link_netns, METH_VARARGS, NULL},
     {"update_link", update_link, METH_VARARGS, NULL},
     {"pin", pin, METH_VARARGS, NULL},

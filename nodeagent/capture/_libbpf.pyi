@@ -56,6 +56,12 @@ def link_info(fd: int, /) -> tuple[int, int]:
     Raises ValueError for a link of another kind.
     """
 
+def next_link(after: int, /) -> int | None:
+    """Return the id of the kernel's next link after `after` (0: the first), None at the end."""
+
+def open_link(number: int, /) -> int:
+    """Return a descriptor of the link with that id. FileNotFoundError once it is gone."""
+
 def link_netns(program: int, netns: int, /) -> int:
     """Attach an sk_lookup program to a network namespace. Returns the link."""
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from nodeagent.capture import _libbpf
 
-__all__ = ["BpffsError", "ensure_bpffs"]
+__all__ = ["BpffsError", "ensure_bpffs", "is_bpffs"]
 
 DEFAULT_MOUNT: Final = Path("/sys/fs/bpf")
 """Where every tool expects it; the kernel makes the empty directory."""
@@ -36,7 +36,7 @@ def ensure_bpffs(directory: Path) -> None:
     """
     if "." in str(directory):
         raise BpffsError(f"{directory}: bpffs takes no names with a dot; choose another bpf_dir")
-    if _is_bpffs(directory):
+    if is_bpffs(directory):
         return
     if not directory.is_relative_to(DEFAULT_MOUNT):
         raise BpffsError(f"{directory} is not on a BPF file system: mount one, or set bpf_dir")
@@ -49,7 +49,8 @@ def ensure_bpffs(directory: Path) -> None:
         )
 
 
-def _is_bpffs(directory: Path) -> bool:
+def is_bpffs(directory: Path) -> bool:
+    """Whether `directory` is, or would be made, on a BPF file system."""
     # Asked before each enrolment. The table of mounts has a line or two for each pod's namespace:
     # read once a pod, it took most of the time of enrolling a thousand.
     for path in (directory, *directory.parents):

@@ -1,7 +1,7 @@
 """Does this kernel have what the capture needs? Tried, not guessed from version numbers.
 
-This module owns the list of features. It promises to leave nothing behind. It blocks, and runs in
-the agent's own namespace.
+This module owns the list of features. It promises to leave nothing behind but, where it is asked
+to, a mounted bpffs. It blocks, and runs in the agent's own namespace.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nodeagent.capture import _libbpf, older
-from nodeagent.capture.bpffs import BpffsError, ensure_bpffs
+from nodeagent.capture.bpffs import BpffsError, ensure_bpffs, is_bpffs
 from nodeagent.capture.model import Finding
 from nodeagent.capture.shared import load_code, load_marker
 from nodeagent.pods.netns import current_cookie
@@ -47,11 +47,14 @@ def _destroy() -> str:
     return "works"
 
 
-def probe(bpf_dir: Path) -> list[Finding]:
-    """Try each feature."""
+def probe(bpf_dir: Path, *, mount: bool = True) -> list[Finding]:
+    """Try each feature. `mount`: a bpffs that is missing is mounted where it belongs."""
 
     def bpffs() -> str:
-        ensure_bpffs(bpf_dir)
+        if mount:
+            ensure_bpffs(bpf_dir)
+        elif not is_bpffs(bpf_dir):
+            raise BpffsError(f"{bpf_dir} is not on a mounted BPF file system")
         return str(bpf_dir)
 
     older_use = "older connections living on under PERMISSIVE: without it they are reset"

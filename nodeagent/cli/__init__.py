@@ -81,6 +81,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
     cls=_Root,
     context_settings=CONTEXT,
     lazy={
+        "doctor": "nodeagent.cli.doctor:doctor",
         "graph": "nodeagent.cli.graph:graph",
         "connections": "nodeagent.cli.connections:connections",
         "lab": "nodeagent.cli.lab:lab",
@@ -106,6 +107,7 @@ def cli() -> None:
     nodeagent status                        what it does
     nodeagent graph                         who talks to whom, and is it mTLS?
     nodeagent connections                   what is open, and how protected
+    nodeagent doctor                        what is wrong, why, and what to do
     nodeagent policy check FILE...          would these be in force?
     nodeagent policy diff OLD NEW           what would this change break?
     nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?

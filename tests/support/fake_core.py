@@ -239,7 +239,10 @@ class FakeCore:
         del self.series[series]
 
     def _decide(self, number: int, decision: Decision) -> None:
-        assert decision.series in self.series
+        # A refusal alone may be counted nowhere.
+        assert decision.series in self.series or (
+            decision.action == "refuse" and not decision.series
+        )
         self._take_number(number)
         self.decisions[number] = decision
 

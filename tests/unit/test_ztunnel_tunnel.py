@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from support.fake_core import FakeCore
+from support.fake_core import FakeCore, record
 from support.mesh_state import SETTINGS, ip, policy, service, workload
 from support.tunnel_rig import (
     HTTPBIN,
@@ -21,8 +21,11 @@ from support.tunnel_rig import (
 )
 from ztunnel import decisions as tables
 from ztunnel import labels, tunnel
+from ztunnel._core import Ended
 from ztunnel.corelike import Kind
 from ztunnel.protocol import (
+    PROBE_ADDRESSES,
+    PROBE_PORT,
     Deadlines,
     Endpoint,
     Removal,
@@ -340,3 +343,28 @@ def test_the_loop_collects_everything_in_portions(
         return ""
 
     run(turn())
+
+
+# --- probes of the capture -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("destination", PROBE_ADDRESSES)
+def test_a_probe_is_refused_and_is_no_connection_in_any_count(rig: Rig, destination: str) -> None:
+    rig.start()
+    upcall = rig.outbound(destination, PROBE_PORT)
+    found = rig.core.answer_to(upcall)
+    assert (found.action, found.arguments) == ("refuse", (Reason.SELF_CALL,))
+    assert not rig.core.series
+    values = (Kind.OUTBOUND, rig.pod, rig.core.answers[upcall], 0, ip("10.1.0.1"), 4000)
+    rest = (ip(destination), PROBE_PORT, b"", 0, 1, 1, 0, 0, list(Reason).index(Reason.SELF_CALL))
+    rig.core.report(record(Ended, *values, *rest))
+    rig.tunnel.pump()
+    assert rig.tunnel.events.probes == 1
+    assert not rig.tunnel.events.failed
+    assert not rig.lines
+
+
+def test_what_only_looks_like_a_probe_is_a_connection(rig: Rig) -> None:
+    rig.start()
+    assert rig.core.answer_to(rig.outbound(PROBE_ADDRESSES[0], 80)).action == "forward"
+    assert rig.core.answer_to(rig.outbound("192.0.2.1", PROBE_PORT)).action == "forward"

@@ -1,0 +1,213 @@
+"""Judges pods, their capture, and the way to other nodes: pure.
+
+This module owns the findings NA3…, NA5002 to NA5004 and NA5006. It may not look at anything but
+the facts.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from nodeagent.admin.model import PodReport, PodState
+from nodeagent.doctor._make import finding
+from nodeagent.doctor.facts import Drop, Facts, Outcome, Peer, PodLook, Probe, ProbeOutcome
+from nodeagent.doctor.model import NODE, Finding
+
+__all__ = ["judge"]
+
+MOST_NAMED: Final = 5
+"""Addresses or rules that one finding names."""
+
+
+def judge(facts: Facts) -> Iterator[Finding]:
+    status = facts.agent.status
+    reports = {pod.workload: pod for pod in status.pods} if status is not None else {}
+    looks = {look.workload: look for look in facts.pods}
+    for workload in sorted(reports.keys() | looks.keys()):
+        yield from _state(reports.get(workload), looks.get(workload))
+        look = looks.get(workload)
+        if look is not None and not look.problem:
+            yield from _inside(look)
+    yield from _drops(facts.node_drops, (NODE,))
+    yield from _peers(facts.peers)
+    if facts.counts is not None and facts.counts.blocked:
+        yield finding(
+            "NA5006",
+            f"{facts.counts.blocked} connections to port 15008 have timed out since ztunnel began",
+            "the access log names their destinations: is there a NetworkPolicy or firewall?",
+            "journalctl -u ztunnel -o cat | grep 15008 | grep timeout | tail",
+        )
+
+
+def enter(netns: str) -> str:
+    """Return what to put before a command to run it in a pod's namespace."""
+    return (
+        f"nsenter --net={shlex.quote(netns)}"
+        if netns.startswith("/")
+        else f"ip netns exec {shlex.quote(netns)}"
+    )
+
+
+# --- one pod -------------------------------------------------------------------------------------
+
+
+def _state(report: PodReport | None, look: PodLook | None) -> Iterator[Finding]:
+    if report is None:
+        if look is not None and look.gone:
+            yield finding(
+                "NA3003",
+                f"it was captured, and {look.problem}",
+                "nodeagent removes what is left of it once it runs",
+                "systemctl restart nodeagent",
+                affects=[look.workload],
+            )
+        return
+    affects = [report.workload]
+    detail = f": {report.error}" if report.error else ""
+    match report.state:
+        case PodState.WAITING:
+            yield finding(
+                "NA3003",
+                report.error or f"network namespace {report.netns} does not exist",
+                "start the workload, or correct the annotation nodeagent.io/netns",
+                "ip netns list",
+                affects=affects,
+            )
+        case PodState.FAILED:
+            yield finding(
+                "NA3001",
+                f"{report.workload} is not captured{detail}",
+                "it is tried again by itself; the log has every attempt",
+                "journalctl -u nodeagent --since -15min --no-pager",
+                affects=affects,
+            )
+        case PodState.DEGRADED:
+            wrong = ", ".join(report.deviations[:MOST_NAMED]) or "an audit failed"
+            yield finding(
+                "NA3002",
+                f"{wrong}{detail}; the pod is kept closed there",
+                "look for what changes its namespace: a process in the pod with CAP_NET_ADMIN",
+                f"{enter(report.netns)} ip rule show",
+                affects=affects,
+            )
+        case PodState.ENROLLED | PodState.ENROLLING | PodState.REMOVING:
+            pass
+
+
+def _inside(look: PodLook) -> Iterator[Finding]:
+    affects = [look.workload]
+    for holder in look.holders:
+        if not holder.ours:
+            yield finding(
+                "NA3005",
+                f"{holder.name} (process {holder.pid}) listens on port {holder.port} in the pod",
+                "move it to another port: 15001, 15006 and 15008 are the tunnel's in every pod",
+                f"{enter(look.netns)} ss -ltnp sport = :{holder.port}",
+                f"kill {holder.pid}",
+                affects=affects,
+            )
+    if look.foreign:
+        yield finding(
+            "NA3006",
+            "; ".join(look.foreign[:MOST_NAMED]),
+            "another mesh, or an earlier agent with another bpf_dir: take the pod out of the one",
+            f"{enter(look.netns)} ip rule show",
+            f"{enter(look.netns)} nft list ruleset",
+            affects=affects,
+        )
+    yield from _drops(look.drops, affects)
+    yield from _probes(look)
+    silent = [address for address, said in look.hbone.items() if said is not Outcome.ANSWERED]
+    if silent:
+        said = ", ".join(f"{address} {look.hbone[address]}" for address in silent[:MOST_NAMED])
+        yield finding(
+            "NA3008",
+            f"from this node: {said}; other nodes reach the pod there and nowhere else",
+            "let TCP port 15008 of the pod in: NetworkPolicy, packet filter, cloud firewall",
+            f"{enter(look.netns)} nft list ruleset",
+            "nft list ruleset",
+            affects=affects,
+        )
+
+
+def _probes(look: PodLook) -> Iterator[Finding]:
+    silent = [each for each in look.probes if each.outcome is ProbeOutcome.SILENT]
+    around = (ProbeOutcome.NOT_TAKEN, ProbeOutcome.STRANGE)
+    past = [each for each in look.probes if each.outcome in around]
+    if silent:
+        yield finding(
+            "NA3007",
+            f"a probe from inside {look.workload} was taken: {_said(silent)}",
+            "ztunnel hangs, or serves this pod no more; a reload replaces it",
+            "journalctl -u ztunnel --since -15min --no-pager",
+            "systemctl reload ztunnel",
+            affects=[look.workload],
+        )
+    if past:
+        yield finding(
+            "NA3004",
+            f"a probe from inside {look.workload} was not taken by the tunnel: {_said(past)}",
+            "nodeagent puts right what it finds missing within seconds; this it cannot, or not yet",
+            f"{enter(look.netns)} ip rule show",
+            f"{enter(look.netns)} ip route show table 100",
+            "journalctl -u nodeagent --since -15min --no-pager",
+            affects=[look.workload],
+        )
+
+
+def _said(probes: Iterable[Probe]) -> str:
+    return ", ".join(f"IPv{each.version}: {each.detail}" for each in probes)
+
+
+def _drops(drops: Iterable[Drop], affects: Iterable[str]) -> Iterator[Finding]:
+    found = list(drops)
+    if found:
+        yield finding(
+            "NA5003",
+            "; ".join(each.rule for each in found[:MOST_NAMED]),
+            "take the rule out, or except the mesh's pods from it",
+            *(each.command for each in found[:MOST_NAMED]),
+            affects=affects,
+        )
+
+
+# --- other nodes ---------------------------------------------------------------------------------
+
+
+def _peers(peers: Iterable[Peer]) -> Iterator[Finding]:
+    nodes: dict[str, list[Peer]] = {}
+    for peer in peers:
+        nodes.setdefault(peer.node or peer.address, []).append(peer)
+    for node, seen in sorted(nodes.items()):
+        refused = [peer for peer in seen if peer.outcome is Outcome.REFUSED]
+        blocked = [peer for peer in seen if peer.outcome in (Outcome.SILENT, Outcome.UNREACHABLE)]
+        if refused:
+            yield finding(
+                "NA5004",
+                f"{node}: {_named(refused)}",
+                "start the agent there; without it those pods cannot be called through the mesh",
+                "nodeagent doctor  # on that node",
+                affects=[node],
+            )
+        if blocked:
+            least = blocked[0]
+            yield finding(
+                "NA5002",
+                f"{node}: {_named(blocked)}",
+                "let TCP port 15008 through between pods of all nodes: NetworkPolicy, firewall, "
+                "security group",
+                f"nc -vz -w 3 {least.address} 15008  # from another pod that is not captured",
+                "nodeagent doctor  # on that node",
+                affects=[node, *sorted({peer.seen_from for peer in blocked})],
+            )
+
+
+def _named(peers: list[Peer]) -> str:
+    named = [
+        f"{peer.workload} ({peer.address}) {peer.outcome} from {peer.seen_from}"
+        for peer in peers[:MOST_NAMED]
+    ]
+    rest = len(peers) - MOST_NAMED
+    return ", ".join(named) + (f", and {rest} more" if rest > 0 else "")

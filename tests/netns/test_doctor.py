@@ -1,0 +1,202 @@
+"""The doctor on real nodes: it names what is broken, its remedy mends it, it leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodeagent.lab import Lab, namespaces
+from support.e2e import running, spec
+from support.netns import wait_until
+
+CLI = [sys.executable, "-c", "from nodeagent.cli import cli; cli(prog_name='nodeagent')", "doctor"]
+
+OF_THIS_MACHINE = {"NA4006", "NA2006"}
+"""Nothing may discipline the clock of the machine, and its limits may be low."""
+
+BLOCKED = "table inet blocked {\n chain in {\n %s\n  tcp dport 15008 drop\n }\n}\n"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with running(spec(pods=("client", "near", "far"), apps=False)) as made:
+        yield made
+
+
+def doctor(lab: Lab, *options: str, node: str = "node-1") -> subprocess.CompletedProcess[str]:
+    settings = lab.layout.directory / "nodes" / node / "settings.yaml"
+    command = [*CLI, "--settings", str(settings), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def report(lab: Lab, node: str = "node-1") -> dict[str, Any]:
+    """Return the report without what is this machine's."""
+    done = doctor(lab, "-o", "json", node=node)
+    assert done.stderr == ""
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (0 if found["healthy"] else 1)
+    found["findings"] = [each for each in found["findings"] if each["code"] not in OF_THIS_MACHINE]
+    return found
+
+
+def codes(found: dict[str, Any]) -> list[str]:
+    return [each["code"] for each in found["findings"]]
+
+
+def hidden(found: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(each["cause"], each["finding"]["code"]) for each in found["hidden"]}
+
+
+def run_remedy(finding: dict[str, Any], number: int = 0) -> None:
+    subprocess.run(shlex.split(finding["commands"][number]), check=True, timeout=20)
+
+
+@contextlib.contextmanager
+def filtered(space: Path, hook: str) -> Iterator[None]:
+    """Drop port 15008 by a packet filter in a namespace."""
+    enter = ["nsenter", f"--net={space}", "nft"]
+    rules = BLOCKED % f"type filter hook {hook} priority 0;"
+    subprocess.run([*enter, "-f", "-"], input=rules, text=True, check=True, timeout=20)
+    try:
+        yield
+    finally:
+        subprocess.run([*enter, "delete", "table", "inet", "blocked"], check=True, timeout=20)
+
+
+def counted(lab: Lab) -> tuple[float, list[str]]:
+    """Return the probes of node-1's ztunnel, and every other counter that a connection moves."""
+    text = lab.node("node-1").metrics()
+    probes = re.search(r"^ztunnel_capture_probes_total (\S+)$", text, re.MULTILINE)
+    assert probes is not None
+    moved = re.compile(
+        r"^(istio_tcp_|ztunnel_(tls_handshake|connections|pod_refusals|verdicts)).*[^ ] [1-9]"
+    )
+    return float(probes[1]), [line for line in text.splitlines() if moved.match(line)]
+
+
+def test_a_healthy_node_is_well_and_nobody_notices_the_look(lab: Lab) -> None:
+    before, connections = counted(lab)
+    logged = [lab.node(name).access_log() for name in ("node-1", "node-2")]
+    found = report(lab)
+    assert codes(found) == []
+    assert found["hidden"] == []
+    assert found["examined"]["pods"] == 2
+    assert found["examined"]["probes"] == 4
+    assert found["examined"]["peers"] == 2
+    assert found["examined"]["daemons"] == 2
+    after, now = counted(lab)
+    assert (after - before, now) == (4, connections)
+    assert [lab.node(name).access_log() for name in ("node-1", "node-2")] == logged
+
+
+def test_people_get_the_verdict_as_the_last_line_in_80_columns(lab: Lab) -> None:
+    done = doctor(lab)
+    assert done.stdout.splitlines()[-1].startswith("node-1: ")
+    assert "\x1b" not in done.stdout
+    assert doctor(lab, "--json").stdout.startswith("{")
+
+
+def test_a_filter_in_a_pod_is_named_and_its_remedy_opens_the_port(lab: Lab) -> None:
+    with filtered(lab.namespace("shop/near"), "input"):
+        found = report(lab)
+        assert codes(found) == ["NA5003"]
+        assert found["findings"][0]["affects"] == ["shop/near"]
+        assert hidden(found) == {("NA5003", "NA3008")}
+        run_remedy(found["findings"][0])
+        assert codes(report(lab)) == []
+
+
+def test_another_nodes_blocked_port_is_seen_from_here(lab: Lab) -> None:
+    """As a NetworkPolicy does it: on the other node, where no rule can be read from here."""
+    with filtered(lab.namespace("node-2"), "forward"):
+        found = report(lab)
+        assert codes(found) == ["NA5002"]
+        assert found["findings"][0]["affects"][0] == "node-2"
+        assert "shop/far" in found["findings"][0]["text"]
+        assert codes(report(lab, "node-2")) == ["NA5003"]
+    assert codes(report(lab)) == []
+
+
+def test_a_program_on_the_tunnels_port_is_named_with_its_process(lab: Lab) -> None:
+    lab.enrol("shop/near", enrolled=False)
+    wait_until(lambda: "near" not in status(lab), "near has left the mesh")
+    with namespaces.run_in(lab.namespace("shop/near"), socket.socket) as taken:
+        taken.bind(("0.0.0.0", 15008))
+        taken.listen()
+        lab.enrol("shop/near")
+        wait_until(lambda: status(lab).get("near") in ("Failed", "Degraded"), "it is refused")
+        found = report(lab)
+        assert codes(found) == ["NA3005"]
+        assert f"(process {os.getpid()})" in found["findings"][0]["text"]
+        assert ("NA3005", "NA3001") in hidden(found) or ("NA3005", "NA3002") in hidden(found)
+    wait_until(lambda: status(lab).get("near") == "Enrolled", "near is in the mesh again")
+    assert codes(report(lab)) == []
+
+
+def status(lab: Lab) -> dict[str, str]:
+    body = json.loads(lab.node("node-1").get("/status", 15000)[1])
+    return {pod["workload"].partition("/")[2]: pod["state"] for pod in body["pods"]}
+
+
+def test_rules_taken_away_are_found_by_the_probe(lab: Lab) -> None:
+    """The agent would put them back: it stands still meanwhile, and the look goes on without it."""
+    agent = lab.node("node-1")
+    agent.kill("nodeagent", signal.SIGKILL)
+    wait_until(lambda: not agent.process("nodeagent").alive(), "nodeagent is gone")
+    enter = ["nsenter", f"--net={lab.namespace('shop/near')}", "ip"]
+    subprocess.run([*enter, "rule", "del", "pref", "101"], check=True, timeout=20)
+    found = report(lab)
+    assert codes(found) == ["NA2001", "NA3004"]
+    assert found["findings"][1]["affects"] == ["shop/near"]
+    assert "IPv4" in found["findings"][1]["text"]
+    assert "IPv6" not in found["findings"][1]["text"]
+    agent.restart("nodeagent")
+    wait_until(lambda: codes(report(lab)) == [], "the new agent has put it right")
+
+
+def test_a_dead_tunnel_explains_silent_pods(lab: Lab) -> None:
+    node = lab.node("node-1")
+    node.kill("ztunnel")
+    wait_until(lambda: not node.process("ztunnel").alive(), "ztunnel is gone")
+    wait_until(lambda: not json.loads(node.get("/status", 15000)[1])["ztunnel"]["connected"], "so")
+    found = report(lab)
+    assert codes(found) == ["NA2002"]
+    assert ("NA2002", "NA3007") in hidden(found)
+    node.restart("ztunnel")
+    wait_until(lambda: codes(report(lab)) == [], "the new tunnel serves")
+
+
+def test_without_daemons_it_still_says_what_is_wrong(lab: Lab) -> None:
+    node = lab.node("node-2")
+    both = ("nodeagent", "ztunnel")
+    for daemon in both:
+        node.kill(daemon)
+    wait_until(lambda: not any(node.process(each).alive() for each in both), "both are gone")
+    found = report(lab, "node-2")
+    assert codes(found) == ["NA2001", "NA2002"]
+    assert found["examined"]["pods"] == 1
+    node.restart("nodeagent", wait=False)
+    node.restart("ztunnel")
+    wait_until(lambda: codes(report(lab, "node-2")) == [], "both are back")
+
+
+def test_who_is_not_root_is_told_so(lab: Lab) -> None:
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *CLI]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if "Permission denied" in done.stderr:
+        pytest.skip("the interpreter is in a directory of root's")
+    assert done.returncode == 3
+    assert "run this command as root" in done.stderr
+    assert done.stdout == ""

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from ztunnel.counted import Judged
     from ztunnel.stats import Picture
 
-__all__ = ["Collector"]
+__all__ = ["OWN_HELP", "Collector"]
 
 _REASONS: Final = tuple(Reason)
 _MICROSECONDS: Final = 1_000_000
 
-_OWN_HELP: Final[Mapping[str, str]] = {
+OWN_HELP: Final[Mapping[str, str]] = {
     "pods": "Pods in service.",
     "workloads": "Workloads of the mesh that are known.",
     "services": "Services of the mesh that are known.",
@@ -374,7 +374,7 @@ def _audit(picture: Picture) -> Iterator[Metric]:
 
 def _own(picture: Picture) -> Iterator[Metric]:
     for name, value in picture.own.items():
-        text = _OWN_HELP[name]
+        text = OWN_HELP[name]
         if name.endswith("_total"):
             yield CounterMetricFamily(f"ztunnel_{name.removesuffix('_total')}", text, value=value)
         else:

@@ -12,37 +12,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from support.certificates import NOW
-from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
+from support.expositions import RULE, by_reason, picture, rows, ztunnel_text
+from support.fake_core import FakeCore
 from support.mesh_state import identity, service, workload
 from support.prometheus import check_metrics
 from ztunnel import istio_text, labels
-from ztunnel._core import PodCounters
-from ztunnel.audit import Counts
-from ztunnel.authorize import Client
-from ztunnel.counted import ByPolicy, Judged, Plaintext
-from ztunnel.decisions import Counters, Series
-from ztunnel.istio_text import Rows
+from ztunnel.decisions import Counters
 from ztunnel.labels import Labels
-from ztunnel.reasons import Reason
-from ztunnel.stats import Picture, render
-
-RULE = "default/httpbin rules[0] (web.yaml:7)"
-SLEEP = workload("sleep", "10.1.0.1", locality="eu/eu-1/a")
-HTTPBIN = workload("httpbin", "10.2.0.1")
-MUTUAL = labels.make(
-    labels.SOURCE,
-    labels.MUTUAL_TLS,
-    SLEEP,
-    HTTPBIN,
-    service("web", ("10.96.0.1",), ()),
-    source_principal=identity("sleep"),
-    destination_principal=identity("httpbin"),
-)
-PLAIN = labels.make(labels.DESTINATION, labels.PLAINTEXT, None, HTTPBIN, None)
-
-
-def failed(**counts: int) -> tuple[int, ...]:
-    return tuple(counts.get(reason.name, 0) for reason in REASONS)
+from ztunnel.stats import render
 
 
 @pytest.fixture
@@ -52,76 +29,9 @@ def core() -> Iterator[FakeCore]:
     made.close()
 
 
-IDLE_POD = record(PodCounters, 0, 0, 0, 0, 0, 0, failed())
-POD = record(PodCounters, 4, 7, 1, 0, 2, 65536, failed(POD_DIALS=3, POD_CONNECTIONS=9))
-
-
-def rows(*found: tuple[Labels, Counters]) -> Rows:
-    made = Rows()
-    for number, (labelled, counters) in enumerate(found, start=1):
-        made.add(Series(number, labelled), counters)
-    return made
-
-
-def text(picture: Picture, accept: str = "") -> str:
-    _, portions = render(picture, accept)
-    return b"".join(portions).decode()
-
-
-def picture(core: FakeCore) -> Picture:
-    shown = rows(
-        (
-            MUTUAL,
-            Counters(
-                7,
-                6,
-                failed(CONNECT_TIMEOUT=2, CONNECT_REFUSED=1, SERVER_RESET=4),
-                100,
-                200,
-            ),
-        ),
-        (PLAIN, Counters(3, 3, failed(STRICT_PLAINTEXT=5), 10, 20)),
-    )
-    shown.fail(PLAIN, "DENY", 1)
-    shown.fail(PLAIN, "CONNECT", 2)
-    return Picture(
-        rows=shown,
-        pods=[("default/web", POD), ("default/idle", IDLE_POD)],
-        core=core.stats(),
-        now_us=2_500_000,
-        bounds_us=BOUNDS_US,
-        deadlines=("connect", "idle"),
-        handshake_failures={("client", Reason.CERT_EXPIRED): 3},
-        failed={Reason.POLICY_CHANGED: 4},
-        certificates={identity("sleep"): (NOW - 60, NOW)},
-        judged={
-            Judged(Client.ALLOWED, allow=True, audited=False, would=True): 4,
-            Judged(Client.ALLOWED, allow=True, audited=True, would=False): 2,
-            Judged(Client.WITHOUT_IDENTITY, allow=False, audited=True, would=False): 1,
-        },
-        by_policy={
-            ByPolicy(RULE, Reason.POLICY_DENIED, allow=False): 5,
-            ByPolicy("", Reason.POLICY_MISSING, allow=False): 1,
-            ByPolicy("", Reason.CLOSED, allow=True): 2,
-            ByPolicy("other", Reason.CLOSED, allow=True): 3,
-        },
-        plaintext={
-            Plaintext("", "default/httpbin", allow=True): 8,
-            Plaintext("default/legacy", "default/httpbin", allow=False): 9,
-            Plaintext("other", "other", allow=True): 10,
-        },
-        overflowed={"istio_tcp_connections": 11},
-        expired={"istio_tcp_connections": 12},
-        own={"pods": 4, "internal_errors_total": 1},
-        audit=Counts(
-            {"file": 7}, {("all", "rate"): 3, ("file", "slow"): 2}, {"file": "", "journal": "gone"}
-        ),
-    )
-
-
 def samples(core: FakeCore) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
-    for family in text_string_to_metric_families(text(picture(core))):
+    for family in text_string_to_metric_families(ztunnel_text(picture(core))):
         for sample in family.samples:
             found.setdefault(sample.name, []).append(sample)
     return found
@@ -205,7 +115,7 @@ def test_histograms_are_cumulative_and_in_seconds(core: FakeCore) -> None:
 def test_the_tunnels_own_metrics_are_there(core: FakeCore) -> None:
     found = samples(core)
     assert found["ztunnel_pods"][0].value == 4
-    assert found["ztunnel_internal_errors_total"][0].value == 1
+    assert found["ztunnel_internal_errors_total"][0].value == 4
     assert found["ztunnel_events_lost_total"][0].value == 0
     assert found["ztunnel_worker_accepted_total"][0].labels == {"worker": "0"}
     assert found["ztunnel_svid_expiry_timestamp_seconds"][0].value == NOW
@@ -259,9 +169,11 @@ def test_what_a_pod_takes_and_was_refused(core: FakeCore) -> None:
 
 def test_values_that_peers_influence_are_escaped(core: FakeCore) -> None:
     evil = workload('a"b\nc\\d', "10.1.0.1", account="a")
-    shown = rows((labels.make("source", "none", evil, None, None), Counters(1, 0, failed(), 0, 0)))
+    shown = rows(
+        (labels.make("source", "none", evil, None, None), Counters(1, 0, by_reason(), 0, 0))
+    )
     families = text_string_to_metric_families(
-        text(msgspec.structs.replace(picture(core), rows=shown))
+        ztunnel_text(msgspec.structs.replace(picture(core), rows=shown))
     )
     names = {
         sample.labels["source_workload"]
@@ -314,7 +226,7 @@ def test_openmetrics_is_given_to_who_asks_for_it_and_says_the_same(core: FakeCor
     assert plain.startswith("text/plain; version=0.0.4")
     assert values(
         openmetrics_families(said)  # type: ignore[no-untyped-call]  # not annotated there
-    ) == values(text_string_to_metric_families(text(shown)))
+    ) == values(text_string_to_metric_families(ztunnel_text(shown)))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +239,7 @@ def test_an_accept_header_that_says_nothing_gets_an_answer(core: FakeCore, accep
 
 
 def test_promtool_has_nothing_to_say(core: FakeCore) -> None:
-    check_metrics(text(picture(core)))
+    check_metrics(ztunnel_text(picture(core)))
 
 
 def test_verdicts_by_rule(core: FakeCore) -> None:
@@ -367,13 +279,13 @@ def test_what_found_no_room_and_what_has_expired(core: FakeCore) -> None:
 
 def test_a_label_set_is_spelled_once(core: FakeCore, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = picture(core)
-    first = text(shown)
+    first = ztunnel_text(shown)
 
     def spell(_labels: Labels) -> str:
         raise AssertionError("spelled again")
 
     monkeypatch.setattr(istio_text, "_spell", spell)
-    again = text(shown)
+    again = ztunnel_text(shown)
     istio = [line for line in first.splitlines() if line.startswith("istio_")]
     assert istio == [line for line in again.splitlines() if line.startswith("istio_")]
 
@@ -383,7 +295,7 @@ def test_no_portion_of_the_text_holds_the_interpreter_for_long(core: FakeCore) -
         *(
             (
                 labels.make("source", "none", workload(f"w{number}", "10.1.0.1"), None, None),
-                Counters(1, 0, failed(CONNECT_REFUSED=1), 0, 0),
+                Counters(1, 0, by_reason(CONNECT_REFUSED=1), 0, 0),
             )
             for number in range(1000)
         )

@@ -70,10 +70,13 @@ class _Slice(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What was seen from `since` on. Nothing is missing of what was told since `began`."""
+    """What was seen from `since` on. Nothing is missing of what was told since `began`, and `heard`
+    is when something last was.
+    """
 
     since: int
     began: int
+    heard: int
     flows: tuple[Recorded, ...]
 
     @property
@@ -92,10 +95,12 @@ class Recent:
         """One object for all slices that speak of a flow."""
         self._entries = 0
         self._since = int(now)
+        self._heard = int(now)
 
     def add(self, flows: Iterable[Flow], now: float) -> None:
         with self._lock:
             self._turn(int(now))
+            self._heard = int(now)
             newest = self._slices[-1].sums
             before = len(newest)
             for flow in flows:
@@ -143,7 +148,7 @@ class Recent:
             slices = tuple(self._slices)
             if slices:
                 slices = (*slices[:-1], _Slice(slices[-1].begin, dict(slices[-1].sums)))
-            began = self._since
+            began, heard = self._since, self._heard
         since = (int(now) - age) // SLICE_SECONDS * SLICE_SECONDS
         before = [each for each in slices if since - STILL_OPEN_SECONDS <= each.begin < since]
         found = _summed([each for each in slices if each.begin >= since])
@@ -151,7 +156,7 @@ class Recent:
             if key not in found and told.open:
                 found[key] = _Sum(since, since, 0, told.open, 0, 0, told.open, told.open)
         recorded = tuple(_recorded(key, told) for key, told in found.items() if told.last >= since)
-        return Window(since, began, recorded)
+        return Window(since, began, heard, recorded)
 
 
 def _summed(slices: Sequence[_Slice]) -> dict[FlowKey, _Sum]:

@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from nodeagent.flow_settings import Keep
+from nodeagent.flows._coverage import LATE_SECONDS
 from nodeagent.flows._errors import StoreError
 from nodeagent.flows._model import SCHEMA, Recording
 from nodeagent.flows._reading import recording
@@ -199,17 +200,23 @@ class Recorder:
         """
         now = self._wall()
         window = self._recent.read(now, age)
+        began = datetime.fromtimestamp(window.began, UTC)
+        recent = Recording(
+            schema=SCHEMA,
+            node=node,
+            time=datetime.fromtimestamp(now, UTC),
+            since=datetime.fromtimestamp(window.since, UTC),
+            oldest=began,
+            flows=window.flows,
+            problem=self._problem,
+            complete=began if now - window.heard <= LATE_SECONDS else None,
+        )
         if self.enabled and (window.whole or age < SHORT_SECONDS):
-            return Recording(
-                schema=SCHEMA,
-                node=node,
-                time=datetime.fromtimestamp(now, UTC),
-                since=datetime.fromtimestamp(window.since, UTC),
-                oldest=datetime.fromtimestamp(window.began, UTC),
-                flows=window.flows,
-                problem=self._problem,
-            )
+            return recent
         found = self.read(node, age, outbound=True)
+        if self.enabled and all(flow.first >= began for flow in found.flows):
+            # The file holds nothing older than memory does, which knows better when it was.
+            return msgspec.structs.replace(recent, complete=found.complete)
         hour = int(found.since.timestamp()) // HOUR * HOUR
         return msgspec.structs.replace(found, since=datetime.fromtimestamp(hour, UTC))
 

@@ -202,9 +202,9 @@ def build(recording: Recording, place: Place) -> Graph:
         time=recording.time,
         node=recording.node,
         window_seconds=round((recording.time - since).total_seconds()),
-        complete=not recording.problem
-        and recording.oldest is not None
-        and recording.oldest <= since,
+        complete=recording.complete is not None
+        and recording.complete <= since
+        and not recording.problem,
         vertices=_vertices(edges, place),
         edges=tuple(edges),
         truncated=truncated,

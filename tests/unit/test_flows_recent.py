@@ -171,6 +171,33 @@ def test_a_short_window_is_told_from_memory_and_a_long_one_from_the_file(tmp_pat
         again.stop(10)
 
 
+def test_what_the_file_does_not_know_of_either_is_told_from_memory(tmp_path: Path) -> None:
+    clock = [NOW + 1200]
+    kept = recorder(tmp_path, clock)
+    kept.start()
+    kept.put(1, Flows((told(NOW + 1200, 2),), 1, NOW + 1200, NOW + 1200))
+    clock[0] = NOW + 1260
+    try:
+        found = kept.seen("n", 3600)
+        assert [each.connections for each in found.flows] == [2]
+        assert found.since.timestamp() == NOW + 1260 - 3600
+        # It has heard everything since then and no longer.
+        assert found.complete is not None
+        assert found.complete.timestamp() == NOW + 1200
+    finally:
+        kept.stop(10)
+
+
+def test_a_tunnel_that_says_nothing_any_more_leaves_a_gap(tmp_path: Path) -> None:
+    clock = [NOW]
+    kept = recorder(tmp_path, clock)
+    kept.put(1, Flows((), 1, NOW, NOW))
+    clock[0] = NOW + 60
+    assert kept.seen("n", 45).complete is not None
+    clock[0] = NOW + 600
+    assert kept.seen("n", 45).complete is None
+
+
 def test_where_nothing_is_to_be_recorded_nothing_is_kept(tmp_path: Path) -> None:
     quiet = recorder(tmp_path, [NOW], retention_hours=0)
     quiet.put(1, Flows((told(NOW),), 1, NOW, NOW))

@@ -106,6 +106,7 @@ def graph_of(flows: Iterable[Recorded], place: Place = PLACE, **recording: Any) 
         "time": NOW,
         "since": NOW - timedelta(hours=1),
         "oldest": NOW - timedelta(days=2),
+        "complete": NOW - timedelta(days=2),
     }
     return build(Recording(flows=tuple(flows), **{**defaults, **recording}), place)
 
@@ -353,8 +354,8 @@ def test_policies_are_named_once() -> None:
 
 def test_a_window_that_is_not_all_recorded_is_not_complete() -> None:
     assert graph_of([]).complete
-    assert not graph_of([], oldest=NOW).complete
-    assert not graph_of([], oldest=None).complete
+    assert not graph_of([], complete=NOW).complete
+    assert not graph_of([], complete=None).complete
     broken = graph_of([], problem="no room")
     assert (broken.complete, broken.problem) == (False, "no room")
 

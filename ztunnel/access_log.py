@@ -7,14 +7,16 @@ not look anything up. What repeats from line to line is put together once (`_jso
 `_text_frame`): each line delays some connection on a busy node. Of connections that end as they
 should the core fills in the rest (`AccessLog.form`), and the lines come back ready (`put`).
 
-JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `connection_security_policy`,
-`same_node`, `policy`, `client`, `audit_flag` and `dry_run`. Text is Envoy's familiar shape with the
-same keys behind it:
+JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `response_flags`,
+`connection_security_policy`, `same_node`, `cert`, `policy`, `client`, `audit_flag`, `audit_rules`
+and `dry_run`. Text is Envoy's familiar shape with the same keys behind it:
 
-    [START] "TCP 10.0.0.2:80" reason "error" RECEIVED SENT MS mTLS_Origin: "spiffe://…"
-    mTLS_Destination: "spiffe://…" key="value" …
+    [START] "TCP 10.0.0.2:80" reason FLAGS "error" RECEIVED SENT MS mTLS_Origin: "spiffe://…"
+    mTLS_Destination: "spiffe://…" cert: "By=…;Hash=…;Subject="";URI=…" audit_flag: "false"
+    key="value" …
 
-`bytes_recv` came from the client, `bytes_sent` went to it; `duration` is in milliseconds.
+`bytes_recv` came from the client, `bytes_sent` went to it; `duration` is in milliseconds. `cert` is
+of the client of an HBONE connection that came in (docs/access-log.md).
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ from ztunnel.labels import Labels
 from ztunnel.log_writer import File, Writer
 from ztunnel.reasons import NO_FLAG, RESPONSE_FLAGS, Reason
 
-__all__ = ["FIELDS", "AccessLog", "Form", "Line", "Sink", "json_line", "quoted", "text_line"]
+__all__ = [
+    "FIELDS",
+    "AccessLog",
+    "Form",
+    "Line",
+    "Sink",
+    "certificate",
+    "json_line",
+    "quoted",
+    "text_line",
+]
 
 QUEUE_LINES: Final = 20_000
 """Lines that wait for the disk, about 1 KB each: two seconds at full connection rate. The data
@@ -47,8 +59,9 @@ class Line(msgspec.Struct, frozen=True):
     """One connection that ended, or one HBONE connection that failed by itself (`handshake`).
 
     `start` is in seconds since the epoch. `received` came from the client, `sent` went to it. What
-    was judged, of what comes in: `policy` decided, `client` is the kind of caller, `audit_flag` are
-    the AUDIT rules that matched, and `dry_run` is what policies of a dry run would have done.
+    was judged, of what comes in: `policy` decided, `client` is the kind of caller, `audit_rules`
+    matched, and `dry_run` is what policies of a dry run would have done. `flags` are the metrics'
+    `response_flags`. `cert` is what `certificate` returns.
     """
 
     start: float
@@ -65,8 +78,20 @@ class Line(msgspec.Struct, frozen=True):
     policy: str
     handshake: bool = False
     client: str = ""
-    audit_flag: str = ""
+    audit_rules: str = ""
     dry_run: str = ""
+    flags: str = NO_FLAG
+    cert: str = ""
+
+
+def certificate(by: str, digest: str, subject: str, uri: str) -> str:
+    """Return a client's certificate as Envoy spells it (`X-Forwarded-Client-Cert`).
+
+    `by` and `uri` are SPIFFE IDs, in which nothing needs an escape. `digest` is the SHA-256 of the
+    client's certificate, DER, in hexadecimal; `subject` is RFC 4514.
+    """
+    escaped = subject.replace("\\", r"\\").replace('"', r"\"")
+    return f'By={by};Hash={digest};Subject="{escaped}";URI={uri}'
 
 
 class _Varying(NamedTuple):
@@ -205,7 +230,15 @@ def _message(reason: Reason, *, handshake: bool) -> str:
 
 
 _Judged = tuple[str, str, str, str]
-_JUDGED: Final = ("policy", "client", "audit_flag", "dry_run")
+_JUDGED: Final = ("policy", "client", "audit_rules", "dry_run")
+_RULES: Final = _JUDGED.index("audit_rules")
+
+
+def _audit_flag(direction: str, rules: str, *, handshake: bool) -> str:
+    """Return whether an AUDIT rule matched; NO_FLAG where none was asked."""
+    if handshake or direction != "inbound":
+        return NO_FLAG
+    return "true" if rules else "false"
 
 
 def _judged(values: _Judged) -> list[tuple[str, str]]:
@@ -213,18 +246,33 @@ def _judged(values: _Judged) -> list[tuple[str, str]]:
     return [(key, quoted(value)) for key, value in zip(_JUDGED, values, strict=True) if value]
 
 
-def _repeats(line: Line) -> tuple[str, str, str, Labels, Reason, str, _Judged, bool]:
+_Told = tuple[Reason, str, str, str]
+"""Reason, flags, error and certificate."""
+
+
+def _repeats(line: Line) -> tuple[str, str, str, Labels, _Told, _Judged, bool]:
     """What of a line is the same in many others, as a key that hashes quickly."""
     return (
         line.direction,
         line.destination,
         line.hbone_destination,
         line.labels,
-        line.reason,
-        line.error,
-        (line.policy, line.client, line.audit_flag, line.dry_run),
+        (line.reason, line.flags, line.error, line.cert),
+        (line.policy, line.client, line.audit_rules, line.dry_run),
         line.handshake,
     )
+
+
+def _unescaped(cert: str) -> str:
+    """Return a certificate without the escapes of the quotes around an empty subject.
+
+    That is how Envoy's text has it, and what reads it expects; of a subject that is not empty all
+    quotes stay escaped.
+    """
+    return quoted(cert)[1:-1].replace(_EMPTY_SUBJECT, 'Subject="";')
+
+
+_EMPTY_SUBJECT: Final = r"Subject=\"\";"
 
 
 def _constant(text: str) -> str:
@@ -238,12 +286,12 @@ def _json_frame(
     destination: str,
     hbone: str,
     labels: Labels,
-    reason: Reason,
-    error: str,
+    told: _Told,
     judged: _Judged,
     handshake: bool,  # noqa: FBT001 - positional: lru_cache keys keywords at a cost
 ) -> str:
     """The line with places for time, source, bytes sent and received, and milliseconds."""
+    reason, flags, error, cert = told
     known = _known(labels)
     failed = RESPONSE_FLAGS[reason] != NO_FLAG
     before = [
@@ -251,9 +299,17 @@ def _json_frame(
         ("message", _message(reason, handshake=handshake)),
     ]
     middle = _keyed(known, direction, destination, hbone)
-    after = [("reason", f'"{reason.value}"'), ("connection_security_policy", known.security)]
+    after = [("reason", f'"{reason.value}"')]
+    if flags != NO_FLAG:
+        after.append(("response_flags", f'"{flags}"'))
+    after.append(("connection_security_policy", known.security))
     if known.same_node:
         after.append(("same_node", known.same_node))
+    if cert:
+        after.append(("cert", quoted(cert)))
+    flag = _audit_flag(direction, judged[_RULES], handshake=handshake)
+    if flag != NO_FLAG:
+        after.append(("audit_flag", f'"{flag}"'))
     after += _judged(judged)
     if error:
         after.append(("error", quoted(error)))
@@ -279,20 +335,22 @@ def _text_frame(
     destination: str,
     hbone: str,
     labels: Labels,
-    reason: Reason,
-    error: str,
+    told: _Told,
     judged: _Judged,
     handshake: bool,  # noqa: FBT001 - as _json_frame
 ) -> str:
     """The line with places for time, bytes received and sent, milliseconds, and source."""
+    reason, flags, error, cert = told
     known = _known(labels)
     kind = "TLS" if handshake else "TCP"
     keyed = " ".join(
         [f"{key}={value}" for key, value in _keyed(known, direction, destination, hbone)]
     )
-    head = f'"{kind} {hbone or destination}" {reason.value} {quoted(error or "-")}'
+    head = f'"{kind} {hbone or destination}" {reason.value} {flags} {quoted(error or "-")}'
+    flag = _audit_flag(direction, judged[_RULES], handshake=handshake)
     tail = (
         f"mTLS_Origin: {known.mtls_origin} mTLS_Destination: {known.mtls_destination} "
+        f'cert: "{_unescaped(cert) or "-"}" audit_flag: "{flag}" '
         f"connection_security_policy={known.security}"
     )
     rest = keyed + (f" same_node={known.same_node}" if known.same_node else "")

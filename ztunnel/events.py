@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 import msgspec
 
 from ztunnel import address, labels, reasons
-from ztunnel.access_log import Line, Sink
+from ztunnel.access_log import Line, Sink, certificate
 from ztunnel.authorize import Verdict
 from ztunnel.corelike import ARRIVALS, Kind
 from ztunnel.decisions import Key
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ztunnel.audit import AuditLog
     from ztunnel.corelike import CoreLike
     from ztunnel.decisions import Decisions, Peers, Record
-    from ztunnel.identities import Identities
+    from ztunnel.identities import Identities, Proven
     from ztunnel.judge import Judge
     from ztunnel.pods import Pods
     from ztunnel.policy import DryRun, Match
@@ -207,7 +207,7 @@ class Events:
         key = record.key
         upstream, port = _upstream(record)
         way = _Way(key.kind, key.destination, key.port, upstream, port)
-        return self._constant(way, Reason.CLOSED, record, record.labels)
+        return self._constant(way, Reason.CLOSED, record, record.labels, record.proven)
 
     def _lines(self, event: Ended, record: Record | None, found: Labels) -> list[Line]:
         started = self._wall() - (self._clock() - event.started_us / 1e6)
@@ -218,6 +218,10 @@ class Events:
             event.upstream,
             event.upstream_port,
         )
+        if record is not None:
+            proven = record.proven
+        else:
+            proven = self._owner.identities.get(event.identity) if event.identity else None
         return [
             msgspec.structs.replace(
                 line,
@@ -227,11 +231,16 @@ class Events:
                 received=event.received,
                 sent=event.sent,
             )
-            for line in self._constant(way, _REASONS[event.reason], record, found)
+            for line in self._constant(way, _REASONS[event.reason], record, found, proven)
         ]
 
     def _constant(
-        self, way: _Way, reason: Reason, record: Record | None, found: Labels
+        self,
+        way: _Way,
+        reason: Reason,
+        record: Record | None,
+        found: Labels,
+        proven: Proven | None,
     ) -> list[Line]:
         """Return the lines of a connection, without what differs between those of its decision."""
         outbound = way.kind == _OUTBOUND
@@ -250,6 +259,8 @@ class Events:
             reason=reason,
             error=reasons.explain(reason, hbone=hbone),
             policy=_policy(record),
+            flags=reasons.flag(reason, hbone=hbone),
+            cert=_certificate(proven, found),
         )
         if record is not None and isinstance(record.outcome, Verdict):
             line = _judged(line, record.outcome)
@@ -312,6 +323,7 @@ class Events:
             error=f"{cause} ({detail})" if detail else cause,
             policy="",
             handshake=True,
+            flags=reasons.flag(reason, hbone=not inbound),
         )
 
     def _early_labels(self, state: State, event: Ended, reason: Reason) -> Labels | None:
@@ -350,6 +362,17 @@ def _policy(record: Record | None) -> str:
     return record.outcome.origin if isinstance(record.outcome, Verdict | Plain) else ""
 
 
+def _certificate(proven: Proven | None, found: Labels) -> str:
+    """Return what the client of an HBONE connection that came in has shown, else nothing.
+
+    It is its very certificate: a decision is on one verified chain, and another one has another.
+    """
+    if proven is None:
+        return ""
+    by = labels.value(found, "destination_principal")
+    return certificate(by, proven.fingerprint, proven.subject, str(proven.id))
+
+
 def _verdict(record: Record) -> Verdict | None:
     """Return the verdict on who wants in; of a hand-over that of the called pod's side."""
     match record.outcome:
@@ -374,7 +397,7 @@ def _judged(line: Line, verdict: Verdict) -> Line:
     return msgspec.structs.replace(
         line,
         client=verdict.client.value if verdict.client is not None else "",
-        audit_flag=_named(verdict.audits),
+        audit_rules=_named(verdict.audits),
         dry_run=_would(verdict.dry_run) if verdict.dry_run is not None else "",
     )
 

@@ -19,7 +19,6 @@ from typing import Final
 
 from ztunnel import svid
 from ztunnel.reasons import Reason
-from ztunnel.spiffe import SpiffeId
 
 __all__ = ["MAX_IDENTITIES", "Bundles", "Identities", "Proven", "reason_of"]
 
@@ -54,24 +53,37 @@ class Proven:
     """One verified chain. `number` is the core's; `refs` counts decisions and pools that use it.
 
     `not_after` is in seconds since the epoch. `roots` are those it was last verified against.
+    `fingerprint` is the SHA-256 of the peer's own certificate, `subject` its name (`svid`).
     """
 
-    __slots__ = ("chain", "digest", "id", "not_after", "number", "refs", "roots", "withdrawn")
+    __slots__ = (
+        "chain",
+        "digest",
+        "fingerprint",
+        "id",
+        "not_after",
+        "number",
+        "refs",
+        "roots",
+        "subject",
+        "withdrawn",
+    )
 
     def __init__(
         self,
         number: int,
-        identity: SpiffeId,
+        peer: svid.VerifiedPeer,
         chain: tuple[bytes, ...],
         digest: bytes,
-        not_after: float,
         roots: tuple[bytes, ...],
     ) -> None:
         self.number = number
-        self.id = identity
+        self.id = peer.id
+        self.fingerprint = peer.fingerprint
+        self.subject = peer.subject
         self.chain = chain
         self.digest = digest
-        self.not_after = not_after
+        self.not_after = peer.not_after
         self.roots = roots
         self.refs = 0
         self.withdrawn = False
@@ -118,10 +130,9 @@ class Identities:
         peer = svid.validate(chain, bundles, now)
         proven = Proven(
             next(self._numbers),
-            peer.id,
+            peer,
             tuple(chain),
             digest,
-            peer.not_after,
             bundles[peer.id.trust_domain],
         )
         self._make_room()

@@ -169,8 +169,8 @@ def test_conformance_traffic(mesh: Mesh, scenario: Scenario) -> None:
             assert by(policy, scenario, allow=case.allow) == case.by
         if case.level:
             assert unplaced(policy, scenario) == case.level
-        assert ("audit_flag" in line) == bool(case.audit)
-        assert all(rule in line["audit_flag"] for rule in case.audit)
+        assert line["audit_flag"] == ("true" if case.audit else "false")
+        assert all(rule in line["audit_rules"] for rule in case.audit)
         assert ("dry_run" in line) == (case.dry_run is not None)
         identified = case.caller != "legacy/sleep" and case.mode != "DISABLE"
         assert (line["connection_security_policy"] == "mutual_tls") == identified

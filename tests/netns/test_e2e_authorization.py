@@ -198,9 +198,11 @@ def test_audit_marks_plaintext_callers_and_lets_them_in(mesh: Mesh) -> None:
     accepts(mesh, "client", listener)
     port = listener.getsockname()[1]
     marked = mesh.line("far", "inbound", port, client="without_identity")
-    assert marked["audit_flag"].startswith("shop/tested rules[0] (")
-    assert marked["audit_flag"].endswith("without methods, paths")
-    assert "audit_flag" not in mesh.line("far", "inbound", port, src_workload="client")
+    assert marked["audit_rules"].startswith("shop/tested rules[0] (")
+    assert marked["audit_rules"].endswith("without methods, paths")
+    assert marked["audit_flag"] == "true"
+    line = mesh.line("far", "inbound", port, src_workload="client")
+    assert (line["audit_flag"], line.get("audit_rules")) == ("false", None)
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_not(mesh: Mesh) -> None:

@@ -103,9 +103,12 @@ def who_calls_is_known(lab: Lab) -> None:
 def plaintext_is_marked(lab: Lab) -> None:
     assert curl(lab, OUTSIDE, WEB_API).returncode == 0
     line = last(lab, "istioinaction/web-api", {"client": "without_identity"})
-    assert line["audit_flag"].startswith("istioinaction/audit-web-api-authpolicy rules[0] (")
-    assert line["audit_flag"].endswith("audit-auth-policy.yaml:12) without methods, paths")
-    assert "audit_flag" not in last(lab, "istioinaction/web-api", {"src.workload": "sleep"})
+    assert line["audit_rules"].startswith("istioinaction/audit-web-api-authpolicy rules[0] (")
+    assert line["audit_rules"].endswith("audit-auth-policy.yaml:12) without methods, paths")
+    assert line["audit_flag"] == "true"
+    line = last(lab, "istioinaction/web-api", {"src.workload": "sleep"})
+    assert (line["audit_flag"], line.get("audit_rules")) == ("false", None)
+    assert line["cert"].endswith(";URI=spiffe://cluster.local/ns/istioinaction/sa/sleep")
 
 
 def plaintext_is_refused(lab: Lab) -> None:
@@ -150,7 +153,7 @@ AFTER: Final[dict[type[Exercise], dict[str, tuple[int, Check]]]] = {
         "First steps": (5, both_are_answered),
         "Introduce strict mTLS one service at a time": (7, one_is_locked),
         "Who's calling with mTLS or Plaintext?": (8, who_calls_is_known),
-        "Use AuthorizationPolicy and Access Logging": (6, plaintext_is_marked),
+        "Use AuthorizationPolicy and Access Logging": (7, plaintext_is_marked),
         "Apply strict mTLS": (5, plaintext_is_refused),
     },
     MutualTls: {

@@ -240,7 +240,7 @@ def test_lines_of_good_ends_carry_audit_and_dry_run(called: Called) -> None:
     )
     assert call(called)
     line = called.line("closed")
-    assert line["audit_flag"] == "default/audit rules[0] (policy.yaml:1) without to[0].methods"
+    assert line["audit_rules"] == "default/audit rules[0] (policy.yaml:1) without to[0].methods"
     assert line["dry_run"] == "denied by default/no rules[0] (policy.yaml:1)"
 
 
@@ -288,7 +288,7 @@ def test_a_hit_asks_nobody_whatever_policies_are_in_force(called_once: Called) -
     # And each is judged and told like the one that was asked about.
     wait_until(lambda: len(called.lines()) == HITS + 1, "a line for each connection")
     (told,) = {
-        (line["reason"], line["policy"], line["client"], line["audit_flag"], line["dry_run"])
+        (line["reason"], line["policy"], line["client"], line["audit_rules"], line["dry_run"])
         for line in called.lines()
     }
     assert told[:3] == ("closed", "default/only rules[0] (policy.yaml:1)", "identity_allowed")

@@ -1,17 +1,26 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import pytest
 
 from support.mesh_state import identity, workload
 from ztunnel import labels
-from ztunnel.access_log import FIELDS, AccessLog, Form, Line, json_line, text_line
+from ztunnel.access_log import (
+    FIELDS,
+    AccessLog,
+    Form,
+    Line,
+    certificate,
+    json_line,
+    text_line,
+)
 from ztunnel.reasons import Reason
 
 SLEEP = workload("sleep", "10.1.0.1")
@@ -74,7 +83,7 @@ def test_json_has_the_references_keys() -> None:
     }
 
 
-@pytest.mark.parametrize("key", ["policy", "client", "audit_flag", "dry_run"])
+@pytest.mark.parametrize("key", ["policy", "client", "audit_rules", "dry_run"])
 def test_what_was_judged_stands_in_both_forms_and_forges_nothing(key: str) -> None:
     value = 'shop/a rules[0] (a.yaml:3) without to[0].methods; "x"\n'
     found = line(**{key: value})
@@ -96,17 +105,136 @@ def test_a_failure_is_an_error_with_its_cause() -> None:
 def test_text_shows_both_ends_of_mutual_tls() -> None:
     found = text_line(line())
     assert found.startswith(
-        '[2021-06-14T10:27:59.758Z] "TCP 10.2.0.1:8080" closed "-" 100 1100 10 '
+        '[2021-06-14T10:27:59.758Z] "TCP 10.2.0.1:8080" closed - "-" 100 1100 10 '
     )
     assert f'mTLS_Origin: "{identity("sleep")}"' in found
     assert f'mTLS_Destination: "{identity("httpbin")}"' in found
     assert 'dst.addr="10.2.0.1:15008"' in found
 
 
+KNOWN: Final = re.compile(
+    r'\[(?P<time>\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z)\] "(?P<request>[^"]*)" (?P<code>\S+) '
+    r'(?P<flags>\S+) "(?P<failure>[^"]*)" (?P<received>\d+) (?P<sent>\d+) (?P<duration>\d+) '
+    r'mTLS_Origin: "(?P<origin>[^"]*)" mTLS_Destination: "(?P<destination>[^"]*)"(?: \d+ "[^"]*")? '
+    r'cert: "(?P<cert>-|By=[^;"]*;Hash=[0-9a-f]{64};Subject="[^"]*";URI=[^;"]*)" '
+    r'audit_flag: "(?P<flag>[^"]*)"'
+)
+"""Reads the lines of the known exercise. They have two values of layer 7 more, in either place."""
+
+IN_MESH: Final = (
+    '[2021-06-14T10:27:59.758Z] "GET / HTTP/1.1" 200 - "-" 0 1100 10 '
+    'mTLS_Origin: "spiffe://cluster.local/ns/istioinaction/sa/sleep" '
+    'mTLS_Destination: "spiffe://cluster.local/ns/istioinaction/sa/web-api" 10 "-" '
+    'cert: "By=spiffe://cluster.local/ns/istioinaction/sa/web-api;'
+    "Hash=cdd00c3f7a968b8a48d41d536839485fc8f3c049915794a7688dc595f114e18b;"
+    'Subject="";URI=spiffe://cluster.local/ns/istioinaction/sa/sleep" audit_flag: "false"'
+)
+OUTSIDE: Final = (
+    '[2021-06-14T10:29:53.284Z] "GET / HTTP/1.1" 200 - "-" 0 1100 10 10 "-" '
+    'mTLS_Origin: "-" mTLS_Destination: "-" cert: "-" audit_flag: "true"'
+)
+
+
+def known(text: str) -> dict[str, str]:
+    found = KNOWN.match(text.replace(' 10 10 "-" mTLS', " 10 mTLS"))
+    assert found is not None, text
+    return found.groupdict()
+
+
+def inside(name: str) -> str:
+    return f"spiffe://cluster.local/ns/istioinaction/sa/{name}"
+
+
+@pytest.mark.parametrize(
+    "printed,fields",
+    [
+        (
+            IN_MESH,
+            {
+                "start": 1_623_666_479.758,
+                "labels": labels.make(
+                    labels.DESTINATION,
+                    labels.MUTUAL_TLS,
+                    None,
+                    None,
+                    None,
+                    source_principal=inside("sleep"),
+                    destination_principal=inside("web-api"),
+                ),
+                "cert": certificate(
+                    inside("web-api"),
+                    "cdd00c3f7a968b8a48d41d536839485fc8f3c049915794a7688dc595f114e18b",
+                    "",
+                    inside("sleep"),
+                ),
+            },
+        ),
+        (
+            OUTSIDE,
+            {
+                "start": 1_623_666_593.284,
+                "labels": labels.make(labels.DESTINATION, labels.PLAINTEXT, None, None, None),
+                "audit_rules": "istioinaction/audit-web-api-authpolicy rules[0]",
+            },
+        ),
+    ],
+    ids=["mutual TLS", "plaintext, audited"],
+)
+def test_a_line_is_the_known_one_field_by_field(printed: str, fields: dict[str, Any]) -> None:
+    ours = known(
+        text_line(line(direction="inbound", received=0, sent=1100, duration_us=10_000, **fields))
+    )
+    theirs = known(printed)
+    # Of layer 7: what was asked, and what was answered.
+    assert (ours.pop("request"), ours.pop("code")) == ("TCP 10.2.0.1:8080", "closed")
+    assert (theirs.pop("request"), theirs.pop("code")) == ("GET / HTTP/1.1", "200")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "fields,flag",
+    [
+        ({"direction": "inbound"}, "false"),
+        ({"direction": "inbound", "audit_rules": "a/b rules[0]"}, "true"),
+        ({"direction": "outbound"}, None),
+        ({"direction": "inbound", "handshake": True}, None),
+    ],
+)
+def test_the_flag_of_a_connection_that_was_judged_is_true_or_false(
+    fields: dict[str, Any], flag: str | None
+) -> None:
+    found = line(**fields)
+    assert json.loads(json_line(found)).get("audit_flag") == flag
+    assert f' audit_flag: "{flag or "-"}" ' in text_line(found)
+
+
+def test_a_failure_has_the_flag_of_the_metrics() -> None:
+    found = line(reason=Reason.POLICY_DENIED, error="denied by policy", flags="DENY")
+    assert json.loads(json_line(found))["response_flags"] == "DENY"
+    assert ' policy_denied DENY "denied by policy" 100 ' in text_line(found)
+    assert "response_flags" not in json.loads(json_line(line()))
+
+
+@pytest.mark.parametrize(
+    "subject", ['CN=a";URI=spiffe://evil/x', 'CN="";URI=spiffe://evil/x', "CN=\\"]
+)
+def test_a_subject_forges_no_certificate(subject: str) -> None:
+    cert = certificate(inside("web-api"), "0" * 64, subject, inside("sleep"))
+    assert json.loads(json_line(line(cert=cert)))["cert"] == cert
+    text = text_line(line(cert=cert))
+    # As Envoy reads it: in quotes a backslash takes the meaning from what follows.
+    (quoted,) = re.findall(r' cert: "((?:[^"\\]|\\.)*)" ', text)
+    whole = json.loads(f'"{quoted}"')
+    (found,) = re.findall(r';Subject="((?:[^"\\]|\\.)*)";URI=(\S+)', whole)
+    assert found == (subject.replace("\\", r"\\").replace('"', r"\""), inside("sleep"))
+
+
 def test_text_shows_that_plaintext_has_neither() -> None:
     found = text_line(plaintext())
-    assert 'mTLS_Origin: "-" mTLS_Destination: "-"' in found
-    assert 'connection_security_policy="none"' in found
+    assert (
+        'mTLS_Origin: "-" mTLS_Destination: "-" cert: "-" audit_flag: "false" '
+        'connection_security_policy="none"'
+    ) in found
 
 
 def test_what_was_joined_on_this_node_is_no_mutual_tls_and_has_both_identities() -> None:
@@ -127,7 +255,8 @@ def test_what_was_joined_on_this_node_is_no_mutual_tls_and_has_both_identities()
         identity("httpbin"),
     )
     text = text_line(each)
-    assert 'mTLS_Origin: "-" mTLS_Destination: "-" connection_security_policy="none"' in text
+    assert 'mTLS_Origin: "-" mTLS_Destination: "-" cert: "-"' in text
+    assert 'connection_security_policy="none"' in text
     assert 'same_node="direct"' in text
     assert "same_node" not in text_line(plaintext()) + json_line(line())
 

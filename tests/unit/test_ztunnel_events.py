@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 
 import msgspec
@@ -14,9 +16,9 @@ from support.tunnel_rig import (
     ended,
     server_shows,
 )
-from ztunnel import labels
+from ztunnel import _core, labels
 from ztunnel._core import Failed
-from ztunnel.access_log import Line
+from ztunnel.access_log import Line, json_line
 from ztunnel.authorize import Client
 from ztunnel.corelike import Kind
 from ztunnel.counted import Judged
@@ -25,7 +27,7 @@ from ztunnel.protocol import (
     Endpoint,
     Mode,
 )
-from ztunnel.reasons import Reason
+from ztunnel.reasons import NO_FLAG, RESPONSE_FLAGS, Reason
 
 
 @pytest.fixture
@@ -92,6 +94,32 @@ def test_the_core_is_told_the_line_of_what_comes_in(rig: Rig) -> None:
     assert rig.described == [[constant(told)], [constant(said)]]
 
 
+def test_the_certificate_is_the_one_that_was_shown_after_a_rotation_too(rig: Rig) -> None:
+    rig.start()
+    shown = [chain_of("httpbin"), chain_of("httpbin")]
+    assert shown[0] != shown[1]
+    for chain in shown:
+        number, _ = rig.prove(chain)
+        decision = rig.core.answers[rig.inbound("10.2.0.1", number)]
+        line = ended(rig, decision, Kind.INBOUND_HBONE, Reason.CLOSED, identity=number)
+        digest = hashlib.sha256(chain[0]).hexdigest()
+        assert line.cert == (
+            f'By={identity("sleep")};Hash={digest};Subject="";URI={identity("httpbin")}'
+        )
+        assert [told.cert for told in rig.described[-1]] == [line.cert]
+        # Who is turned away before a decision has shown it all the same.
+        early = ended(rig, 0, Kind.INBOUND_HBONE, Reason.POD_QUESTIONS, identity=number)
+        assert early.cert == line.cert
+
+
+def test_what_goes_out_and_what_shows_nothing_has_no_certificate(rig: Rig) -> None:
+    rig.start()
+    out = rig.core.answers[rig.outbound("10.2.0.1")]
+    plain = rig.core.answers[rig.inbound("10.3.0.1")]
+    assert ended(rig, out, Kind.OUTBOUND, Reason.CLOSED).cert == ""
+    assert ended(rig, plain, Kind.INBOUND_PLAINTEXT, Reason.CLOSED).cert == ""
+
+
 def test_a_refusal_has_no_line_beforehand(rig: Rig) -> None:
     rig.start()
     rig.apply(policy(SLEEP.uid, Mode.STRICT))
@@ -154,7 +182,7 @@ def test_lines_of_a_policy_say_what_was_decided_audited_and_tried(rig: Rig) -> N
     line = ended(rig, plain, Kind.INBOUND_PLAINTEXT, Reason.CLOSED, destination=ip("10.1.0.1"))
     assert line.policy == "default/all rules[0] (policy.yaml:1)"
     assert line.client == "without_identity"
-    assert line.audit_flag == (
+    assert line.audit_rules == (
         "default/audit rules[0] (policy.yaml:1) "
         "without to[0].methods, to[1].methods, to[2].methods and 2 more; "
         "istio-system/audit rules[0] (policy.yaml:1)"
@@ -253,3 +281,16 @@ def test_inbound_names_the_service_that_has_this_endpoint(rig: Rig) -> None:
     assert made is not None
     assert labels.value(made.labels, "destination_service_name") == "sleep"
     assert rig.core.decisions[decision] == Decision("deliver", rig.core.decisions[decision].series)
+
+
+def test_log_and_metrics_have_the_same_reasons_and_flags(rig: Rig) -> None:
+    rig.start()
+    told = [json.loads(json_line(ended(rig, 0, Kind.INBOUND_PLAINTEXT, each))) for each in Reason]
+    assert [line["reason"] for line in told] == list(_core.REASONS)
+    failures = {line["reason"] for line in told if "response_flags" in line}
+    assert {reason.value for reason in rig.tunnel.events.failed} == failures
+    assert failures == {each.value for each in Reason if RESPONSE_FLAGS[each] != NO_FLAG}
+    assert all(
+        each.get("response_flags", NO_FLAG) == RESPONSE_FLAGS[Reason(each["reason"])]
+        for each in told
+    )

@@ -48,3 +48,12 @@ def test_a_timeout_towards_hbone_names_the_likely_culprit() -> None:
     assert "15008" not in reasons.explain(Reason.CONNECT_TIMEOUT, hbone=False)
     assert reasons.flag(Reason.CONNECT_TIMEOUT, hbone=True) == "NETWORK_POLICY"
     assert reasons.flag(Reason.CONNECT_TIMEOUT, hbone=False) == "CONNECT"
+
+
+def test_the_document_has_every_reason_with_its_flag_and_cause() -> None:
+    document = (Path(reasons.__file__).parent.parent / "docs" / "access-log.md").read_text("utf-8")
+    part = document.partition("### Why a connection ended")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \| (.*?) ?\|$", part, re.MULTILINE)
+    assert rows == [
+        (each.value, reasons.RESPONSE_FLAGS[each], reasons.CAUSES[each]) for each in Reason
+    ]

@@ -455,8 +455,8 @@ def test_the_servers_side_reports_what_was_audited_there(rig: Node) -> None:
     decision = rig.core.answers[rig.outbound("10.1.0.2")]
     ended(rig, decision, Kind.OUTBOUND, Reason.CLOSED, destination=ip("10.1.0.2"))
     there, here = rig.lines
-    assert (there.audit_flag, there.client) == ("", "")
-    assert here.audit_flag == "default/near rules[0] (policy.yaml:1)"
+    assert (there.audit_rules, there.client) == ("", "")
+    assert here.audit_rules == "default/near rules[0] (policy.yaml:1)"
     assert here.client == "identity_allowed"
 
 

@@ -163,6 +163,16 @@ class Exercise(abc.ABC):
         domain = self._lab.state.plan.spec.trust_domain
         return f"spiffe://{domain}/ns/{found.pod.namespace}/sa/{found.pod.service_account}"
 
+    def shown(self, pod: str) -> str:
+        """Return the SHA-256 of the certificate that a pod has now, "" while it has none."""
+        node = self._lab.node(self._pod(pod).pod.node)
+        dump = json.loads(node.get("/config_dump", _ADMIN)[1])["resources"]
+        digests = {
+            credential["uid"]: credential["chain_sha256"][0]
+            for credential in dump.get("credential", ())
+        }
+        return str(digests.get(self.identity(pod), ""))
+
     def addresses(self, pod: str) -> tuple[str, ...]:
         return self._pod(pod).addresses
 

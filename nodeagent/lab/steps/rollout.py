@@ -6,14 +6,14 @@ namespaces, services and manifests of the exercise's text, and its outcomes. It 
 Where the text uses what is of another kind of mesh, the nearest thing of this one stands for it:
 
 - The client certificate in the headers of a request (`X-Forwarded-Client-Cert`) is a proxy's of
-  layer 7. Here both identities are in the access log of the called pod's tunnel.
+  layer 7. Here it is in the access log of the called pod's tunnel, with both identities.
 - Padlocks in Kiali are drawn from `istio_tcp_connections_opened_total` by its label
   `connection_security_policy`: it is that metric which is read.
 - Envoy's own statistics (`tls_inspector`, `ssl.handshake`) are those of the node's /stats, which
   need no annotation. The text's proxy inspects a connection twice and counts 2; here it is 1.
   Plaintext comes in at port 15006 and mutual TLS at 15008, in the text both at 15006.
-- An EnvoyFilter to have `audit_flag` and certificates in the access log: they always are. The flag
-  of a request that no AUDIT rule matched is left out, where the text's log says "false".
+- An EnvoyFilter to have `audit_flag` and certificates in the access log: they always are. The rules
+  that set the flag stand beside it.
 - Methods and paths in the AUDIT rule are of layer 7. The record says that they were not looked at.
 - As it is printed the AUDIT policy has no name, for want of two spaces. It is tried as printed, and
   then as meant.
@@ -209,20 +209,28 @@ class Rollout(Exercise):
         call = self.call(SLEEP, WEB_API_URL, _complete)
         entry = self.logged(call, WEB_API)
         self.claim(
-            "a call from the mesh: both identities in the log, and no audit_flag",
-            _complete(call) and self.is_mutual(entry, SLEEP, WEB_API) and "audit_flag" not in entry,
+            "a call from the mesh: both identities in the log, and audit_flag: false",
+            _complete(call)
+            and self.is_mutual(entry, SLEEP, WEB_API)
+            and entry.get("audit_flag") == "false",
+        )
+        by, uri = self.identity(WEB_API), self.identity(SLEEP)
+        self.claim(
+            f"cert: {entry.get('cert')}",
+            entry.get("cert") == f'By={by};Hash={self.shown(SLEEP)};Subject="";URI={uri}',
         )
         call = self.call(OUTSIDE, WEB_API_URL, _complete)
         entry = self.logged(call, WEB_API)
-        flag = entry.get("audit_flag", "")
         self.claim(
-            "a call from outside is still answered, without an identity",
-            _complete(call) and self.is_plaintext(entry),
+            "a call from outside is still answered, without an identity or a certificate",
+            _complete(call) and self.is_plaintext(entry) and "cert" not in entry,
         )
+        rules = entry.get("audit_rules", "")
         self.claim(
-            f"audit_flag: {flag}",
-            flag.startswith(f"{AUDIT_POLICY} rules[0] (")
-            and flag.endswith("without methods, paths"),
+            f"audit_flag: {entry.get('audit_flag')}, by {rules}",
+            entry.get("audit_flag") == "true"
+            and rules.startswith(f"{AUDIT_POLICY} rules[0] (")
+            and rules.endswith("without methods, paths"),
         )
 
     def _audited(self) -> bool:

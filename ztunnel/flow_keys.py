@@ -7,7 +7,8 @@ would obey. It may not count. Pure.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 from ztunnel import address
 from ztunnel.flow_messages import MAX_NAME
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from ztunnel.decisions import Key
     from ztunnel.state import State
 
-__all__ = ["outbound", "printable"]
+__all__ = ["outbound", "policy", "printable"]
+
+_PLACE: Final = re.compile(r" \(.*:[0-9]+\)$", re.DOTALL)
+"""File and line behind the name of a policy."""
 
 
 def outbound(
@@ -53,7 +57,7 @@ def outbound(
                 allowed=True,
                 outbound=True,
                 service=_host(state, route.service),
-                policy=printable(route.origin),
+                policy=policy(route.origin),
             )
         case Passthrough() | Refuse():
             called = state.workload_at(key.destination)
@@ -73,11 +77,15 @@ def outbound(
             )
 
 
+def policy(origin: str) -> str:
+    """Return the policy that an origin names, without the place: edits around it move that."""
+    return printable(_PLACE.sub("", origin))
+
+
 def printable(name: str) -> str:
-    """Return a name of documents, of which a file may be called anything."""
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)[
-        :MAX_NAME
-    ]
+    """Return a name of documents, whatever is in it."""
+    said = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
+    return said[:MAX_NAME]
 
 
 def _host(state: State, service: str) -> str:

@@ -287,7 +287,7 @@ def _inbound_flow(
         port=key.port,
         allowed=verdict.allow,
         reason="" if verdict.allow else verdict.reason.value,
-        policy=flow_keys.printable(verdict.origin),
+        policy=flow_keys.policy(verdict.origin),
     )
 
 
@@ -305,7 +305,7 @@ def _handed_flow(state: State, held: Held, over: HandOver) -> FlowKey:
         address=address.text(over.way.target),
         port=over.way.port,
         allowed=True,
-        policy=flow_keys.printable(over.verdict.origin),
+        policy=flow_keys.policy(over.verdict.origin),
     )
 
 

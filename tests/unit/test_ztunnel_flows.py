@@ -214,10 +214,23 @@ def test_calls_of_the_pod_to_itself_are_no_flows(rig: Rig) -> None:
     assert len(rig.tunnel.flows) == 0
 
 
-def test_a_name_of_a_file_is_made_harmless() -> None:
-    said = flow_keys.printable("a/b (x\n\x1b[2J\udcff.yaml:1)")
+@pytest.mark.parametrize(
+    "origin,name",
+    [
+        ("shop/web rules[0] (mesh.d/a (old).yaml:12)", "shop/web rules[0]"),
+        ("istio-system/default", "istio-system/default"),
+        ("settings (node_plaintext)", "settings (node_plaintext)"),
+        ("", ""),
+    ],
+)
+def test_a_policy_is_named_without_its_place(origin: str, name: str) -> None:
+    assert flow_keys.policy(origin) == name
+
+
+def test_a_name_is_made_harmless() -> None:
+    said = flow_keys.printable("a/b\n\x1b[2J\udcff")
     assert said.isprintable()
-    assert said.startswith("a/b (x")
+    assert said.startswith("a/b")
     assert len(flow_keys.printable("x" * 5000)) == MAX_NAME
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
-from ztunnel import address, labels, reasons
+from ztunnel import address, causes, labels, reasons
 from ztunnel.access_log import Line, Sink, certificate
 from ztunnel.authorize import Verdict
 from ztunnel.corelike import ARRIVALS, Kind
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ztunnel.judge import Judge
     from ztunnel.pods import Pods
     from ztunnel.policy import DryRun, Match
+    from ztunnel.protocol import Workload
     from ztunnel.state import State
 
 __all__ = ["Events", "Side"]
@@ -303,8 +304,19 @@ class Events:
         there = address.authority(event.address, event.port)
         here = address.text(pod)
         cause = reasons.explain(reason, hbone=not inbound)
+        now = self._wall()
+        known = causes.facts(
+            causes.Refused(
+                reason,
+                detail,
+                now,
+                state.identities.get(held.identity) if held is not None else None,
+                remote.identity if remote is not None else "",
+                self._last_end(reason, remote, now),
+            )
+        )
         return Line(
-            start=self._wall(),
+            start=now,
             duration_us=0,
             direction="inbound" if inbound else "outbound",
             source=there if inbound else here,
@@ -320,11 +332,16 @@ class Events:
             received=0,
             sent=0,
             reason=reason,
-            error=f"{cause} ({detail})" if detail else cause,
+            error=f"{cause} ({known})" if known else cause,
             policy="",
             handshake=True,
             flags=reasons.flag(reason, hbone=not inbound),
         )
+
+    def _last_end(self, reason: Reason, remote: Workload | None, now: float) -> float | None:
+        if remote is None or reason is not Reason.CERT_EXPIRED:
+            return None
+        return self._owner.identities.last_end(remote.identity, now)
 
     def _early_labels(self, state: State, event: Ended, reason: Reason) -> Labels | None:
         """Return the labels of a connection without a decision; None when nothing is to be told."""

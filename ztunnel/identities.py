@@ -114,6 +114,14 @@ class Identities:
     def get(self, number: int) -> Proven | None:
         return self._by_number.get(number)
 
+    def last_end(self, identity: str, before: float) -> float | None:
+        """Return when the last certificate of an identity ended that has by `before`, if one has.
+
+        Looks at all: for lines that are rare.
+        """
+        ends = (proven.not_after for proven in self if str(proven.id) == identity)
+        return max((end for end in ends if end <= before), default=None)
+
     def verify(self, chain: Sequence[bytes], bundles: Bundles, now: float) -> Proven:
         """Return whom `chain` (DER, leaf first) proves at `now`. Raises svid.SvidError."""
         digest = _digest(chain)

@@ -95,7 +95,7 @@ class SvidReason(enum.StrEnum):
 
 class SvidError(Exception):
     """A peer's chain is refused. `detail` is one printable line that quotes nothing of the peer's
-    but its valid trust domain.
+    but a valid SPIFFE ID or trust domain, and dates.
     """
 
     def __init__(self, reason: SvidReason, detail: str) -> None:
@@ -131,7 +131,7 @@ def validate(
     leaf = certificates[0]
     identity = _identity(leaf)
     _check_leaf(leaf)
-    _check_times(leaf, now)
+    _check_times(leaf, identity, now)
     roots = bundles.get(identity.trust_domain)
     if roots is None:
         raise SvidError(
@@ -260,16 +260,18 @@ def _check_leaf(leaf: x509.Certificate) -> None:
 _BOTH_ROLES: Final = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 
 
-def _check_times(leaf: x509.Certificate, now: float) -> None:
+def _check_times(leaf: x509.Certificate, identity: SpiffeId, now: float) -> None:
     ended = now - leaf.not_valid_after_utc.timestamp()
     # RFC 5280 4.1.2.5: the validity includes the second of notAfter.
     if ended >= 1:
-        raise SvidError(SvidReason.EXPIRED, f"the leaf expired {ended:.0f} s ago")
+        date = leaf.not_valid_after_utc.isoformat()
+        raise SvidError(SvidReason.EXPIRED, f"{identity} expired {ended:.0f} s ago, at {date}")
     missing = leaf.not_valid_before_utc.timestamp() - now
     if missing > 0:
         raise SvidError(
             SvidReason.NOT_YET_VALID,
-            f"the leaf is valid only in {missing:.0f} s: compare the clocks of the two nodes",
+            f"{identity} is valid only in {missing:.0f} s, from "
+            f"{leaf.not_valid_before_utc.isoformat()}: compare the clocks of the two nodes",
         )
 
 

@@ -14,11 +14,19 @@ BIN := $(VENV)/bin
 # openssl. Tests and bench: the rest (systemd for systemd-analyze, which needs no running systemd).
 SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf-dev clang llvm \
 	iproute2 nftables procps curl openssl \
-	clang-format libclang-rt-14-dev systemd tcpdump iperf3 wrk netcat-openbsd
+	clang-format libclang-rt-14-dev systemd tcpdump iperf3 wrk netcat-openbsd \
+	chromium chromium-driver fonts-dejavu-core
+# For the page's library. Not by their packages' names: what has npm from elsewhere keeps it.
+ifeq ($(shell command -v npm),)
+SYSTEM_PACKAGES += nodejs npm
+endif
 
 C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
 BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
 TEST_C_SOURCES := $(wildcard tests/*/*.c tests/fuzz/rig/*.[ch] bench/load/*.[ch])
+
+# The drawing library of the web page, from npm.
+PAGE_LIBRARY := nodeagent/page/static/vendor/cytoscape.mjs
 
 # Where `make install` puts the daemons; the units in systemd/ name the same place.
 PREFIX ?= /opt/nodeagent
@@ -39,7 +47,7 @@ help: ## Show this list
 # --- setting up --------------------------------------------------------------------------------
 
 .PHONY: setup
-setup: $(VENV)/.built ## Install what is missing and build into .venv
+setup: $(VENV)/.built $(PAGE_LIBRARY) ## Install what is missing and build into .venv
 
 .PHONY: system-packages
 system-packages:
@@ -69,6 +77,10 @@ $(VENV)/.editable: $(VENV)/.installed pyproject.toml
 $(VENV)/.built: $(VENV)/.editable setup.py $(C_SOURCES) $(BPF_SOURCES)
 	$(BIN)/python setup.py --quiet build_bpf build_ext --inplace
 	touch $@
+
+# Tried again each time for as long as it cannot be had: the rest works without it.
+$(PAGE_LIBRARY): web/package-lock.json | $(VENV)/.editable
+	$(BIN)/python setup.py --quiet build_page
 
 .PHONY: build
 build: setup ## Compile the C and BPF parts that changed (as every other target does)
@@ -113,6 +125,7 @@ lint: setup ## Check style, types, import layers and C formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	web/node_modules/.bin/tsc --project web
 	clang-format --dry-run -Werror $(C_SOURCES) $(BPF_SOURCES) $(TEST_C_SOURCES)
 
 .PHONY: format
@@ -266,6 +279,6 @@ soak: setup ## Mixed load and faults for SOAK_MINUTES (20): is anything left beh
 .PHONY: clean
 clean: ## Remove everything that was built or installed here
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
-	rm -rf nodeagent/capture/bpf
+	rm -rf nodeagent/capture/bpf nodeagent/page/static/vendor web/node_modules
 	find nodeagent ztunnel tests bench -name __pycache__ -prune -exec rm -rf {} +
 	find nodeagent ztunnel -name '*.so' -delete

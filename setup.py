@@ -1,4 +1,4 @@
-"""The compiled parts: the C core, the libbpf binding and the BPF objects.
+"""The built parts: the C core, the libbpf binding, the BPF objects and the page's library.
 
 Everything else about the distribution is in pyproject.toml. Set NODEAGENT_SANITIZE to a value of
 the compiler's -fsanitize (`address,undefined`, `thread`) to build the extensions instrumented.
@@ -7,7 +7,9 @@ the compiler's -fsanitize (`address,undefined`, `thread`) to build the extension
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import ClassVar
@@ -41,6 +43,9 @@ HARDENING = [
 ]
 
 LINK = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,--no-undefined-version"]
+
+NPM_SECONDS = 120.0
+"""For two packages to arrive: a registry that hangs must not hang the build."""
 
 BPF_ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
 """Machine as uname prints it to the name that libbpf's headers expect in __TARGET_ARCH_*."""
@@ -156,10 +161,66 @@ class build_bpf(Command):  # noqa: N801 - setuptools names commands by their cla
         partial.replace(wanted)
 
 
+class build_page(Command):  # noqa: N801 - setuptools names commands by their class
+    """Put the drawing library of the web page beside the page's own files, as data of the package.
+
+    Without npm, or without its registry, the build goes on: the page then opens without drawings,
+    and says so.
+    """
+
+    description = "fetch the drawing library of the web page with npm"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    LIBRARY: ClassVar = {
+        "dist/cytoscape.esm.min.mjs": "cytoscape.mjs",
+        "LICENSE": "cytoscape.LICENSE.txt",
+    }
+    """Files of the npm package, and their names here."""
+
+    def initialize_options(self) -> None:
+        # setuptools sets this for editable installs; the files go to the source tree either way.
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        lock = ROOT / "web" / "package-lock.json"
+        package = ROOT / "web" / "node_modules" / "cytoscape"
+        target = ROOT / "nodeagent" / "page" / "static" / "vendor"
+        wanted = {package / name: target / known for name, known in self.LIBRARY.items()}
+        oldest = min((path.stat().st_mtime for path in wanted.values() if path.exists()), default=0)
+        if all(path.exists() for path in wanted.values()) and oldest >= lock.stat().st_mtime:
+            return
+        try:
+            # Exactly what the lock file names, by its hashes; scripts of packages do not run.
+            subprocess.run(
+                ["npm", "ci", "--silent", "--ignore-scripts"],
+                cwd=ROOT / "web",
+                check=True,
+                stdout=subprocess.DEVNULL,
+                timeout=NPM_SECONDS,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            sys.stderr.write(
+                f"setup.py: the web page is built without its drawing: npm ci: {error}\n"
+                "setup.py: to have it, install npm, let it reach its registry, and build again\n"
+            )
+            return
+        target.mkdir(parents=True, exist_ok=True)
+        for source, path in wanted.items():
+            partial = path.with_suffix(".partial")
+            shutil.copyfile(source, partial)
+            partial.replace(path)
+
+
 class build_all(build):  # noqa: N801 - setuptools names commands by their class
-    """The whole build, BPF first: its objects are package data, which build_py collects."""
+    """The whole build, package data first, which build_py collects."""
 
-    sub_commands: ClassVar = [("build_bpf", None), *build.sub_commands]
+    sub_commands: ClassVar = [("build_bpf", None), ("build_page", None), *build.sub_commands]
 
 
-setup(ext_modules=extensions(), cmdclass={"build": build_all, "build_bpf": build_bpf})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build": build_all, "build_bpf": build_bpf, "build_page": build_page},
+)

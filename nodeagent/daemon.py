@@ -41,6 +41,8 @@ from nodeagent.certificates_report import certificates_report
 from nodeagent.connections import Carried
 from nodeagent.control import QueryError
 from nodeagent.observe import graph
+from nodeagent.page import AccessError, Gate, read_token, tls_context
+from nodeagent.page_settings import Page as WebPage
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
 from ztunnel import protocol
@@ -123,7 +125,9 @@ async def serve(
         )
         stack.push_async_callback(admin.close)
         await admin.serve(local.socket)
-        await admin.serve(_listen(agent.settings.admin_address))
+        await admin.serve(_listen(agent.settings.admin_address, "admin_address"))
+        if agent.settings.page.address:
+            await _show_page(admin, agent.settings.page)
         manager.status("finding what an earlier run has enrolled")
         try:
             await agent.recover()
@@ -151,7 +155,19 @@ async def serve(
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _listen(address: str) -> socket.socket:
+async def _show_page(admin: AdminServer, page: WebPage) -> None:
+    """Show the page where the settings say; without its token or key the daemon does not start."""
+    context = None
+    try:
+        gate = Gate(read_token(page.token_file))
+        if page.certificate_file is not None and page.key_file is not None:
+            context = tls_context(page.certificate_file, page.key_file)
+    except AccessError as error:
+        raise DaemonError(str(error)) from error
+    await admin.serve_page(_listen(page.address, "page.address"), gate, context)
+
+
+def _listen(address: str, setting: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
@@ -160,8 +176,8 @@ def _listen(address: str) -> socket.socket:
         )
     except OSError as error:
         raise DaemonError(
-            f"admin_address {address}: cannot listen: {error.strerror}; "
-            "stop what uses the port, or set another admin_address"
+            f"{setting} {address}: cannot listen: {error.strerror}; "
+            f"stop what uses the port, or set another {setting}"
         ) from error
     listening.settimeout(0)
     return listening

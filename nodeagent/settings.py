@@ -19,9 +19,10 @@ from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
 
-from nodeagent import audit, deadlines, flow_settings, limits
+from nodeagent import audit, deadlines, flow_settings, limits, page_settings
 from nodeagent.api import Check, ConfigError, read_struct_lines, values
 from nodeagent.flow_settings import Keep
+from nodeagent.page_settings import Page
 from ztunnel import protocol
 from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode
 
@@ -135,6 +136,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     limits: limits.Section | None = None
     audit: audit.Section | None = None
     flows: flow_settings.Section | None = None
+    page: page_settings.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,9 +149,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `same_node` is how connections between two pods of this node go; DIRECT is not encrypted.
     `node_plaintext` lets plaintext from `node_addresses` pass STRICT, for the kubelet's probes.
     `flows` is how long, and in how much room, it is remembered who has called.
+    `page` is where else than at `admin_address` the web page is shown.
     """
 
-    SECTIONS: ClassVar = ("deadlines", "limits", "audit", "flows")
+    SECTIONS: ClassVar = ("deadlines", "limits", "audit", "flows", "page")
     """Fields that have fields of their own."""
 
     node: str = msgspec.field(default_factory=_hostname)
@@ -173,6 +176,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     audit: AuditSettings = AuditSettings()
     flows: Keep = Keep()
+    page: Page = Page()
 
     def __post_init__(self) -> None:
         if self.ca_dir == Path():
@@ -202,6 +206,11 @@ def read_settings(path: str | os.PathLike[str]) -> ReadSettings:
     given["limits"] = limits.resolve(found.limits)
     given["audit"] = audit.resolve(found.audit)
     given["flows"] = flow_settings.resolve(found.flows)
+    try:
+        given["page"] = page_settings.resolve(found.page)
+    except ValueError as error:
+        places = (at for name, at in lines.items() if name.partition(".")[0] == "page")
+        raise ConfigError(file, min(places, default=0), 1, "page", str(error)) from None
     settings = Settings(**given)
     try:
         _node(settings.node)

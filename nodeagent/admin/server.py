@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
@@ -21,10 +22,12 @@ from typing import Any, Final, Protocol
 import msgspec
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
 
 from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import CONTENT_TYPE, OPENMETRICS_TYPE
 from nodeagent.admin.model import Status
+from nodeagent.page import HOME, Files, Gate, add_routes, behind, wants_page
 from ztunnel import protocol
 
 __all__ = [
@@ -44,6 +47,9 @@ log = structlog.get_logger()
 
 CONNECTION_SECONDS: Final = 30.0
 """Life of one connection, whatever it does: every answer is one small document."""
+
+HANDSHAKE_SECONDS: Final = 5.0
+"""For TLS of the page's own listener, before the life of a connection begins to count."""
 
 MAX_CONNECTIONS: Final = 32
 """Open at a time and listener: Prometheus, probes and a few people."""
@@ -137,8 +143,11 @@ class AdminServer:
         pages: Mapping[str, Page] | None = None,
         relays: Mapping[str, Relay] | None = None,
         questions: Mapping[str, Question] | None = None,
+        files: Files | None = None,
     ) -> None:
+        """`files` are those of the web page; None: the installed ones. Raises OSError."""
         self._backend = backend
+        self._files = files or Files.installed()
         windows, pages, relays = windows or {}, pages or {}, relays or {}
         questions = questions or {}
         self._private = _PRIVATE | windows.keys() | pages.keys() | questions.keys()
@@ -149,8 +158,19 @@ class AdminServer:
         self._texts |= {path: page.text for path, page in pages.items()}
         self._texts |= {path: relay.text for path, relay in relays.items()}
         self._texts |= {path: question.text for path, question in questions.items()}
+        self._handlers = {
+            **{path: _window(window) for path, window in windows.items()},
+            **{path: _page(page) for path, page in pages.items()},
+            **{path: _relay(relay) for path, relay in relays.items()},
+            **{path: _question(question) for path, question in questions.items()},
+        }
         self._servers: list[asyncio.Server] = []
-        app = web.Application(middlewares=[_errors, self._guard], client_max_size=1)
+        self._runner = self._make(self._guard)
+        self._gated: list[web.AppRunner] = []
+
+    def _make(self, guard: Middleware) -> web.AppRunner:
+        """Return a runner of all paths, for the listeners that `guard` stands before."""
+        app = web.Application(middlewares=[_errors, guard], client_max_size=1)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz/ready", self._ready)
         app.router.add_get("/healthz/live", self._live)
@@ -158,17 +178,12 @@ class AdminServer:
         app.router.add_get("/config_dump", self._config_dump)
         app.router.add_get("/configuration", self._configuration)
         app.router.add_get("/flows", self._flows)
-        for path, window in windows.items():
-            app.router.add_get(path, _window(window))
-        for path, page in pages.items():
-            app.router.add_get(path, _page(page))
-        for path, relay in relays.items():
-            app.router.add_get(path, _relay(relay))
-        for path, question in questions.items():
-            app.router.add_get(path, _question(question))
+        for path, handler in self._handlers.items():
+            app.router.add_get(path, handler)
+        add_routes(app.router, self._files)
         app.router.add_get("/", self._index)
         app.on_response_prepare.append(_close_after)
-        self._runner = web.AppRunner(
+        return web.AppRunner(
             app,
             handle_signals=False,
             access_log=None,
@@ -181,15 +196,34 @@ class AdminServer:
         """Begin to serve on `listening` (unix or TCP), which becomes this server's."""
         if self._runner.server is None:
             await self._runner.setup()
-        factory = _Limited(self._runner)
-        server = await asyncio.get_running_loop().create_server(factory, sock=listening)
+        await self._listen(self._runner, listening, None)
+
+    async def serve_page(
+        self, listening: socket.socket, gate: Gate, context: ssl.SSLContext | None
+    ) -> None:
+        """Show the page, and what it asks for, to whom `gate` admits; over TLS by `context`."""
+        runner = self._make(behind(gate))
+        await runner.setup()
+        self._gated.append(runner)
+        await self._listen(runner, listening, context)
+
+    async def _listen(
+        self, runner: web.AppRunner, listening: socket.socket, context: ssl.SSLContext | None
+    ) -> None:
+        server = await asyncio.get_running_loop().create_server(
+            _Limited(runner),
+            sock=listening,
+            ssl=context,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS if context else None,
+        )
         self._servers.append(server)
 
     async def close(self) -> None:
         """Stop listening and end what is open."""
         for server in self._servers:
             server.close()
-        await self._runner.cleanup()
+        for runner in (self._runner, *self._gated):
+            await runner.cleanup()
 
     @web.middleware
     async def _guard(
@@ -252,8 +286,11 @@ class AdminServer:
         body = await asyncio.to_thread(msgspec.json.encode, found)
         return web.Response(body=body, content_type="application/json")
 
-    async def _index(self, _request: web.Request) -> web.Response:
+    async def _index(self, request: web.Request) -> web.Response:
+        if wants_page(request):
+            raise web.HTTPFound(HOME)
         paths: Mapping[str, str] = {
+            HOME: "the web page",
             "/metrics": "Prometheus metrics",
             "/healthz/ready": "200 when traffic would pass, else 503 and what is missing",
             "/healthz/live": "200 while the process works",
@@ -434,7 +471,7 @@ class _Bounded(asyncio.Protocol):
 async def _close_after(_request: web.Request, response: web.StreamResponse) -> None:
     response.force_close()
     response.headers[hdrs.SERVER] = "nodeagent"
-    response.headers[hdrs.CACHE_CONTROL] = "no-store"
+    response.headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
     response.headers["X-Content-Type-Options"] = "nosniff"
 
 

@@ -1,0 +1,350 @@
+"""A node's admin listener with a picture of our making, for the page to be looked at.
+
+This module owns the real server in a thread of its own, the graph and the status behind it, and
+names as a hostile peer would choose them. It promises that the page under test talks to what a
+daemon serves, and that tests may change the picture between two looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from nodeagent.admin import AdminServer, Configuration, Status, Window
+from nodeagent.admin.model import (
+    SCHEMA,
+    AuthorizationReport,
+    CertificateReport,
+    ConfigReport,
+    PodReport,
+    PodState,
+    ZtunnelReport,
+)
+from nodeagent.observe import graph_model as model
+from nodeagent.page import Files, Gate
+from ztunnel import protocol
+
+__all__ = [
+    "HOSTILE",
+    "NOW",
+    "Files",
+    "Picture",
+    "Site",
+    "admin_server",
+    "edge",
+    "many",
+    "pod",
+    "sentences",
+    "site",
+    "static_files",
+    "vertex",
+]
+
+NOW: Final = datetime(2026, 11, 21, 21, 0, 0, tzinfo=UTC)
+
+HOSTILE: Final = "evil/<img src=x onerror=document.title='owned'>\u202egnp.exe\u0007\u2066"
+"""Markup, an override of direction, a bell."""
+
+TRUST_DOMAIN: Final = "cluster.local"
+
+
+def identity(uid: str) -> str:
+    namespace, _, name = uid.partition("/")
+    return f"spiffe://{TRUST_DOMAIN}/ns/{namespace}/sa/{name}"
+
+
+def vertex(
+    uid: str,
+    *,
+    kind: model.Kind = model.Kind.WORKLOAD,
+    local: bool = True,
+    mode: str = "STRICT",
+    asdex: float | None = None,
+) -> model.Vertex:
+    namespace, _, name = uid.rpartition("/") if kind is model.Kind.WORKLOAD else ("", "", uid)
+    workload = kind is model.Kind.WORKLOAD
+    return model.Vertex(
+        id=uid,
+        kind=kind,
+        name=name,
+        namespace=namespace,
+        identities=(identity(uid),) if workload else (),
+        local=local and workload,
+        mode=mode if local and workload else "",
+        state=PodState.ENROLLED.value if local and workload else "",
+        asdex=asdex,
+    )
+
+
+def edge(
+    source: str,
+    destination: str,
+    port: int = 8080,
+    *,
+    mutual_tls: int = 0,
+    direct: int = 0,
+    plaintext: int = 0,
+    refused: int = 0,
+    failed: int = 0,
+    reasons: Mapping[str, int] | None = None,
+    policies: tuple[str, ...] = (),
+) -> model.Edge:
+    carried = mutual_tls + direct + plaintext
+    known = mutual_tls + direct > 0
+    lock = model.Padlock.NO_DATA
+    if carried:
+        lock = model.Padlock.SOME if mutual_tls else model.Padlock.NONE
+        lock = model.Padlock.ALL if mutual_tls == carried else lock
+    return model.Edge(
+        source=source,
+        destination=destination,
+        port=port,
+        service=destination.rpartition("/")[2] + ".default.svc",
+        connections=model.Connections(mutual_tls=mutual_tls, direct=direct, plaintext=plaintext),
+        refused=refused,
+        failed=failed,
+        reasons=dict(reasons or {}),
+        padlock=lock,
+        protected_share=mutual_tls / carried if carried else None,
+        bytes_sent=carried * 700,
+        bytes_received=carried * 5200,
+        policies=policies,
+        source_identity=identity(source) if known else "",
+        destination_identity=identity(destination) if known else "",
+        first=NOW - timedelta(minutes=4),
+        last=NOW - timedelta(seconds=3),
+        reporter=model.Reporter.DESTINATION,
+    )
+
+
+def pod(
+    uid: str, *, mode: str = "STRICT", state: PodState = PodState.ENROLLED, left: float = 2400
+) -> PodReport:
+    certificate = CertificateReport(
+        identity=identity(uid),
+        not_before=NOW - timedelta(seconds=1200),
+        not_after=NOW + timedelta(seconds=left),
+        renewals=3,
+    )
+    return PodReport(
+        workload=uid,
+        identity=identity(uid),
+        netns=uid.rpartition("/")[2],
+        state=state,
+        since=NOW - timedelta(hours=5),
+        addresses=("10.0.0.9",),
+        mode=mode,
+        mode_origin="/etc/nodeagent/mesh.d/peers.yaml:3",
+        certificate=certificate,
+        error="" if state is PodState.ENROLLED else "network namespace does not exist",
+        authorizations=(
+            AuthorizationReport(
+                policy=f"AuthorizationPolicy/{uid}", action="ALLOW", origin="policies.yaml:1"
+            ),
+        ),
+    )
+
+
+class Picture:
+    """What the node is to say: `pods`, `vertices` and `edges` may be changed at any time."""
+
+    def __init__(self) -> None:
+        self.pods: list[PodReport] = []
+        self.vertices: list[model.Vertex] = []
+        self.edges: list[model.Edge] = []
+        self.missing: tuple[str, ...] = ()
+        self.complete = True
+        self.asked: list[int] = []
+        """Windows in seconds, as the page has asked for them."""
+
+    def graph(self, seconds: int) -> model.Graph:
+        return model.Graph(
+            schema=model.SCHEMA,
+            time=NOW,
+            node="worker-1",
+            window_seconds=seconds,
+            complete=self.complete,
+            vertices=tuple(self.vertices),
+            edges=tuple(self.edges),
+        )
+
+    def status(self) -> Status:
+        return Status(
+            schema=SCHEMA,
+            time=NOW,
+            version="1",
+            node="worker-1",
+            cluster="c",
+            trust_domain=TRUST_DOMAIN,
+            pid=1,
+            started=NOW - timedelta(days=2),
+            ready=not self.missing,
+            missing=self.missing,
+            ztunnel=ZtunnelReport(connected=True),
+            config=ConfigReport(source="files", loaded=True),
+            pods=tuple(self.pods),
+        )
+
+
+def static_files() -> Path:
+    """Return the directory of the page's own files."""
+    return Path(__file__).parents[2] / "nodeagent/page/static"
+
+
+class _Backend:
+    def __init__(self, picture: Picture) -> None:
+        self.picture = picture
+
+    async def status(self) -> Status:
+        return self.picture.status()
+
+    async def missing(self) -> tuple[str, ...]:
+        return self.picture.missing
+
+    def stuck(self) -> str:
+        return ""
+
+    async def metrics(self, *, openmetrics: bool) -> bytes:
+        raise NotImplementedError(f"the page asks for no metrics ({openmetrics=})")
+
+    def resources(self) -> tuple[protocol.Resource, ...]:
+        return ()
+
+    def configuration(self) -> Configuration | None:
+        return None
+
+    async def flows(self, age: int) -> bytes:
+        raise NotImplementedError(f"the page asks for no flows of {age} s")
+
+    async def graph(self, seconds: int) -> bytes:
+        self.picture.asked.append(seconds)
+        return msgspec.json.encode(self.picture.graph(seconds))
+
+
+class Site(msgspec.Struct, frozen=True):
+    """A running server. `picture` is what it shows, `address` where ("http://127.0.0.1:PORT")."""
+
+    address: str
+    picture: Picture
+
+
+def admin_server(
+    picture: Picture, *, files: Files | None = None, graph: bool = True
+) -> AdminServer:
+    """Return the product's server with `picture` behind it; it listens nowhere yet."""
+    backend = _Backend(picture)
+    windows = {"/graph": Window("who talked to whom", backend.graph)} if graph else {}
+    return AdminServer(backend, windows, files=files)
+
+
+@contextlib.contextmanager
+def site(
+    *, files: Files | None = None, gate: Gate | None = None, graph: bool = True
+) -> Iterator[Site]:
+    """Serve a picture on loopback: behind `gate` if there is one, with `/graph` or without."""
+    picture = Picture()
+    listening = socket.create_server(("127.0.0.1", 0))
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    async def serve(admin: AdminServer) -> None:
+        if gate is None:
+            await admin.serve(listening)
+        else:
+            await admin.serve_page(listening, gate, None)
+
+    with _loop() as run:
+        admin = admin_server(picture, files=files, graph=graph)
+        run(serve(admin))
+        try:
+            yield Site(address, picture)
+        finally:
+            run(admin.close())
+
+
+@contextlib.contextmanager
+def _loop() -> Iterator[Callable[[Awaitable[None]], None]]:
+    """Run an event loop in a thread, and give what runs something in it."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def awaited(work: Awaitable[None]) -> None:
+        await work
+
+    try:
+        yield lambda work: asyncio.run_coroutine_threadsafe(awaited(work), loop).result(20)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def sentences(picture: Picture) -> None:
+    """Draw a small mesh in which everything occurs once."""
+    picture.vertices = [
+        vertex("outside", kind=model.Kind.OUTSIDE),
+        vertex("node", kind=model.Kind.NODE),
+        vertex("sentences/frontend", asdex=0.94),
+        vertex("sentences/age", asdex=1.0),
+        vertex("sentences/name-v1", mode="PERMISSIVE", asdex=0.41),
+        vertex("sentences/name-v2", asdex=1.0),
+        vertex("ingress/gateway", local=False),
+        vertex("data/postgres", local=False),
+        vertex("monitoring/prometheus", mode="PERMISSIVE"),
+    ]
+    allow = ("AuthorizationPolicy/sentences/callers",)
+    picture.edges = [
+        edge("outside", "sentences/name-v1", plaintext=31),
+        edge("ingress/gateway", "sentences/frontend", mutual_tls=250, plaintext=1),
+        edge("sentences/frontend", "sentences/age", mutual_tls=125, policies=allow),
+        edge("sentences/frontend", "sentences/name-v1", direct=60),
+        edge("sentences/frontend", "sentences/name-v2", mutual_tls=65, policies=allow),
+        edge(
+            "outside",
+            "sentences/age",
+            refused=12,
+            reasons={"strict_requires_mtls": 12},
+        ),
+        edge("sentences/age", "data/postgres", 5432, mutual_tls=9, failed=2,
+             reasons={"connect_timeout": 2}),
+        edge("node", "sentences/frontend", 8081, plaintext=30),
+        edge("monitoring/prometheus", "sentences/frontend", 9090, mutual_tls=20),
+        edge("monitoring/prometheus", "sentences/age", 9090, mutual_tls=20),
+    ]  # fmt: skip
+    picture.pods = [
+        pod("sentences/frontend"),
+        pod("sentences/age"),
+        pod("sentences/name-v1", mode="PERMISSIVE"),
+        pod("sentences/name-v2", left=-5),
+        pod("monitoring/prometheus", mode="PERMISSIVE"),
+        pod("sentences/late", state=PodState.WAITING),
+    ]
+
+
+def many(picture: Picture, workloads: int, namespaces: int) -> None:
+    """Draw a mesh of so many workloads, of which each calls four others."""
+    uids = [f"team-{each % namespaces:02}/service-{each:03}" for each in range(workloads)]
+    picture.vertices = [vertex(uid, asdex=0.5) for uid in uids]
+    picture.pods = [pod(uid) for uid in uids]
+    picture.edges = []
+    for at, uid in enumerate(uids):
+        for step in (1, namespaces, 3 * namespaces, 7 * namespaces + 1):
+            kind = (at + step) % 4
+            picture.edges.append(
+                edge(
+                    uid,
+                    uids[(at + step) % workloads],
+                    mutual_tls=0 if kind == 0 else 40 + at,
+                    plaintext=3 if kind in {0, 1} else 0,
+                    refused=2 if at % 50 == 0 else 0,
+                    reasons={"policy_denied": 2} if at % 50 == 0 else {},
+                )
+            )

@@ -40,7 +40,8 @@ from nodeagent.capture import CaptureError
 from nodeagent.certificates_report import certificates_report
 from nodeagent.connections import Carried
 from nodeagent.control import QueryError
-from nodeagent.observe import graph
+from nodeagent.observe import graph, plaintext
+from nodeagent.offline import Offline
 from nodeagent.page import AccessError, Gate, read_token, tls_context
 from nodeagent.page_settings import Page as WebPage
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
@@ -110,7 +111,12 @@ async def serve(
         backend = _Backend(agent, settings)
         admin = AdminServer(
             backend,
-            {"/graph": Window("who talked to whom, and how", backend.graph)},
+            {
+                "/graph": Window("who talked to whom, and how", backend.graph),
+                "/report/plaintext": Window(
+                    "who called without identity, and whether STRICT is safe", backend.plaintext
+                ),
+            },
             {
                 "/certificates": Page("identities, chains and roots", backend.certificates),
                 "/settings": Page("the settings, and where each comes from", backend.settings),
@@ -275,6 +281,19 @@ class _Backend:
         return await asyncio.to_thread(
             lambda: msgspec.json.encode(graph.build(recorder.seen(node, age), place))
         )
+
+    async def plaintext(self, age: int) -> bytes:
+        await self._reported()
+        agent = self._agent
+        settings, pods, resources = agent.settings, agent.picture().pods, self.resources()
+
+        def made() -> bytes:
+            recording = agent.parts.flows.read(settings.node, age)
+            off = Offline.in_force(resources, settings)
+            found = plaintext.build(recording, pods, settings.node_addresses, off)
+            return msgspec.json.encode(found)
+
+        return await asyncio.to_thread(made)
 
     async def certificates(self) -> bytes:
         agent = self._agent

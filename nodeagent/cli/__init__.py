@@ -86,6 +86,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
         "connections": "nodeagent.cli.connections:connections",
         "lab": "nodeagent.cli.lab:lab",
         "policy": "nodeagent.cli.policy:policy",
+        "report": "nodeagent.cli.report:report",
         "run": "nodeagent.cli.run:run",
         "status": "nodeagent.cli.status:status",
         "uninstall": "nodeagent.cli.run:uninstall",
@@ -111,6 +112,7 @@ def cli() -> None:
     nodeagent policy check FILE...          would these be in force?
     nodeagent policy diff OLD NEW           what would this change break?
     nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?
+    nodeagent report plaintext              is STRICT safe? who would break?
     nodeagent lab demo                      see it work, on this machine alone
 
     \b

@@ -11,7 +11,8 @@ for `node_plaintext` and the trust domain only.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
 
 import msgspec
 
@@ -32,9 +33,11 @@ from ztunnel.protocol import (
     Authorization,
     DataPlane,
     Mode,
+    Resource,
     Service,
     TrustBundle,
     Workload,
+    WorkloadPolicy,
 )
 from ztunnel.spiffe import SpiffeId
 from ztunnel.state import OWN_PORTS, LocalPod, State
@@ -49,6 +52,10 @@ __all__ = [
     "Verdict",
     "pack",
 ]
+
+
+STRICTLY: Final = "STRICT, if it were"
+"""The origin of a verdict that rests on a mode which is only asked about."""
 
 
 class UnusableError(Exception):
@@ -121,6 +128,34 @@ class Offline:
         except state.StateError as error:
             raise UnusableError(str(error)) from None
         return cls(settings, known, found, told)
+
+    @classmethod
+    def in_force(cls, resources: Collection[Resource], settings: Settings) -> Offline:
+        """Return the evaluator of what a node's tunnel is told. Raises UnusableError.
+
+        It judges the workloads of that node only, and knows no documents.
+        """
+        kinds = (Workload, Service, WorkloadPolicy, Authorization)
+        known: list[Resource] = [each for each in resources if isinstance(each, kinds)]
+        bundles = (each for each in resources if isinstance(each, TrustBundle))
+        known += [TrustBundle(each.uid, ()) for each in bundles]
+        change = state.Change(1, True, tuple(known), (), for_tunnel(settings))
+        try:
+            told = state.apply(state.EMPTY, change)
+        except state.StateError as error:
+            raise UnusableError(str(error)) from None
+        return cls(settings, (), MeshState(), told)
+
+    def strictly(self, uids: Iterable[str]) -> Offline:
+        """Return the same with these workloads STRICT; their ports keep modes of their own."""
+        policies = [self.state.policies[uid] for uid in uids if uid in self.state.policies]
+        wanted = tuple(
+            msgspec.structs.replace(each, mode=Mode.STRICT, origin=STRICTLY)
+            for each in policies
+            if each.mode is not Mode.STRICT
+        )
+        told = state.apply(self.state, state.Change(self.state.version + 1, False, wanted))
+        return Offline(self.settings, (), self.mesh, told)
 
     @property
     def workloads(self) -> Mapping[str, Workload]:

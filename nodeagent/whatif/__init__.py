@@ -20,10 +20,11 @@ from nodeagent.whatif._model import (
     Replay,
     Side,
 )
-from nodeagent.whatif._replay import domains, replay
+from nodeagent.whatif._replay import POLICY_REASONS, domains, judge, replay
 
 __all__ = [
     "DIFF_SCHEMA",
+    "POLICY_REASONS",
     "CallChange",
     "Comparison",
     "DiffReport",
@@ -33,5 +34,6 @@ __all__ = [
     "Side",
     "compare",
     "domains",
+    "judge",
     "replay",
 ]

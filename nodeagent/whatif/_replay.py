@@ -18,7 +18,7 @@ from nodeagent.whatif._model import FlowChange, Replay, Side
 from nodeagent.whatif._places import places
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
 
-__all__ = ["domains", "replay"]
+__all__ = ["POLICY_REASONS", "domains", "judge", "replay"]
 
 MAX_LISTED: Final = 2_000
 """Entries of each list, those with the most connections: a megabyte of JSON or two."""
@@ -73,7 +73,7 @@ def replay(old: Offline, new: Offline, recording: Recording, source: str) -> Rep
             if flow.destination in moved:
                 unknown += max(flow.connections, flow.most_open)
             continue
-        before, after = _judged(old, new, flow)
+        before, after = judge(old, new, flow)
         otherwise += before.allowed != flow.allowed
         if before.allowed != after.allowed:
             key = _Caller(
@@ -118,8 +118,10 @@ def _judged_otherwise(old: Offline, new: Offline) -> set[str]:
     return {uid for place in places(old, new) if place.changes for uid in place.workloads}
 
 
-def _judged(old: Offline, new: Offline, flow: Recorded) -> tuple[Side, Side]:
-    """Return both verdicts. Where the old one knows nothing of it, what was is what was recorded.
+def judge(old: Offline, new: Offline, flow: Recorded) -> tuple[Side, Side]:
+    """Return both verdicts on a flow that is not folded, and whose destination one of them knows.
+
+    Where the old one knows nothing of it, what was is what was recorded.
 
     Who leaves the configuration is no longer judged.
     """

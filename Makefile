@@ -154,6 +154,12 @@ build/peers/%/.unpacked: | system-packages
 	rm $(@D)/$*_*.deb
 	touch $@
 
+.PHONY: snapshots
+snapshots: setup ## Write what every command says anew, to be looked at (tests/snapshots)
+	rm -rf tests/snapshots/cli/said
+	UPDATE_SNAPSHOTS=1 $(PYTEST) -q tests/unit/test_cli_snapshots.py
+	git --no-pager diff --stat tests/snapshots || true
+
 .PHONY: test
 test: setup peers lint ## Run everything: lint, unit, namespace and interop tests (root)
 	$(PYTEST) $(PYTEST_ARGS)

@@ -16,6 +16,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import NameOID
 
 from nodeagent.admin.certificates import (
     CertificateDetail,
@@ -27,6 +28,9 @@ from nodeagent.identity import IdentityState, IdentityStatus
 from ztunnel import protocol
 
 __all__ = ["certificates_report", "detail"]
+
+_NAMES: Final = {NameOID.SERIAL_NUMBER: "serialNumber"}
+"""Names of attributes that RFC 4514 has no letters for, and X.520 does."""
 
 MAX_KEPT: Final = 4096
 """Certificates that are not read anew for each question: those of a large node, a few KB each."""
@@ -98,8 +102,8 @@ def detail(der: bytes) -> CertificateDetail:
         found = x509.load_der_x509_certificate(der)
         return CertificateDetail(
             sha256=digest,
-            subject=found.subject.rfc4514_string(),
-            issuer=found.issuer.rfc4514_string(),
+            subject=found.subject.rfc4514_string(_NAMES),
+            issuer=found.issuer.rfc4514_string(_NAMES),
             serial=f"{found.serial_number:x}",
             not_before=found.not_valid_before_utc,
             not_after=found.not_valid_after_utc,

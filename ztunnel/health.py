@@ -195,6 +195,7 @@ class Health:
             "mode": policy.mode.value if policy is not None else None,
             "policy": policy.origin if policy is not None else None,
             "problem": self._certificate_of(held),
+            "connections": self._core.read_pod(held.number).connections,
         }
 
     def _decisions(self, pod: str) -> bytes:

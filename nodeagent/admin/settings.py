@@ -76,4 +76,5 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - a setting's
         return str(value)
     if isinstance(value, Syslog):
         return audit.receiver(value)
-    return msgspec.to_builtins(value)
+    # As it comes back from JSON.
+    return list(value) if isinstance(value, tuple) else msgspec.to_builtins(value)

@@ -81,15 +81,19 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
     cls=_Root,
     context_settings=CONTEXT,
     lazy={
+        "certs": "nodeagent.cli.certs:certs",
+        "config": "nodeagent.cli.config:config",
+        "connections": "nodeagent.cli.connections:connections",
         "doctor": "nodeagent.cli.doctor:doctor",
         "graph": "nodeagent.cli.graph:graph",
-        "connections": "nodeagent.cli.connections:connections",
         "lab": "nodeagent.cli.lab:lab",
+        "logs": "nodeagent.cli.logs:logs",
         "policy": "nodeagent.cli.policy:policy",
         "report": "nodeagent.cli.report:report",
         "run": "nodeagent.cli.run:run",
         "status": "nodeagent.cli.status:status",
         "uninstall": "nodeagent.cli.run:uninstall",
+        "workloads": "nodeagent.cli.workloads:workloads",
     },
 )
 @click.option(
@@ -104,16 +108,20 @@ def cli() -> None:
     """Mutual TLS for every workload of this node.
 
     \b
-    nodeagent run --settings FILE           the daemon
-    nodeagent status                        what it does
-    nodeagent graph                         who talks to whom, and is it mTLS?
-    nodeagent connections                   what is open, and how protected
+    nodeagent status                        healthy? what to do?
     nodeagent doctor                        what is wrong, why, and what to do
+    nodeagent workloads                     what is enrolled? did config arrive?
+    nodeagent config                        what is in force, and what is not
+    nodeagent certs                         valid until when? renewed?
+    nodeagent connections                   what is open, and how protected
+    nodeagent graph                         who talks to whom, and is it mTLS?
+    nodeagent logs --refused                who was kept out?
     nodeagent policy check FILE...          would these be in force?
     nodeagent policy diff OLD NEW           what would this change break?
     nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?
     nodeagent report plaintext              is STRICT safe? who would break?
     nodeagent lab demo                      see it work, on this machine alone
+    nodeagent run                           the daemon
 
     \b
     Exit codes: 0 it worked; 1 it failed, or the answer is no; 2 wrong usage;

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Final, NoReturn
 
 import click
 import msgspec
 
+from nodeagent.cli import clock
 from nodeagent.cli import graph_view as view
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import (
@@ -123,7 +124,7 @@ def graph(
     directory = run_directory(run_dir, settings_file)
     wanted = _Filter(namespace, names, padlocks)
     # Once: while somebody watches, the window moves on with him.
-    age = max(1, round((datetime.now(UTC) - since).total_seconds()))
+    age = max(1, round((clock.now() - since).total_seconds()))
 
     def look() -> Answer:
         seen = get(directory, f"/graph?seconds={age}", Graph, SCHEMA, MAX_ANSWER)

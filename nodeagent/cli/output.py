@@ -17,13 +17,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import click
 import msgspec
 
-from nodeagent.cli import table
+from nodeagent.cli import clock, table
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.reach import UnreachableError
 from nodeagent.cli.table import Cell, Column, Segment, Tone
@@ -38,6 +37,7 @@ __all__ = [
     "output_option",
     "watch_options",
     "write_document",
+    "write_lines",
 ]
 
 NARROWEST: Final = 40
@@ -197,6 +197,11 @@ def write_document(document: msgspec.Struct | dict[str, Any], form: str) -> None
         _write(msgspec.yaml.encode(document).decode())
 
 
+def write_lines(lines: Iterable[str]) -> None:
+    """Write lines that are ready, at once: for what is a stream and no single answer."""
+    _write("".join(f"{line}\n" for line in lines))
+
+
 def _watch(look: Callable[[], Answer], output: str, every: float) -> NoReturn:
     found = look()
     troubled = False
@@ -224,7 +229,7 @@ def _watch(look: Callable[[], Answer], output: str, every: float) -> NoReturn:
 def _frame(found: Answer, *, wide: bool) -> None:
     """Draw over the last frame on a terminal; elsewhere add one more."""
     printer = Printer(wide=wide)
-    now = moment(datetime.now(UTC))
+    now = moment(clock.now())
     if not printer.terminal:
         printer.line(f"--- {now}")
         found.show(printer)

@@ -27,7 +27,7 @@ from nodeagent.cli.policy import settings_of, settings_option
 from nodeagent.cli.text import many
 from nodeagent.settings import Settings
 
-__all__ = ["check"]
+__all__ = ["Finding", "Report", "check", "check_documents"]
 
 SCHEMA: Final = 1
 """Of the JSON: fields are only added."""
@@ -35,7 +35,7 @@ SCHEMA: Final = 1
 EXIT_FINDING: Final = 1
 
 
-class _Finding(msgspec.Struct, frozen=True):
+class Finding(msgspec.Struct, frozen=True):
     """What is wrong where; `line` and `column` count from 1, and are 0 for a whole file."""
 
     file: str
@@ -44,11 +44,18 @@ class _Finding(msgspec.Struct, frozen=True):
     field: str
     reason: str
 
+    @classmethod
+    def of(cls, error: ConfigError) -> Finding:
+        return cls(error.file, error.line, error.column, error.field, error.reason)
 
-class _Report(msgspec.Struct, frozen=True):
+    def __str__(self) -> str:
+        return str(ConfigError(self.file, self.line, self.column, self.field, self.reason))
+
+
+class Report(msgspec.Struct, frozen=True):
     files: int
     documents: int
-    errors: tuple[_Finding, ...]
+    errors: tuple[Finding, ...]
     warnings: tuple[str, ...]
     schema: int = SCHEMA
 
@@ -68,7 +75,7 @@ def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> No
     that leads nowhere; 2 wrong usage, or a file that is not there. Warnings
     alone are no error.
     """
-    report = _check(files, settings_of(settings_file))
+    report = check_documents(files, settings_of(settings_file))
     if output in DOCUMENTS:
         write_document(report, output)
     else:
@@ -76,7 +83,8 @@ def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> No
     sys.exit(EXIT_FINDING if report.errors else 0)
 
 
-def _check(names: Sequence[str], settings: Settings) -> _Report:
+def check_documents(names: Sequence[str], settings: Settings) -> Report:
+    """Judge files and directories by `settings`. Raises RefusedInputError."""
     try:
         found = offline.read(names, settings.node)
     except offline.NoFilesError as error:
@@ -84,20 +92,17 @@ def _check(names: Sequence[str], settings: Settings) -> _Report:
     # For the workloads of all nodes: a file is written for the mesh.
     built = mesh.build(found.documents, settings, everywhere=True)
     errors = dict.fromkeys((*found.errors, *built.problems))
-    return _Report(
+    return Report(
         files=found.files,
         documents=len(found.documents),
-        errors=tuple(
-            _Finding(each.file, each.line, each.column, each.field, each.reason) for each in errors
-        ),
+        errors=tuple(map(Finding.of, errors)),
         warnings=tuple(dict.fromkeys((*found.warnings, *built.warnings))),
     )
 
 
-def _print(report: _Report) -> None:
+def _print(report: Report) -> None:
     for found in report.errors:
-        error = ConfigError(found.file, found.line, found.column, found.field, found.reason)
-        click.echo(f"error: {error}")
+        click.echo(f"error: {found}")
     for warning in report.warnings:
         click.echo(f"warning: {warning}")
     verdict = "would not be taken as they are" if report.errors else "would be in force"

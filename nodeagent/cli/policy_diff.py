@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -19,7 +19,7 @@ import msgspec
 
 from nodeagent import flows, whatif
 from nodeagent.api import own_conflicts
-from nodeagent.cli import RefusedInputError
+from nodeagent.cli import RefusedInputError, clock
 from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_of, settings_option
 from nodeagent.cli.policy_diff_view import lines
@@ -98,7 +98,7 @@ def diff(output: str, **options: Any) -> NoReturn:  # noqa: ANN401 - the fields 
     if output in DOCUMENTS:
         write_document(found, output)
     else:
-        for line in lines(found, datetime.now(UTC)):
+        for line in lines(found, clock.now()):
             click.echo(line)
     sys.exit(EXIT_BREAKS if found.breaks else 0)
 
@@ -119,7 +119,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def age(self) -> int:
         """Whole seconds since `since`."""
-        return round((datetime.now(UTC) - self.since).total_seconds())
+        return round((clock.now() - self.since).total_seconds())
 
     @property
     def agent(self) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Final
 
-from nodeagent.cli.text import duration, many, wrapped
+from nodeagent.cli.text import duration, many, moment, wrapped
 from nodeagent.whatif import (
     CallChange,
     Comparison,
@@ -76,7 +76,7 @@ def _replay(replay: Replay, now: datetime) -> Iterator[str]:
         f"{many(replay.connections, 'connection')}"
     )
     if replay.oldest is not None and replay.oldest > replay.since:
-        yield from wrapped(f"nothing older than {replay.oldest:%Y-%m-%d %H:%M} UTC is kept", 2)
+        yield from wrapped(f"nothing older than {moment(replay.oldest)} is kept", 2)
     for count, unit, what in (
         (replay.unknown, "connection", "not recorded one by one: may break"),
         (replay.otherwise, "flow", "judged otherwise when recorded than by OLD"),

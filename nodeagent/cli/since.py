@@ -13,6 +13,8 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from nodeagent.cli import clock
+
 __all__ = ["Since", "since_option"]
 
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -38,7 +40,7 @@ class Since(click.ParamType[datetime]):
         if isinstance(value, datetime):
             return value
         text = str(value)
-        now = datetime.now(UTC)
+        now = clock.now()
         found = _AGE.fullmatch(text)
         if found is not None:
             return now - timedelta(seconds=min(int(found[1]) * _UNITS[found[2]], MAX_AGE))

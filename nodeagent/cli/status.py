@@ -6,7 +6,7 @@ code of 1, whatever the form. The words are those of `status_view`.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from nodeagent.admin.model import SCHEMA, Status
-from nodeagent.cli import status_view
+from nodeagent.cli import clock, status_view
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import Answer, Printer, Watch, answer, output_option, watch_options
 from nodeagent.cli.reach import agent_options, get, run_directory
@@ -48,7 +48,7 @@ def status(run_dir: Path | None, settings_file: Path | None, output: str, watch:
 
 def _look(directory: Path) -> Answer:
     found = fetch(directory)
-    now = datetime.now(UTC)
+    now = clock.now()
     findings = status_view.findings(found, now)
     document: dict[str, Any] = msgspec.to_builtins(found, str_keys=True)
     document["findings"] = msgspec.to_builtins(findings)

@@ -16,7 +16,7 @@ import msgspec
 from nodeagent.admin.model import CertificateReport, PodReport, PodState, Problem, Status
 from nodeagent.api import ConfigError
 from nodeagent.cli.table import Cell, Column, Tone
-from nodeagent.cli.text import NONE, duration, moment
+from nodeagent.cli.text import NONE, duration, many, moment
 from ztunnel.protocol import SameNode
 
 __all__ = [
@@ -24,8 +24,12 @@ __all__ = [
     "certificate_left",
     "drain_lines",
     "findings",
+    "mode",
+    "not_in_force",
     "notes",
+    "pending",
     "pod_rows",
+    "short_identity",
     "unenforced_lines",
     "verdict",
 ]
@@ -76,7 +80,7 @@ def verdict(status: Status, found: tuple[Finding, ...]) -> str:
 
 def findings(status: Status, now: datetime) -> tuple[Finding, ...]:
     """Return everything that needs somebody, the causes before their consequences."""
-    found = [*_config(status), *_ztunnel(status)]
+    found = [*not_in_force(status), *_ztunnel(status)]
     for certificate in status.certificates:
         found += _certificate(certificate, now)
     for pod in status.pods:
@@ -112,7 +116,8 @@ def unenforced_lines(status: Status) -> tuple[str, ...]:
     return (*lines, f"and {left} more: -o json has all of them") if left > 0 else lines
 
 
-def _config(status: Status) -> list[Finding]:
+def not_in_force(status: Status) -> list[Finding]:
+    """Return what is written and is not in force as it is written."""
     found = [
         Finding(
             "config-refused",
@@ -283,8 +288,8 @@ def pod_rows(
         tone = Tone.GOOD if pod.state is PodState.ENROLLED else Tone.BAD
         cells: list[Cell | str] = [
             pod.workload,
-            pod.identity if wide else _short_identity(pod.identity, status.trust_domain),
-            _mode(pod),
+            pod.identity if wide else short_identity(pod.identity, status.trust_domain),
+            mode(pod),
             certificate_left(pod.certificate, now),
             Cell(pod.state.value, tone),
             duration((now - pod.since).total_seconds()),
@@ -302,11 +307,32 @@ def pod_rows(
     return columns, rows
 
 
-def _short_identity(identity: str, trust_domain: str) -> str:
+def pending(status: Status) -> str:
+    """Return why what is configured is not in force, all of it; empty when it is."""
+    ztunnel = status.ztunnel
+    if not status.config.loaded:
+        return f"no configuration has been loaded from {status.config.source}"
+    if not ztunnel.connected:
+        return "ztunnel is not connected: if it runs, it judges by the last state that it had"
+    if ztunnel.rejected:
+        return f"ztunnel refuses the newest state: {ztunnel.rejected}"
+    if ztunnel.oversized:
+        return f"ztunnel is not told of {', '.join(ztunnel.oversized)}: too large, split it"
+    if ztunnel.acknowledged_version < ztunnel.wanted_version:
+        return "ztunnel has not put the newest state in force yet"
+    if status.config.problems:
+        count = many(len(status.config.problems), "document")
+        return f"{count} refused, the last good version is in force: nodeagent config says which"
+    return ""
+
+
+def short_identity(identity: str, trust_domain: str) -> str:
+    """Return an identity without what goes without saying on this node."""
     return identity.removeprefix(f"spiffe://{trust_domain}/").removeprefix("spiffe://")
 
 
-def _mode(pod: PodReport) -> str:
+def mode(pod: PodReport) -> str:
+    """Return the mTLS mode, marked if it is not that of all ports."""
     # A port that differs must not hide behind the workload's mode.
     return (pod.mode or "<unknown>") + ("*" if pod.port_modes else "")
 

@@ -22,8 +22,8 @@ GAP: Final = 2
 NARROWEST: Final = 8
 """Columns to which a cell is folded at most: below, nobody can read it."""
 
-_BREAKS: Final = " ,/"
-"""A long cell is folded behind one of these, if one is near."""
+_BREAKS: Final = (" ,/", "-")
+"""A long cell is folded behind one of these, if one is near; sooner between names than in one."""
 
 
 class Tone(enum.Enum):
@@ -137,8 +137,12 @@ def _line(row: Sequence[Cell], columns: Sequence[Column], widths: Sequence[int])
 def _fold(text: str, width: int) -> list[str]:
     parts = []
     while len(text) > width:
-        near = max(text.rfind(mark, width // 2, width) for mark in _BREAKS)
-        end = near + 1 if near >= 0 else width
+        end = width
+        for marks in _BREAKS:
+            near = max(text.rfind(mark, width // 2, width) for mark in marks)
+            if near >= 0:
+                end = near + 1
+                break
         parts.append(text[:end].rstrip(" "))
         text = text[end:]
     return [*parts, text]

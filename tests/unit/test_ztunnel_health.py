@@ -150,6 +150,7 @@ def test_the_status_answer_says_what_is_and_shows_no_key(rig: Rig) -> None:
         "mode": "STRICT",
         "policy": "istio-system/default",
         "problem": "",
+        "connections": 0,
     }
     assert b"PRIVATE" not in body
 

@@ -320,7 +320,7 @@ class Events:
             duration_us=0,
             direction="inbound" if inbound else "outbound",
             source=there if inbound else here,
-            destination=f"{here}:{HBONE_PORT}" if inbound else there,
+            destination=f"{_host(pod) if pod else ''}:{HBONE_PORT}" if inbound else there,
             hbone_destination="",
             labels=labels.make(
                 labels.DESTINATION if inbound else labels.SOURCE,

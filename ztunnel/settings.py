@@ -85,8 +85,11 @@ class Authorized(enum.StrEnum):
 
 
 class AuditForm(enum.StrEnum):
+    """OCSF is JSON, too: an event of the Open Cybersecurity Schema Framework."""
+
     TEXT = "text"
     JSON = "json"
+    OCSF = "ocsf"
 
 
 class Transport(enum.StrEnum):

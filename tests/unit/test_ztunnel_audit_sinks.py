@@ -77,13 +77,19 @@ def test_every_sink_gets_every_line_in_its_form(given: Outlets, tmp_path: Path) 
     assert not given.lost
 
 
-def test_json_is_the_form_of_the_file_and_of_the_message(given: Outlets, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "form,key", [(AuditForm.JSON, "audit_version"), (AuditForm.OCSF, "class_uid")]
+)
+def test_a_form_is_that_of_the_file_and_of_the_message(
+    given: Outlets, tmp_path: Path, form: AuditForm, key: str
+) -> None:
     with listening(tmp_path / "syslog") as syslog:
-        given.configure(settings(tmp_path, "file", "syslog", form=AuditForm.JSON), "node-1")
+        given.configure(settings(tmp_path, "file", "syslog", form=form), "node-1")
         given.give(entry())
         written(given, file=1, syslog=1)
         message = rfc5424.parse(syslog.recv(65536))
     assert json.loads(message.text) == json.loads(lines(tmp_path)[0])
+    assert key in json.loads(message.text)
 
 
 @FAMILIES

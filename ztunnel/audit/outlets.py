@@ -16,6 +16,7 @@ from typing import Final, NamedTuple, Protocol
 
 from ztunnel.audit import forms, journal, sinks, syslog
 from ztunnel.audit.forms import LeftOut, Line
+from ztunnel.audit.ocsf import ocsf_line
 from ztunnel.log_writer import STDOUT, Destination, File, Writer
 from ztunnel.settings import AuditForm, AuditSettings, Facility
 
@@ -185,8 +186,15 @@ def _lost(name: str, writer: Writer[Line]) -> dict[tuple[str, str], int]:
     return {(name, cause.value): lines for cause, lines in writer.lost.items() if lines}
 
 
+_FORMS: Final[dict[AuditForm, Callable[[Line, str], str]]] = {
+    AuditForm.TEXT: forms.text_line,
+    AuditForm.JSON: forms.json_line,
+    AuditForm.OCSF: ocsf_line,
+}
+
+
 def _text(form: AuditForm, node: str) -> Callable[[Line], str]:
-    spell = forms.json_line if form is AuditForm.JSON else forms.text_line
+    spell = _FORMS[form]
     return lambda line: spell(line, node)
 
 
@@ -196,6 +204,7 @@ def _lines(form: AuditForm, node: str) -> Spell:
 
 
 def _messages(form: AuditForm, node: str, facility: Facility) -> Spell:
-    text = _text(form, node) if form is AuditForm.JSON else forms.message
+    # In text the message is the sentence: the fields are structured data.
+    text = forms.message if form is AuditForm.TEXT else _text(form, node)
     process = os.getpid()
     return lambda line: syslog.spell(line, text(line), facility, node, process)

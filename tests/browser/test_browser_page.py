@@ -17,12 +17,13 @@ UNSEEN = re.compile("[\u202a-\u202e\u2066-\u2069\x07]")
 def test_browser_works_without_a_mouse(browser: Browser, site: page.Site) -> None:
     browser.open(site)
     passed = browser.tab()
-    assert passed[:5] == [
+    assert passed[:6] == [
         "a Skip to the content",
         "a Graph",
         "a Workloads",
+        "a Rollout to STRICT",
         "select Window",
-        "button Live",
+        "button Pause",
     ]
     for wanted in (
         "select Namespace",
@@ -220,3 +221,25 @@ def test_browser_opens_without_the_drawing_library(browser: Browser, tmp_path: P
         browser.open(site)
         browser.wait(lambda: "built without npm" in browser.text("#drawing"))
         assert len(browser.rows()) == 10
+
+
+def test_browser_says_whether_strict_is_safe(browser: Browser, site: page.Site) -> None:
+    browser.open(site, "/ui/#rollout")
+    browser.wait(lambda: len(browser.rows()) == 5)
+    # A week is asked about: what comes once a week must not be overlooked.
+    assert site.picture.asked[-1] == 7 * 86400
+    rows = browser.rows()
+    assert rows[0][:2] == ["monitoring/prometheus", "? not known"]
+    assert rows[1][:5] == ["sentences/name-v1", "✕ not safe", "PERMISSIVE", "125", "125"]
+    assert rows[1][6] == "2 callers would be refused"
+    assert rows[2][:2] == ["sentences/name-v2", "→ safe"]
+    assert {row[1] for row in rows[3:]} == {"✓ STRICT"}
+    steps = [each.text.split("\n")[:2] for each in browser.all(".steps li")]
+    assert steps == [["2", "✓ STRICT"], ["1", "→ safe"], ["1", "✕ not safe"], ["1", "? not known"]]
+    browser.all("tbody button")[1].click()
+    said = browser.text("#panel")
+    for wanted in ("✕ would break outside (198.51.100.7)", "legacy/cron (10.0.0.7)", "✓ stays",
+                   "port 8080, 31 connections", "STRICT asks for mutual TLS"):  # fmt: skip
+        assert wanted in said, (wanted, said)
+    browser.one("#search").send_keys("cron")
+    assert [row[0] for row in browser.rows()] == ["sentences/name-v1"]

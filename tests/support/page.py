@@ -29,6 +29,7 @@ from nodeagent.admin.model import (
     ZtunnelReport,
 )
 from nodeagent.observe import graph_model as model
+from nodeagent.observe import plaintext_model
 from nodeagent.page import Files, Gate
 from ztunnel import protocol
 
@@ -153,6 +154,62 @@ def pod(
     )
 
 
+def report(*workloads: plaintext_model.PlaintextWorkload) -> plaintext_model.PlaintextReport:
+    return plaintext_model.PlaintextReport(
+        schema=plaintext_model.SCHEMA,
+        node="worker-1",
+        time=NOW,
+        since=NOW - timedelta(days=7),
+        complete=NOW - timedelta(days=9),
+        verdict=plaintext_model.worst(each.verdict for each in workloads),
+        namespaces=(),
+        workloads=workloads,
+    )
+
+
+def strictness(
+    uid: str,
+    verdict: plaintext_model.Verdict,
+    *callers: plaintext_model.PlaintextCaller,
+    mode: str = "PERMISSIVE",
+    reasons: tuple[str, ...] = (),
+) -> plaintext_model.PlaintextWorkload:
+    return plaintext_model.PlaintextWorkload(
+        workload=uid,
+        namespace=uid.partition("/")[0],
+        state=PodState.ENROLLED.value,
+        mode=mode,
+        mode_origin="peers.yaml:3",
+        port_modes=(),
+        verdict=verdict,
+        reasons=reasons,
+        since=NOW - timedelta(days=9),
+        without_identity=sum(each.connections for each in callers),
+        with_identity=125,
+        refused=0,
+        last=max((each.last for each in callers), default=None),
+        callers=callers,
+    )
+
+
+def caller(
+    kind: plaintext_model.Origin, source: str, connections: int, effect: plaintext_model.Effect
+) -> plaintext_model.PlaintextCaller:
+    workload = source if "/" in source else ""
+    return plaintext_model.PlaintextCaller(
+        kind=kind,
+        workload=workload,
+        source="10.0.0.7" if workload else source,
+        port=8080,
+        connections=connections,
+        first=NOW - timedelta(days=3),
+        last=NOW - timedelta(hours=2),
+        effect=effect,
+        reason="STRICT asks for mutual TLS",
+        policy="PeerAuthentication sentences/default (peers.yaml:3)",
+    )
+
+
 class Picture:
     """What the node is to say: `pods`, `vertices` and `edges` may be changed at any time."""
 
@@ -162,6 +219,7 @@ class Picture:
         self.edges: list[model.Edge] = []
         self.missing: tuple[str, ...] = ()
         self.complete = True
+        self.plaintext = report()
         self.asked: list[int] = []
         """Windows in seconds, as the page has asked for them."""
 
@@ -224,6 +282,10 @@ class _Backend:
     async def flows(self, age: int) -> bytes:
         raise NotImplementedError(f"the page asks for no flows of {age} s")
 
+    async def plaintext(self, seconds: int) -> bytes:
+        self.picture.asked.append(seconds)
+        return msgspec.json.encode(self.picture.plaintext)
+
     async def graph(self, seconds: int) -> bytes:
         self.picture.asked.append(seconds)
         return msgspec.json.encode(self.picture.graph(seconds))
@@ -241,7 +303,9 @@ def admin_server(
 ) -> AdminServer:
     """Return the product's server with `picture` behind it; it listens nowhere yet."""
     backend = _Backend(picture)
-    windows = {"/graph": Window("who talked to whom", backend.graph)} if graph else {}
+    windows = {"/report/plaintext": Window("who calls without identity", backend.plaintext)}
+    if graph:
+        windows["/graph"] = Window("who talked to whom", backend.graph)
     return AdminServer(backend, windows, files=files)
 
 
@@ -319,6 +383,25 @@ def sentences(picture: Picture) -> None:
         edge("monitoring/prometheus", "sentences/frontend", 9090, mutual_tls=20),
         edge("monitoring/prometheus", "sentences/age", 9090, mutual_tls=20),
     ]  # fmt: skip
+    breaks, stays = plaintext_model.Effect.BREAKS, plaintext_model.Effect.STAYS
+    picture.plaintext = report(
+        strictness(
+            "sentences/name-v1",
+            plaintext_model.Verdict.NOT_SAFE,
+            caller(plaintext_model.Origin.OUTSIDE, "198.51.100.7", 31, breaks),
+            caller(plaintext_model.Origin.POD, "legacy/cron", 4, breaks),
+            caller(plaintext_model.Origin.NODE, "192.0.2.1", 90, stays),
+            reasons=("2 callers would be refused",),
+        ),
+        strictness("sentences/frontend", plaintext_model.Verdict.SAFE, mode="STRICT"),
+        strictness("sentences/age", plaintext_model.Verdict.SAFE, mode="STRICT"),
+        strictness("sentences/name-v2", plaintext_model.Verdict.SAFE),
+        strictness(
+            "monitoring/prometheus",
+            plaintext_model.Verdict.NOT_KNOWN,
+            reasons=("callers are recorded for 2 of the 7 days only",),
+        ),
+    )
     picture.pods = [
         pod("sentences/frontend"),
         pod("sentences/age"),

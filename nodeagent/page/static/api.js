@@ -20,6 +20,17 @@
  *   port_modes: {port: number, mode: string, origin: string}[],
  *   certificate: Certificate | null, error: string, deviations: string[], repaired: number,
  *   drops: Record<string, number>, authorizations: Authorization[]}} Pod
+ * @typedef {{kind: string, workload: string, source: string, port: number, connections: number,
+ *   first: string, last: string, effect: string, reason: string, policy: string}} PlaintextCaller
+ * @typedef {{workload: string, namespace: string, state: string, mode: string, mode_origin: string,
+ *   port_modes: {port: number, mode: string}[], verdict: string, reasons: string[],
+ *   since: string | null, without_identity: number, with_identity: number, refused: number,
+ *   last: string | null, callers: PlaintextCaller[], left_out?: number}} PlaintextWorkload
+ * @typedef {{schema: number, node: string, time: string, since: string, complete: string | null,
+ *   verdict: string, workloads: PlaintextWorkload[], gaps: object[], truncated: boolean,
+ *   problem: string}} Plaintext
+ * @typedef {{status?: Status, graph?: Graph, plaintext?: Plaintext}} Answers What was answered;
+ *   what was not is missing.
  * @typedef {{schema: number, time: string, version: string, node: string, trust_domain: string,
  *   ready: boolean, missing: string[], same_node?: string, pods: Pod[]}} Status
  */

@@ -34,13 +34,26 @@ export function byId(id) {
   return found;
 }
 
-/** Replace the children, unless they say the same already: what is focused or selected stays so.
- * @param {Element} parent @param {...Child} children */
+/** Make these the children, and touch only what differs: what is focused or selected stays so.
+ * @param {Node} parent @param {...Child} children */
 export function fill(parent, ...children) {
-  const made = el("div", {}, ...children);
-  if (parent.childNodes.length === made.childNodes.length
-    && [...parent.childNodes].every((each, at) => each.isEqualNode(made.childNodes[at]))) return;
-  parent.replaceChildren(...made.childNodes);
+  patch(parent, el("div", {}, ...children));
+}
+
+/** @param {Node} parent @param {Node} wanted Whose children are to become those of `parent`. */
+function patch(parent, wanted) {
+  const children = [...wanted.childNodes];
+  children.forEach((made, at) => {
+    const found = parent.childNodes[at];
+    if (found === undefined) parent.appendChild(made);
+    else if (found.isEqualNode(made)) return;
+    // A button acts for what it was made for: never another one's words on it.
+    else if (made instanceof Element && !(made instanceof HTMLButtonElement)
+      && found.cloneNode(false).isEqualNode(made.cloneNode(false))) patch(found, made);
+    else parent.replaceChild(made, found);
+  });
+  while (parent.childNodes.length > children.length)
+    parent.removeChild(/** @type {Node} */ (parent.lastChild));
 }
 
 /** Hide or show, without touching what is so already.

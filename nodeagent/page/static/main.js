@@ -6,13 +6,10 @@ import { pairs } from "./model.js";
 import { pairContent, podContent, vertexContent } from "./panel.js";
 import { moment, plural, visible } from "./text.js";
 import { GraphView } from "./view_graph.js";
+import { RolloutView, rolloutContent } from "./view_rollout.js";
 import { WorkloadsView } from "./view_workloads.js";
 
-/**
- * @typedef {import("./api.js").Status} Status
- * @typedef {import("./api.js").Graph} Graph
- * @typedef {import("./graph.js").Choice} Choice
- */
+/** @typedef {import("./graph.js").Choice} Choice */
 
 /** Seconds of a window, and the words for it. @type {[number, string][]} */
 const WINDOWS = [
@@ -28,17 +25,18 @@ const LONG_WINDOW = 6 * 3600;
 
 class Page {
   constructor() {
-    this.views = /** @type {Record<string, GraphView | WorkloadsView>} */ ({
-      graph: new GraphView((choice, from) => this.choose(choice, from)),
-      workloads: new WorkloadsView((choice, from) => this.choose(choice, from)),
-    });
-    this.name = "";
-    this.seconds = WINDOWS[0][0];
+    /** @type {(choice: Choice | null, from: HTMLElement | null) => void} */
+    const choose = (choice, from) => this.choose(choice, from);
+    /** @type {Record<string, GraphView | WorkloadsView | RolloutView>} */
+    this.views = {
+      graph: new GraphView(choose),
+      workloads: new WorkloadsView(choose),
+      rollout: new RolloutView(choose),
+    };
+    this.name = "graph";
     this.live = true;
-    /** @type {Status | null} */
-    this.status = null;
-    /** @type {Graph | null} */
-    this.graph = null;
+    /** What was answered last. @type {import("./api.js").Answers} */
+    this.known = {};
     /** @type {Choice | null} */
     this.choice = null;
     /** @type {HTMLElement | null} */
@@ -55,15 +53,15 @@ class Page {
     this.window = /** @type {HTMLSelectElement} */ (byId("window"));
     this.window.append(...WINDOWS.map(([seconds, name]) => el("option", { value: seconds }, name)));
     this.window.addEventListener("change", () => {
-      this.seconds = Number(this.window.value);
+      this.view.seconds = Number(this.window.value);
       history.replaceState(null, "", this.#address());
       void this.refresh();
     });
     const live = byId("live");
     live.addEventListener("click", () => {
       this.live = !this.live;
-      live.setAttribute("aria-pressed", String(this.live));
-      live.textContent = this.live ? "Live" : "Paused";
+      live.textContent = this.live ? "Pause" : "Resume";
+      this.#tell();
       if (this.live) void this.refresh();
       else clearTimeout(this.timer);
     });
@@ -78,8 +76,12 @@ class Page {
     this.route(false);
   }
 
+  get view() {
+    return this.views[this.name];
+  }
+
   #address() {
-    return `#${this.name}?window=${this.seconds}`;
+    return `#${this.name}?window=${this.view.seconds}`;
   }
 
   /** Open the view that the address names. @param {boolean} focus */
@@ -89,12 +91,11 @@ class Page {
       byId("main").focus();
       return;
     }
+    this.name = Object.hasOwn(this.views, name) ? name : "graph";
     const asked = Number(new URLSearchParams(query).get("window"));
-    if (WINDOWS.some(([seconds]) => seconds === asked)) this.seconds = asked;
-    this.window.value = String(this.seconds);
-    this.name = name in this.views ? name : "graph";
-    const view = this.views[this.name];
-    byId("view").replaceChildren(view.element);
+    if (WINDOWS.some(([seconds]) => seconds === asked)) this.view.seconds = asked;
+    this.window.value = String(this.view.seconds);
+    byId("view").replaceChildren(this.view.element);
     for (const link of document.querySelectorAll("nav a")) {
       const here = link.getAttribute("href") === `#${this.name}`;
       if (here) link.setAttribute("aria-current", "page");
@@ -109,17 +110,19 @@ class Page {
   async refresh() {
     clearTimeout(this.timer);
     const turn = ++this.asked;
-    const [status, graph] = await Promise.allSettled([
-      ask("/status"), ask(`/graph?seconds=${this.seconds}`),
-    ]);
+    const { view } = this;
+    const paths = Object.entries({ status: "/status", ...view.asks(view.seconds) });
+    const answers = await Promise.allSettled(paths.map(([, path]) => ask(path)));
     // What was asked later is the newer answer.
     if (turn !== this.asked) return;
-    const problems = [status, graph].flatMap((each) =>
-      (each.status === "rejected" ? [each.reason] : []));
-    if (status.status === "fulfilled") this.status = status.value;
-    if (graph.status === "fulfilled") this.graph = graph.value;
+    /** @type {unknown[]} */
+    const problems = [];
+    answers.forEach((answer, at) => {
+      if (answer.status === "rejected") problems.push(answer.reason);
+      else this.known = { ...this.known, [paths[at][0]]: answer.value };
+    });
     this.#show(problems);
-    const wait = this.seconds >= LONG_WINDOW ? SLOW_REFRESH_MS : REFRESH_MS;
+    const wait = view.seconds >= LONG_WINDOW ? SLOW_REFRESH_MS : REFRESH_MS;
     if (this.live && !document.hidden)
       this.timer = setTimeout(() => void this.refresh(), wait);
     document.documentElement.dataset.refreshes = String(turn);
@@ -127,24 +130,25 @@ class Page {
 
   /** @param {unknown[]} problems */
   #show(problems) {
-    const { status, graph } = this;
+    const { status } = this.known;
     for (const each of problems) if (!(each instanceof Unanswered)) throw each;
     const texts = [...new Set(problems.map((each) => /** @type {Unanswered} */ (each).message))];
     const silent = problems.some((each) => each instanceof Unanswered && each.kind === "silent");
     fill(byId("notices"), ...texts.map((each) => notice("bad", visible(each),
-      silent && (graph ?? status) !== null && ` Shown is what was known at ${moment((graph ?? status)?.time)}.`)));
-    fill(byId("node"), status === null ? "nodeagent" : visible(status.node));
-    fill(byId("verdict"), silent || status === null ? pill("bad", "no answer")
+      silent && status !== undefined && ` Shown is what was known at ${moment(status.time)}.`)));
+    fill(byId("node"), status === undefined ? "nodeagent" : visible(status.node));
+    fill(byId("verdict"), silent || status === undefined ? pill("bad", "no answer")
       : status.ready ? pill("good", "ready")
         : pill("bad", `not ready, ${plural(status.missing.length, "reason")}`));
-    if (!silent) fill(byId("moment"), moment((graph ?? status)?.time));
-    document.title = `${this.views[this.name].title} · ${status === null ? "nodeagent" : visible(status.node)}`;
-    const { views } = this;
-    if (views.graph instanceof GraphView && graph !== null) views.graph.update(graph);
-    if (views.workloads instanceof WorkloadsView && status !== null)
-      views.workloads.update(status, new Map((graph?.vertices ?? []).flatMap((each) =>
-        (typeof each.asdex === "number" ? [/** @type {[string, number]} */ ([each.id, each.asdex])] : []))));
+    this.#tell();
+    document.title = `${this.view.title} · ${status === undefined ? "nodeagent" : visible(status.node)}`;
+    this.view.update(this.known);
     this.#describe();
+  }
+
+  /** Say of when the picture is, and whether it goes on. */
+  #tell() {
+    fill(byId("moment"), `${this.live ? "Live" : "Paused"}, ${moment(this.known.status?.time)}`);
   }
 
   /** Open the panel for what was chosen, or close it.
@@ -152,18 +156,22 @@ class Page {
   choose(choice, from) {
     const closing = choice === null && this.choice !== null;
     this.choice = choice;
-    if (from !== null) this.opener = from;
     for (const view of Object.values(this.views)) view.mark(choice);
     this.#describe();
-    if (from !== null) this.heading.focus();
-    if (closing) {
-      if (this.opener?.isConnected) this.opener.focus();
-      this.opener = null;
+    if (from !== null) {
+      // From one thing to the next within the panel: the way back stays the first one's.
+      if (from !== this.heading) this.opener = from;
+      this.heading.focus();
     }
+    if (!closing) return;
+    if (this.opener?.isConnected) this.opener.focus();
+    else if (document.activeElement === document.body) byId("main").focus();
+    this.opener = null;
   }
 
   #describe() {
-    const { choice, graph, status } = this;
+    const { choice } = this;
+    const { graph, plaintext, status = null } = this.known;
     const vertices = new Map((graph?.vertices ?? []).map((each) => [each.id, each]));
     const every = pairs(graph?.edges ?? []);
     const seconds = graph?.window_seconds ?? 1;
@@ -183,6 +191,12 @@ class Page {
       content = vertex !== undefined ? vertexContent(vertex, every, status, seconds, (pair) =>
         this.choose({ kind: "pair", id: pair.id }, this.heading))
         : pod && status ? podContent(pod, status) : ["Nothing of it is left in this window."];
+    }
+    if (choice?.kind === "rollout") {
+      const workload = plaintext?.workloads.find((each) => each.workload === choice.id);
+      title = choice.id;
+      content = workload === undefined ? ["Nothing of it is left in this window."]
+        : rolloutContent(workload);
     }
     hide(this.panel, content === null);
     if (document.body.classList.contains("with-panel") !== (content !== null))

@@ -18,6 +18,7 @@ export class GraphView {
   /** @param {(choice: Choice | null, from: HTMLElement | null) => void} choose */
   constructor(choose) {
     this.title = "Graph";
+    this.seconds = 300;
     this.choose = choose;
     this.wanted = { text: "", state: "", namespace: "" };
     /** @type {Graph | null} */
@@ -79,8 +80,14 @@ export class GraphView {
     this.#render();
   }
 
-  /** @param {Graph} graph */
-  update(graph) {
+  /** @param {number} seconds */
+  asks(seconds) {
+    return { graph: `/graph?seconds=${seconds}` };
+  }
+
+  /** @param {import("./api.js").Answers} answers */
+  update({ graph }) {
+    if (graph === undefined) return;
     this.graph = graph;
     this.vertices = new Map(graph.vertices.map((each) => [each.id, each]));
     this.#render();

@@ -15,6 +15,7 @@ export class WorkloadsView {
   /** @param {(choice: Choice | null, from: HTMLElement | null) => void} choose */
   constructor(choose) {
     this.title = "Workloads";
+    this.seconds = 300;
     /** @type {Status | null} */
     this.status = null;
     /** @type {Map<string, number>} */
@@ -39,10 +40,16 @@ export class WorkloadsView {
       this.table.element);
   }
 
-  /** @param {Status} status @param {Map<string, number>} asdex By workload, where there is one. */
-  update(status, asdex) {
-    this.status = status;
-    this.asdex = asdex;
+  /** @param {number} seconds */
+  asks(seconds) {
+    return { graph: `/graph?seconds=${seconds}` };
+  }
+
+  /** @param {import("./api.js").Answers} answers */
+  update({ status, graph }) {
+    if (status !== undefined) this.status = status;
+    if (graph !== undefined) this.asdex = new Map(graph.vertices.flatMap((each) =>
+      (typeof each.asdex === "number" ? [[each.id, each.asdex]] : [])));
     this.#render();
   }
 

@@ -34,8 +34,10 @@ from meshbench import (
     figures,
     held,
     host,
+    observe,
     policy,
     report,
+    scrape,
     subjects,
 )
 from meshbench.bed import CONGESTION_CONTROL, SYSCTLS, WORKERS, FailedError
@@ -52,7 +54,7 @@ ROUNDS: Final = 5
 TIMING: Final = Timing(bulk=4, requests=4, connections=4)
 QUICK_ROUNDS: Final = 2
 QUICK_TIMING: Final = Timing(bulk=3, requests=3, connections=3)
-OWN: Final = ("enrolment", "policy")
+OWN: Final = ("enrolment", "policy", "observe")
 """Scenarios of ours alone, each in a lab of its own, in the first round."""
 NOT_MEASURED: Final = 1
 TARGET_MISSED: Final = 3
@@ -101,6 +103,7 @@ class Bench:
             works = {
                 "enrolment": partial(enrolment.measure, self._tools, self._timing.connections),
                 "policy": partial(policy.measure, self._tools),
+                "observe": partial(observe.measure, self._tools, self._timing),
             }
             for name in filter(self._wants, OWN):
                 self._measure(number, "ours", name, works[name])
@@ -156,6 +159,10 @@ def _method(timing: Timing) -> dict[str, Any]:
         "policy": f"{decisions.DECISIONS} decisions each beside {decisions.COUNTS} policies, in "
         f"one process; {edit.EDITS} edits of one file beside {enormous.WORKLOADS} workloads and "
         f"{enormous.POLICIES} policies, until a caller meets the new verdict",
+        "observe": f"{observe.WINDOWS} windows each of two labs in turn: everything off, and "
+        f"everything on, asked for /metrics and /stats every {observe.ASK_SECONDS} s; a scrape of "
+        f"{observe.IDLE} open connections by ztunnel's own CPU; one of {scrape.LINES} series of "
+        f"{scrape.PODS} pods in one process",
         "rounds": {one.name: sorted(one.rounds) or "all" for one in SCENARIOS}
         | {name: [1] for name in OWN},
         "cipher": f"AES-128-GCM, {cipher.CHUNK_BYTES} bytes at a time, once sealed, once opened",

@@ -136,7 +136,7 @@ class Series:
         """The core's numbers of the flows that count for it besides (`flows`)."""
         self.retired = NOTHING
         """What its flows had counted that have gone (`flows`)."""
-        self.text = ""
+        self.text = b""
         """Its labels as a scrape has them, kept there (`istio_text`)."""
 
 

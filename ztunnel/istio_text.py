@@ -16,21 +16,23 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import reasons
 from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
-from ztunnel.reasons import NO_FLAG, Reason
+from ztunnel.reasons import FLAGS, NO_FLAG, Reason
 
 if TYPE_CHECKING:
     from ztunnel.decisions import Counters, Series
 
 __all__ = ["Rows", "portions"]
 
-LINES: Final = 256
-"""Of one portion, a quarter of a megabyte: between two of them other threads get their turn."""
+LINES: Final = 512
+"""Of one portion, half a megabyte: between two of them other threads get their turn."""
 
-MAX_SPELLED: Final = 1000
-"""Label sets that have failed connections only, whose text is kept: a megabyte."""
+MAX_SPELLED: Final = 4000
+"""Label sets that have failed connections only, whose text is kept: a kilobyte each, as many as
+`events` counts. They are rare; after a scan of addresses they are that many."""
 
 _REASONS: Final = tuple(Reason)
-_NO_FAILURE: Final = f'{NO_FLAG}"}}'
+_TAIL: Final = {flag: f'{flag}"}} %d\n'.encode() for flag in FLAGS}
+"""What follows the labels, for each response flag."""
 _REPORTER: Final = LABEL_NAMES.index("reporter")
 _SECURITY: Final = LABEL_NAMES.index("connection_security_policy")
 
@@ -90,44 +92,51 @@ class Rows:
 
 def portions(rows: Rows, *, openmetrics: bool) -> Iterator[bytes]:
     """Yield the text, portion by portion."""
-    texts: list[str] = []
+    texts: list[bytes] = []
     for series in rows.series:
         if not series.text:
             series.text = _spell(series.labels)
-        texts.append(series.text + _NO_FAILURE)
+        texts.append(series.text)
     for family, values in (
         (_OPENED, rows.opened),
         (_CLOSED, rows.closed),
         (_RECEIVED, rows.received),
         (_SENT, rows.sent),
     ):
-        yield from _family(family, texts, values, openmetrics=openmetrics)
-    failed: list[str] = []
-    for labels, flag in rows.failed:
+        yield from _family(family, texts, [NO_FLAG] * len(texts), values, openmetrics=openmetrics)
+    failed: list[bytes] = []
+    for labels, _ in rows.failed:
         failing = rows.failing.get(labels)
-        failed.append(f'{failing.text if failing else _spell_again(labels)}{flag}"}}')
-    yield from _family(_FAILED, failed, list(rows.failed.values()), openmetrics=openmetrics)
+        failed.append(failing.text if failing else _spell_again(labels))
+    flags = [flag for _, flag in rows.failed]
+    yield from _family(_FAILED, failed, flags, list(rows.failed.values()), openmetrics=openmetrics)
 
 
 def _family(
-    family: _Family, texts: Sequence[str], values: Sequence[int], *, openmetrics: bool
+    family: _Family,
+    texts: Sequence[bytes],
+    flags: Sequence[str],
+    values: Sequence[int],
+    *,
+    openmetrics: bool,
 ) -> Iterator[bytes]:
     name = f"{family.name}_total"
     # OpenMetrics names the family, the older format its samples.
     named = family.name if openmetrics else name
     yield f"# HELP {named} {family.help}\n# TYPE {named} counter\n".encode()
+    begin = name.encode()
     for start in range(0, len(texts), LINES):
         part = slice(start, start + LINES)
-        lines = [
-            f"{name}{text} {value}\n" for text, value in zip(texts[part], values[part], strict=True)
-        ]
-        yield "".join(lines).encode("utf-8", "replace")
+        pieces: list[bytes] = []
+        for text, flag, value in zip(texts[part], flags[part], values[part], strict=True):
+            pieces += (begin, text, _TAIL[flag] % value)
+        yield b"".join(pieces)
 
 
-def _spell(labels: Labels) -> str:
+def _spell(labels: Labels) -> bytes:
     """Return the labels as both formats have them, up to the value of `response_flags`."""
     pairs = [f'{name}="{_escape(value)}"' for name, value in zip(LABEL_NAMES, labels, strict=True)]
-    return f'{{{",".join(pairs)},response_flags="'
+    return f'{{{",".join(pairs)},response_flags="'.encode("utf-8", "replace")
 
 
 _spell_again = functools.lru_cache(maxsize=MAX_SPELLED)(_spell)

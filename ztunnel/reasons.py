@@ -12,6 +12,7 @@ from typing import Final
 
 __all__ = [
     "CAUSES",
+    "FLAGS",
     "NO_FLAG",
     "RESPONSE_FLAGS",
     "Reason",
@@ -240,6 +241,9 @@ _TABLE: Final[dict[Reason, tuple[str, str]]] = {
 
 RESPONSE_FLAGS: Final[dict[Reason, str]] = {reason: flag for reason, (flag, _) in _TABLE.items()}
 """Reason to the `response_flags` label; NO_FLAG marks ends that are no failure."""
+
+FLAGS: Final = frozenset(RESPONSE_FLAGS.values())
+"""Every value of that label."""
 
 CAUSES: Final[dict[Reason, str]] = {reason: cause for reason, (_, cause) in _TABLE.items()}
 """Reason to a sentence for the operator; empty where nothing went wrong."""

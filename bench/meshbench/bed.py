@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -110,8 +111,18 @@ class Bed:
         return found
 
 
-def spec(name: str, tools: Path, *, extra_pods: int = 0) -> LabSpec:
-    """Return the lab's description; `extra_pods` more on node-1, which the mesh does not know."""
+def spec(
+    name: str,
+    tools: Path,
+    *,
+    extra_pods: int = 0,
+    settings: Callable[[str], Mapping[str, Any]] = lambda _node: {},
+    arguments: tuple[str, ...] = (),
+) -> LabSpec:
+    """Return the lab's description; `extra_pods` more on node-1, which the mesh does not know.
+
+    `settings` are further ones of a node, `arguments` further ones of each ztunnel.
+    """
     serve = App(name="serve", command=(str(tools / "serve"), str(HTTP_PORT)), ready=HTTP_PORT)
     echo = (str(tools / "serve"), str(ECHO_PORT), "echo")
     echoes = App(name="echo", command=echo, ready=ECHO_PORT)
@@ -129,11 +140,15 @@ def spec(name: str, tools: Path, *, extra_pods: int = 0) -> LabSpec:
         pod("outside", "node-2", mesh=False),
         *(Pod(name=f"extra-{index}", node="node-1", mesh=False) for index in range(extra_pods)),
     )
-    workers = ("--workers", str(WORKERS))
+    workers = ("--workers", str(WORKERS), *arguments)
     nodes = tuple(
-        # Between the nodes this changes nothing: all that crosses is mutual TLS, which is checked.
-        Node(name=f"node-{index}", ztunnel_arguments=workers, settings={"same_node": "direct"})
-        for index in (1, 2)
+        Node(
+            name=node,
+            ztunnel_arguments=workers,
+            # Between the nodes it changes nothing: what crosses is mutual TLS, which is checked.
+            settings={"same_node": "direct", **settings(node)},
+        )
+        for node in ("node-1", "node-2")
     )
     return LabSpec(name=name, nodes=nodes, pods=pods, large=extra_pods > 0)
 

@@ -18,7 +18,17 @@ import click
 from meshbench import host, parse
 from meshbench.bed import ECHO_PORT, Bed, FailedError
 
-__all__ = ["BUSY", "CLOSED_SECONDS", "IDLE", "MANY", "WORK_SECONDS", "idle", "many"]
+__all__ = [
+    "BUSY",
+    "CLOSED_SECONDS",
+    "IDLE",
+    "MANY",
+    "WORK_SECONDS",
+    "Steps",
+    "idle",
+    "many",
+    "stepping",
+]
 
 IDLE: Final = 2000
 """Connections of the `memory` scenario: enough that a page more or less does not show."""
@@ -49,7 +59,7 @@ def settled(pid: int) -> int:
     return last
 
 
-class _Steps:
+class Steps:
     """A load program that goes from step to step when told. Each is bounded in time."""
 
     def __init__(self, process: subprocess.Popen[str], name: str) -> None:
@@ -98,7 +108,7 @@ class _Steps:
 
 
 @contextlib.contextmanager
-def _program(bed: Bed, name: str, *arguments: str) -> Iterator[_Steps]:
+def stepping(bed: Bed, name: str, *arguments: str) -> Iterator[Steps]:
     process: subprocess.Popen[Any] = bed.popen(
         "client",
         [str(bed.tools / name), *arguments],
@@ -108,7 +118,7 @@ def _program(bed: Bed, name: str, *arguments: str) -> Iterator[_Steps]:
         text=True,
     )
     try:
-        yield _Steps(process, name)
+        yield Steps(process, name)
     finally:
         process.kill()
         with contextlib.suppress(ValueError, OSError):
@@ -121,7 +131,7 @@ def idle(bed: Bed) -> dict[str, float]:
     values = {f"{side}_idle_kb": float(kb) for side, kb in resting.items()}
     values["idle_mb"] = max(resting.values()) / KIB_A_MB
     where = (bed.server, str(bed.http_port), str(IDLE))
-    with _program(bed, "load", "idle", *where) as program:
+    with stepping(bed, "load", "idle", *where) as program:
         program.wait("ready")
         for side, pid in bed.tunnels.items():
             loaded = settled(pid)
@@ -139,7 +149,7 @@ def many(bed: Bed) -> dict[str, float]:
     resting = {side: settled(pid) for side, pid in bed.tunnels.items()}
     began = time.monotonic()
     arguments = (bed.server, str(ECHO_PORT), str(MANY), str(BUSY), str(WORK_SECONDS))
-    with _program(bed, "many", *arguments) as program:
+    with stepping(bed, "many", *arguments) as program:
         program.wait("open")
         opened = time.monotonic() - began
         loaded = {side: settled(pid) for side, pid in bed.tunnels.items()}

@@ -34,6 +34,11 @@ ENROL_SECONDS: Final = 10.0
 POD_KB: Final = 100.0
 EFFECT_MS: Final = 1000.0
 
+OBSERVED: Final = 0.95
+"""Of throughput and rate, with everything on: what two windows of one subject differ by."""
+OBSERVED_DELAY: Final = 1.05
+SCRAPE_MS: Final = 300.0
+
 STALLED_PERCENT: Final = 0.1
 """No stall after churn: peers with a NAT in the way stall 4 to 29 % of new connections. One in a
 thousand is what a scheduler with two processors for six busy programs may do to anybody."""
@@ -195,6 +200,19 @@ _TARGETED: Final = (
         "100,000 workloads, 10,000 policies: edit to effect, p50", "ms", "policy", "effect_p50_ms",
         EFFECT_MS,
     ),
+    *(
+        Metric(
+            name=f"observed: {name}", unit="× off", scenario="observe", key=key, better="higher",
+            target=OBSERVED, absolute=True,
+        )
+        for name, key in (("bulk", "bulk"), ("new connections", "connections"))
+    ),
+    _own("observed: 1 KB request, p50", "× off", "observe", "latency_p50", OBSERVED_DELAY),
+    _own("50,000 series, 1,000 pods: CPU of a scrape", "ms", "observe", "full_cpu_ms", SCRAPE_MS),
+    _own(
+        "up to 15,000 open connections: CPU of a scrape", "ms", "observe", "open_cpu_ms",
+        SCRAPE_MS,
+    ),
 )  # fmt: skip
 
 _DETAILS: Final = (
@@ -240,6 +258,15 @@ _DETAILS: Final = (
     ),
     _own("100,000 workloads, 10,000 policies: nodeagent", "MB", "policy", "nodeagent_mb"),
     _own("100,000 workloads, 10,000 policies: ztunnel", "MB", "policy", "ztunnel_mb"),
+    _own("observed: 1 KB request, p99", "× off", "observe", "latency_p99"),
+    _own("observed: first byte of a new connection, p50", "× off", "observe", "first_p50"),
+    _own("observed: first byte of a new connection, p99", "× off", "observe", "first_p99"),
+    _own("observed: both tunnels' CPU per connection", "× off", "observe", "connection_cpu"),
+    _own(
+        "50,000 series, 1,000 pods: longest delay of the event loop", "ms", "observe",
+        "full_delay_ms",
+    ),
+    _own("first byte beside one scrape after the other, p99", "× none", "observe", "scraped_p99"),
 )  # fmt: skip
 
 METRICS: Final = (*_TARGETED, *_DETAILS)

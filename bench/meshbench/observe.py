@@ -1,0 +1,162 @@
+"""What it costs to be observed: everything on against everything off, and what a scrape takes.
+
+This module owns that one scenario. It promises two labs side by side, alike but for what observes,
+measured in turn within each window, so that what disturbs the machine disturbs both. It is ours
+alone; nobody else offers the same to be turned on.
+
+Off: no line of the access log is kept (`/dev/null`; they are still made), no audit log, no recorded
+callers, nobody asks. On: the access log in a file, the audit log with every caller in another,
+recorded callers, and somebody who asks both daemons of both nodes for `/metrics`, and the tunnels
+for `/stats`, every ASK_SECONDS: Prometheus does so every fifteen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import statistics
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+from meshbench import held, host, parse, scrape
+from meshbench.bed import Bed, FailedError, ready, spec, tune
+from meshbench.scenarios import PARALLEL, Timing
+from nodeagent.lab import Lab
+
+__all__ = ["ASK_SECONDS", "IDLE", "WINDOWS", "measure"]
+
+WINDOWS: Final = 3
+ASK_SECONDS: Final = 1.0
+IDLE: Final = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2 - 1000)
+"""Connections that are open while a scrape is measured. A pod of a tunnel gets no more than half of
+the descriptors, and has one for each."""
+SCRAPES: Final = 10
+
+PAGES: Final = ((15020, "/metrics"), (15000, "/metrics"), (15020, "/stats"))
+
+Values = dict[str, float]
+
+
+def measure(tools: Path, timing: Timing) -> Values:
+    """Return the medians of on over off, and what scrapes take. Raises FailedError, LabError."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-observe-")))
+        off = stack.enter_context(_bed("off", tools, _off, ("--access-log", "/dev/null")))
+        on = stack.enter_context(_bed("on", tools, lambda node: _on(directory, node)))
+        ratios: dict[str, list[float]] = {}
+        found: Values = {}
+        for window in range(1, WINDOWS + 1):
+            plain = _window(off, timing)
+            with _asking(on) as asked:
+                watched = _window(on, timing)
+            if not asked():
+                raise FailedError("nobody was answered: nothing was observed")
+            for key, value in watched.items():
+                ratios.setdefault(key, []).append(value / plain[key])
+                found |= {f"{key}_off_{window}": plain[key], f"{key}_on_{window}": value}
+        found |= {key: statistics.median(values) for key, values in ratios.items()}
+        found |= _open(on, timing)
+    return found | scrape.measure()
+
+
+@contextlib.contextmanager
+def _bed(
+    name: str,
+    tools: Path,
+    settings: Callable[[str], dict[str, Any]],
+    arguments: tuple[str, ...] = (),
+) -> Iterator[Bed]:
+    described = spec(f"bench-{name}-{os.getpid()}", tools, settings=settings, arguments=arguments)
+    with Lab.up(described) as lab:
+        bed = Bed(lab, tools, lab.addresses("server")[0])
+        bed.tunnels = {side.name: side.process("ztunnel").pid for side in lab.nodes}
+        tune(lab)
+        ready(bed)
+        yield bed
+
+
+def _off(_node: str) -> dict[str, Any]:
+    return {"audit": {"authorized": "none", "stdout": False}, "flows": {"retention_hours": 0}}
+
+
+def _on(directory: Path, node: str) -> dict[str, Any]:
+    return {"audit": {"stdout": False, "file": str(directory / f"audit-{node}.log")}}
+
+
+def _window(bed: Bed, timing: Timing) -> Values:
+    """Return what is compared: rates, delays in ns, CPU per connection in s."""
+    argv = ["iperf3", "--json", "-c", bed.server, "-p", str(bed.bulk_port), "-O", "1"]
+    bulk = parse.iperf3(bed.run("client", [*argv, "-t", str(timing.bulk)]))
+    latency = bed.load("latency", str(timing.requests))
+    with host.Meter(bed.tunnels.values()) as meter:
+        connections = _sound(bed.load("connect", str(timing.connections), str(PARALLEL)))
+    used = meter.used(bed.tunnels.values())
+    first = _sound(bed.load("connect", str(timing.requests), "1"))
+    return {
+        "bulk": bulk["gbit_per_second"],
+        "latency_p50": latency["p50_ns"],
+        "latency_p99": latency["p99_ns"],
+        "connections": connections["connections"] / connections["seconds"],
+        "connection_cpu": used / connections["connections"],
+        "first_p50": first["p50_ns"],
+        "first_p99": first["p99_ns"],
+    }
+
+
+def _sound(values: Values) -> Values:
+    if values["errors"]:
+        raise FailedError(f"{values['errors']:.0f} connections failed")
+    return values
+
+
+@contextlib.contextmanager
+def _asking(bed: Bed, pause: float = ASK_SECONDS) -> Iterator[Callable[[], int]]:
+    """Ask for PAGES meanwhile; hand over how many answers there were."""
+    over = threading.Event()
+    answers: list[int] = []
+
+    def ask() -> None:
+        while not over.wait(pause):
+            for node in bed.lab.nodes:
+                for port, path in PAGES:
+                    with contextlib.suppress(OSError, HTTPException):
+                        answers.append(len(node.get(path, port)[1]))
+
+    asker = threading.Thread(target=ask, name="bench-asker")
+    asker.start()
+    try:
+        yield lambda: len(answers)
+    finally:
+        over.set()
+        asker.join()
+
+
+def _open(bed: Bed, timing: Timing) -> Values:
+    """Return what a scrape takes beside open connections, and what it does to new ones."""
+    where = (bed.server, str(bed.http_port), str(IDLE))
+    with held.stepping(bed, "load", "idle", *where) as program:
+        program.wait("ready")
+        node = bed.lab.node("node-1")
+        pid = bed.tunnels[node.name]
+        with host.Meter([pid]) as resting:
+            alone = _sound(bed.load("connect", str(timing.requests), "1"))
+        with host.Meter([pid]) as meter:
+            for _ in range(SCRAPES):
+                node.get("/metrics", 15020)
+        with _asking(bed, 0.0):
+            beside = _sound(bed.load("connect", str(timing.requests), "1"))
+        if program.end(end_of_input=True) != {"held": float(IDLE)}:
+            raise FailedError("a connection was lost beside scrapes")
+    return {
+        "open_connections": float(IDLE),
+        "open_cpu_ms": meter.used([pid]) / SCRAPES * 1000,
+        "open_alone_p99_ns": alone["p99_ns"],
+        "open_scraped_p99_ns": beside["p99_ns"],
+        "scraped_p99": beside["p99_ns"] / alone["p99_ns"],
+        "open_alone_cpu_s": resting.used([pid]),
+    }

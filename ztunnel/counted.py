@@ -1,4 +1,4 @@
-"""What is counted beside the core: verdicts by who asked and by rule, and plaintext by who called.
+"""What is counted beside the core: verdicts, connections by the rule that decided, and plaintext.
 
 This module owns these counts, and when counts of what is gone are forgotten. It promises that each
 is bounded, whatever callers and policies are like, and that forgetting begins EXPIRY_SECONDS after
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Client, Verdict
-from ztunnel.reasons import Reason
+from ztunnel.protocol import Arrival, FlowKey
 from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
     from ztunnel.decisions import SeriesTable
     from ztunnel.labels import Labels
-    from ztunnel.protocol import FlowKey
     from ztunnel.state import State
 
 __all__ = ["OTHER", "ByPolicy", "Counted", "Judged", "Plaintext"]
@@ -48,10 +47,10 @@ class Judged(NamedTuple):
 
 
 class ByPolicy(NamedTuple):
-    """What decided: `Verdict.origin`, or `reason` where no policy did."""
+    """What decided: the rule (`OTHER` for many), or the `reason` of a refusal without a rule."""
 
-    origin: str
-    reason: Reason
+    rule: str
+    reason: str
     allow: bool
 
 
@@ -72,7 +71,7 @@ class Counted:
         self.judged: Counter[Judged] = Counter()
         """Verdicts on who wanted in; of one verdict many connections may live."""
         self.by_policy: Tally[ByPolicy] = Tally(clock, MAX_RULES, _other_policy)
-        """The same by what decided."""
+        """Connections that came in, or were refused, by what decided."""
         self.plaintext: Tally[Plaintext] = Tally(clock, MAX_PLAINTEXT, _other_pair)
         """Connections that came in plaintext, from outside of this node's own hand-overs."""
 
@@ -81,10 +80,19 @@ class Counted:
             return
         would = verdict.allow if verdict.dry_run is None else verdict.dry_run.allow
         self.judged[Judged(verdict.client, verdict.allow, bool(verdict.audits), would)] += 1
-        self.by_policy.add(ByPolicy(verdict.origin, verdict.reason, verdict.allow))
 
-    def in_plaintext(self, key: FlowKey, number: int) -> None:
-        self.plaintext.add(Plaintext(key.workload, key.destination, key.allowed), number)
+    def came_in(self, key: FlowKey, number: int) -> None:
+        """Count connections to a pod of this node."""
+        if key.arrival is Arrival.PLAINTEXT:
+            self.plaintext.add(Plaintext(key.workload, key.destination, key.allowed), number)
+        if not key.port:
+            # Of flows that found no room nobody knows any more what decided.
+            rule, reason = OTHER, ""
+        elif key.policy or key.allowed:
+            rule, reason = key.policy, ""
+        else:
+            rule, reason = "", key.reason
+        self.by_policy.add(ByPolicy(rule, reason, key.allowed), number)
 
     def expire(self, state: State, series: SeriesTable, early: Tally[tuple[Labels, str]]) -> None:
         """Forget, now and then, what is no longer in the mesh; call as often as you like."""
@@ -105,7 +113,7 @@ class Counted:
 
 
 def _other_policy(key: ByPolicy) -> ByPolicy:
-    return ByPolicy(OTHER, Reason.CLOSED if key.allow else Reason.POLICY_DENIED, key.allow)
+    return ByPolicy(OTHER, "", key.allow)
 
 
 def _other_pair(key: Plaintext) -> Plaintext:

@@ -24,7 +24,7 @@ import msgspec
 
 from ztunnel import protocol
 from ztunnel.decisions import Counters, Series
-from ztunnel.protocol import Arrival, Flow, FlowKey
+from ztunnel.protocol import Flow, FlowKey
 from ztunnel.reasons import Reason
 
 if TYPE_CHECKING:
@@ -106,14 +106,14 @@ class FlowTable:
         *,
         limit: int = MAX_FLOWS,
         limit_of_pod: int = MAX_OF_POD,
-        plaintext: Callable[[FlowKey, int], None] = lambda _key, _number: None,
+        came_in: Callable[[FlowKey, int], None] = lambda _key, _number: None,
         gone: Callable[[FlowKey, Counters], None] = lambda _key, _counters: None,
     ) -> None:
-        """`plaintext` is told of connections that came in so, when they are looked at.
+        """`came_in` is told of connections and how many they are, when they are looked at.
 
         `gone` is told of each flow that goes, and of all that it has counted.
         """
-        self._plaintext = plaintext
+        self._came_in = came_in
         self._core = core
         self._numbers = numbers
         self._wall = wall
@@ -211,8 +211,8 @@ class FlowTable:
             return
         flow.seen, flow.looked = seen, now
         new = seen.attempts - before.attempts
-        if new and flow.key.arrival is Arrival.PLAINTEXT and not flow.key.outbound:
-            self._plaintext(flow.key, new)
+        if new and not flow.key.outbound:
+            self._came_in(flow.key, new)
         if not flow.key.allowed:
             self._tally(flow.key, now).connections += new
             return

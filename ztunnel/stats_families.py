@@ -292,18 +292,14 @@ def _verdicts(name: str, text: str, counts: Mapping[Judged, int]) -> Metric:
 def _by_policy(picture: Picture) -> Iterator[Metric]:
     metric = CounterMetricFamily(
         "ztunnel_policy_verdicts",
-        "Judgements who may come in, by the rule that decided; one serves all connections of the "
-        "same question.",
+        "Connections that came in or were refused, by the rule that decided.",
         labels=["policy", "policy_namespace", "rule", "verdict"],
     )
-    totals: Counter[tuple[str, str, str, str]] = Counter()
-    for (origin, reason, allow), count in picture.by_policy.items():
-        policy = policy_of(origin, None if allow else reason)
-        if origin == OTHER:
+    for (rule, reason, allow), count in picture.by_policy.items():
+        policy = policy_of(rule, Reason(reason) if reason else None)
+        if rule == OTHER:
             policy = Policy(OTHER, "", "")
-        totals[*policy, "allow" if allow else "deny"] += count
-    for labels, count in totals.items():
-        metric.add_metric(list(labels), count)
+        metric.add_metric([*policy, "allow" if allow else "deny"], count)
     yield metric
 
 

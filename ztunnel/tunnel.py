@@ -122,7 +122,7 @@ class Tunnel:
             core,
             numbers,
             wall,
-            plaintext=self.counted.in_plaintext,
+            came_in=self.counted.came_in,
             gone=self.arrivals.flow_gone,
         )
         self.peers = Peers(core, numbers)

@@ -35,7 +35,7 @@ from ztunnel.reasons import Reason
 from ztunnel.stats import Picture, render
 from ztunnel.stats_families import OWN_HELP
 
-RULE = "default/httpbin rules[0] (web.yaml:7)"
+RULE = "default/httpbin rules[0]"
 SLEEP = workload("sleep", "10.1.0.1", locality="eu/eu-1/a")
 HTTPBIN = workload("httpbin", "10.2.0.1")
 MUTUAL = labels.make(
@@ -103,10 +103,10 @@ def picture(core: FakeCore) -> Picture:
             Judged(Client.WITHOUT_IDENTITY, allow=False, audited=True, would=False): 1,
         },
         by_policy={
-            ByPolicy(RULE, Reason.POLICY_DENIED, allow=False): 5,
-            ByPolicy("", Reason.POLICY_MISSING, allow=False): 1,
-            ByPolicy("", Reason.CLOSED, allow=True): 2,
-            ByPolicy("other", Reason.CLOSED, allow=True): 3,
+            ByPolicy(RULE, "", allow=False): 5,
+            ByPolicy("", "policy_missing", allow=False): 1,
+            ByPolicy("", "", allow=True): 2,
+            ByPolicy("other", "", allow=True): 3,
         },
         plaintext={
             Plaintext("", "default/httpbin", allow=True): 8,

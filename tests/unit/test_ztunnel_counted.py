@@ -5,15 +5,16 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from support.fake_core import BOUNDS_US, FakeCore, record
-from support.mesh_state import workload
-from support.tunnel_rig import HTTPBIN, SLEEP, Rig
+from support.mesh_state import policy, workload
+from support.tunnel_rig import HTTPBIN, SLEEP, Rig, chain_of
 from ztunnel import decisions, labels, stats
 from ztunnel._core import SeriesCounters
-from ztunnel.counted import LOOK_SECONDS, Plaintext
-from ztunnel.protocol import Removal
+from ztunnel.counted import LOOK_SECONDS, OTHER, ByPolicy, Counted, Plaintext
+from ztunnel.protocol import Arrival, FlowKey, Mode, Removal
 from ztunnel.reasons import Reason
 from ztunnel.tallies import EXPIRY_SECONDS, Tally
 
@@ -201,12 +202,34 @@ def test_plaintext_is_counted_by_who_called_whom_once(rig: Rig) -> None:
     }
 
 
-def test_verdicts_are_counted_by_what_decided(rig: Rig) -> None:
-    rig.start()
-    rig.inbound("203.0.113.7")
-    (counted,) = take(rig).by_policy.items()
-    by, number = counted
-    assert (by.allow, number) == (True, 1)
+def test_connections_are_counted_by_what_decided(rig: Rig) -> None:
+    rig.start(policy(SLEEP.uid, Mode.STRICT))
+    number, _ = rig.prove(chain_of("httpbin"))
+    refused, allowed = rig.inbound("203.0.113.7"), rig.inbound("10.2.0.1", number)
+    strict = tuple(4 if reason is Reason.STRICT_PLAINTEXT else 0 for reason in Reason)
+    series = rig.core.answer_to(refused).series
+    rig.core.series[series] = record(SeriesCounters, 0, 0, strict, 0, 0)
+    count(rig.core, rig.core.answer_to(allowed).series, 3)
+    for _ in range(2):
+        asyncio.run(rig.tunnel.flows.collect())
+    found = {(by.rule, by.allow): number for by, number in take(rig).by_policy.items()}
+    assert sorted(number for number in found.values()) == [3, 4]
+    assert {allow: number for (_, allow), number in found.items()} == {False: 4, True: 3}
+    assert all("yaml:" not in rule for rule, _ in found)
+
+
+def test_what_found_no_room_is_no_rules() -> None:
+    counted = Counted(Clock())
+    key = FlowKey("", "10.9.0.1", "", Arrival.PLAINTEXT, SLEEP.uid, "10.1.0.1", 80, allowed=True)
+    counted.came_in(key, 2)
+    counted.came_in(key.folded(), 3)
+    missing = msgspec.structs.replace(key, allowed=False, reason="policy_missing")
+    counted.came_in(missing, 4)
+    assert dict(counted.by_policy.items()) == {
+        ByPolicy("", "", allow=True): 2,
+        ByPolicy(OTHER, "", allow=True): 3,
+        ByPolicy("", "policy_missing", allow=False): 4,
+    }
 
 
 def test_a_label_set_costs_no_more_than_is_said() -> None:

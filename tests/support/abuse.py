@@ -59,9 +59,17 @@ class Attack:
 
 
 def broken(mesh: Mesh, pod: str, known: int = 0) -> list[Line]:
-    """Return what the pod's node has said of HBONE connections that failed, after the `known`."""
+    """Return what has been said of the pod's HBONE connections that failed, after the `known`.
+
+    Of this pod's only: what was left out of a storm on another one is said seconds later.
+    """
     words = ("HBONE connection broken", "handshake failed")
-    return [line for line in mesh.lines(pod, "") if line["message"] in words][known:]
+    own = {"inbound": "dst.workload", "outbound": "src.workload"}
+    return [
+        line
+        for line in mesh.lines(pod, "")
+        if line["message"] in words and line.get(own[line["direction"]]) == pod
+    ][known:]
 
 
 def say(side: Client | Server, frames: Sequence[bytes]) -> str:

@@ -40,10 +40,9 @@ from nodeagent.capture import CaptureError
 from nodeagent.certificates_report import certificates_report
 from nodeagent.connections import Carried
 from nodeagent.control import QueryError
-from nodeagent.observe import graph, plaintext
-from nodeagent.offline import Offline
 from nodeagent.page import AccessError, Gate, read_token, tls_context
 from nodeagent.page_settings import Page as WebPage
+from nodeagent.reports import Reports
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
 from ztunnel import protocol
@@ -109,13 +108,15 @@ async def serve(
         local = directory.listen(ADMIN_SOCKET)
         stack.callback(local.close)
         backend = _Backend(agent, settings)
+        reports = backend.reports
         admin = AdminServer(
             backend,
             {
-                "/graph": Window("who talked to whom, and how", backend.graph),
+                "/graph": Window("who talked to whom, and how", reports.graph),
                 "/report/plaintext": Window(
-                    "who called without identity, and whether STRICT is safe", backend.plaintext
+                    "who called without identity, and whether STRICT is safe", reports.plaintext
                 ),
+                "/asdex": Window("how well connections are protected", reports.asdex),
             },
             {
                 "/certificates": Page("identities, chains and roots", backend.certificates),
@@ -243,6 +244,7 @@ class _Backend:
     def __init__(self, agent: Agent, settings: SettingsReport) -> None:
         self._agent = agent
         self._settings = settings
+        self.reports = Reports(agent)
         self._carried = Carried(agent.settings.node, agent.control.carrying)
         self.trouble = ""
 
@@ -256,6 +258,7 @@ class _Backend:
         return self.trouble
 
     async def metrics(self, *, openmetrics: bool) -> bytes:
+        await self.reports.score()
         status = self._agent.picture()
         render = self._agent.instruments.render
         # A second or so of a large node's numbers must not hold up a change.
@@ -269,31 +272,9 @@ class _Backend:
 
     async def flows(self, age: int) -> bytes:
         recorder = self._agent.parts.flows
-        await self._reported()
+        await self.reports.reported()
         node = self._agent.settings.node
         return await asyncio.to_thread(lambda: msgspec.json.encode(recorder.read(node, age)))
-
-    async def graph(self, age: int) -> bytes:
-        recorder = self._agent.parts.flows
-        await self._reported()
-        place = self._agent.place()
-        node = self._agent.settings.node
-        return await asyncio.to_thread(
-            lambda: msgspec.json.encode(graph.build(recorder.seen(node, age), place))
-        )
-
-    async def plaintext(self, age: int) -> bytes:
-        await self._reported()
-        agent = self._agent
-        settings, pods, resources = agent.settings, agent.picture().pods, self.resources()
-
-        def made() -> bytes:
-            recording = agent.parts.flows.read(settings.node, age)
-            off = Offline.in_force(resources, settings)
-            found = plaintext.build(recording, pods, settings.node_addresses, off)
-            return msgspec.json.encode(found)
-
-        return await asyncio.to_thread(made)
 
     async def certificates(self) -> bytes:
         agent = self._agent
@@ -324,11 +305,6 @@ class _Backend:
         except (QueryError, msgspec.DecodeError) as error:
             raise NoAnswerError(str(error)) from error
         return await asyncio.to_thread(msgspec.json.encode, found)
-
-    async def _reported(self) -> None:
-        """Have ztunnel tell what it has counted since its last report."""
-        with contextlib.suppress(QueryError):
-            await self._agent.control.query("report")
 
     async def stats(self, query: str) -> Relayed:
         try:

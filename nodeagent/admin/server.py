@@ -73,7 +73,10 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """An answer in JSON about the last so many seconds. `text` says what it is."""
+    """An answer in JSON about the last so many seconds. `text` says what it is.
+
+    `answer` raises NoAnswerError.
+    """
 
     text: str
     answer: Callable[[int], Awaitable[bytes]]
@@ -327,9 +330,11 @@ def _relay(relay: Relay) -> Callable[[web.Request], Awaitable[web.Response]]:
 
 def _window(window: Window) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
-        return web.Response(
-            body=await window.answer(_age(request)), content_type="application/json"
-        )
+        try:
+            body = await window.answer(_age(request))
+        except NoAnswerError as error:
+            raise web.HTTPServiceUnavailable(text=f"{error}\n") from None
+        return web.Response(body=body, content_type="application/json")
 
     return handle
 

@@ -25,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group(
     cls=LazyGroup,
     lazy={
+        "asdex": "nodeagent.cli.report_asdex:asdex",
         "plaintext": "nodeagent.cli.report_plaintext:plaintext",
     },
 )

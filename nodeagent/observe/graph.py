@@ -85,12 +85,16 @@ _SEEN_THERE: Final = frozenset(
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known now of those who may have called or been called. Keys are uids."""
+    """What is known now of those who may have called or been called. Keys are uids.
+
+    `asdex` has the scores of this node's workloads, as far as they have one.
+    """
 
     workloads: Mapping[str, Workload]
     services: Mapping[str, Service]
     pods: tuple[PodReport, ...]
     node_addresses: frozenset[str]
+    asdex: Mapping[str, float] = {}
 
 
 class _Key(NamedTuple):
@@ -352,6 +356,7 @@ def _vertex(
             local=pod is not None,
             mode=pod.mode if pod is not None else "",
             state=pod.state.value if pod is not None else "",
+            asdex=place.asdex.get(name),
         )
     if name in {NODE, OUTSIDE, UNKNOWN}:
         return Vertex(id=name, kind=Kind(name), name=name)

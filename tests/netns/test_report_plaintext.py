@@ -146,3 +146,30 @@ def test_a_workload_of_another_node_is_no_answer(mesh: Mesh) -> None:
     result = CliRunner().invoke(cli, ["report", "plaintext", PODS["far"], "--run-dir", str(run)])
     assert result.exit_code == 2
     assert "is no workload of this node" in result.stderr
+
+
+def test_each_callers_part_in_the_score_is_told(mesh: Mesh) -> None:
+    """A pod of its own: what others have called is not this test's."""
+    listener = mesh.listen("client")
+    for caller in ("far", "far", "far", "outsider"):
+        mesh.visit(caller, "client", listener=listener)
+    run = mesh.lab.layout.run(mesh.node_of("client"))
+    command = ["report", "asdex", PODS["client"], "--run-dir", str(run), "--since", "10m"]
+    result = CliRunner().invoke(cli, [*command, "-o", "json", "--least", "0.5"])
+    (found,) = json.loads(result.stdout)["workloads"]
+    # Three with identity (50), encrypted and by a short-lived certificate (10), and one without.
+    assert (found["connections"], found["points"], found["score"]) == (4, 180, 0.45)
+    assert result.exit_code == 1
+    assert [(each["check"], each["cost"]) for each in found["losses"]] == [
+        ("identity", 0.25),
+        ("policy", 0.225),
+        ("exact", 0.0375),
+        ("strict", 0.0375),
+    ]
+    assert found["losses"][0]["caller"] == mesh.address("outsider")
+    status, body = mesh.lab.node(mesh.node_of("client")).get("/graph?seconds=600", 15000)
+    assert status == 200
+    scores = {each["id"]: each["asdex"] for each in json.loads(body)["vertices"]}
+    assert scores[PODS["client"]] == 0.45
+    text = mesh.lab.node(mesh.node_of("client")).metrics("nodeagent")
+    assert 'nodeagent_asdex{namespace="shop",workload="shop/client"} 0.45' in text

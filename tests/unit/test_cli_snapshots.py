@@ -153,6 +153,9 @@ QUESTIONS: dict[str, tuple[str, str, str]] = {
     "config-check": ("fine", "config check settings.yaml", "text json yaml"),
     "connections": ("fine", f"connections {AGENT} --interval 0", "table wide json yaml"),
     "graph": ("fine", f"graph {AGENT}", "table wide json yaml dot"),
+    "report-plaintext": ("fine", f"report plaintext {AGENT}", "table wide json yaml"),
+    "report-plaintext-trouble": ("trouble", f"report plaintext {AGENT}", "table wide json yaml"),
+    "report-asdex": ("fine", f"report asdex {AGENT}", "table wide json yaml"),
     "logs": ("fine", "logs --file logs/access.json --file logs/audit.json", "text json yaml"),
     "logs-refused": ("fine", "logs --file logs/access.json --refused", "text json yaml"),
     "policy-check": ("fine", "policy check mesh.d bad.yaml", "text json yaml"),
@@ -225,6 +228,12 @@ PROVOKED: dict[str, dict[int, tuple[str, str]]] = {
         0: ("fine", AGENT),
         1: ("fine", f"{AGENT} --fail-on refused"),
         2: ("fine", f"{AGENT} --padlock open"),
+    },
+    "report plaintext": {0: ("fine", AGENT), 1: ("trouble", AGENT), 2: ("fine", f"{AGENT} a/b")},
+    "report asdex": {
+        0: ("fine", AGENT),
+        1: ("fine", f"{AGENT} --least 1"),
+        2: ("fine", f"{AGENT} -n nowhere"),
     },
     "config check": {0: ("", "good.yaml"), 1: ("", "settings.yaml"), 2: ("", "nowhere.yaml")},
     "logs": {

@@ -184,6 +184,15 @@ def test_browser_says_when_the_agent_is_gone(browser: Browser) -> None:
     assert len(browser.rows()) == 10
 
 
+def test_browser_comes_by_a_forwarded_socket(browser: Browser, tmp_path: Path) -> None:
+    """As with `ssh -L PORT:admin.sock`."""
+    with page.site(unix=tmp_path / "admin.sock") as site:
+        page.sentences(site.picture)
+        with page.forwarded(tmp_path / "admin.sock") as address:
+            browser.open(address)
+            assert len(browser.rows()) == 10
+
+
 def test_browser_says_that_nobody_called(browser: Browser, site: page.Site) -> None:
     site.picture.edges = []
     site.picture.complete = False

@@ -34,9 +34,9 @@ class Browser:
         self.expected: list[str] = []
         """Parts of messages in the console that a test provokes."""
 
-    def open(self, site: page.Site, path: str = "/ui/") -> None:
-        """Open the page of `site`, and wait until it has shown its first answers."""
-        self.driver.get(site.address + path)
+    def open(self, site: page.Site | str, path: str = "/ui/") -> None:
+        """Open the page of a site, or at an address, and wait until it has shown its answers."""
+        self.driver.get((site if isinstance(site, str) else site.address) + path)
         self.wait(lambda: self.run("return document.documentElement.dataset.refreshes"))
 
     def run(self, script: str, *arguments: object) -> Any:  # noqa: ANN401 - JSON

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -41,6 +42,7 @@ __all__ = [
     "Site",
     "admin_server",
     "edge",
+    "forwarded",
     "many",
     "pod",
     "sentences",
@@ -311,12 +313,23 @@ def admin_server(
 
 @contextlib.contextmanager
 def site(
-    *, files: Files | None = None, gate: Gate | None = None, graph: bool = True
+    *,
+    files: Files | None = None,
+    gate: Gate | None = None,
+    graph: bool = True,
+    unix: Path | None = None,
 ) -> Iterator[Site]:
-    """Serve a picture on loopback: behind `gate` if there is one, with `/graph` or without."""
+    """Serve a picture on loopback: behind `gate` if there is one, with `/graph` or without; or on
+    the unix socket `unix`.
+    """
     picture = Picture()
-    listening = socket.create_server(("127.0.0.1", 0))
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    if unix is None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    else:
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(os.fspath(unix))
+        address = ""
 
     async def serve(admin: AdminServer) -> None:
         if gate is None:
@@ -349,6 +362,44 @@ def _loop() -> Iterator[Callable[[Awaitable[None]], None]]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+@contextlib.contextmanager
+def forwarded(path: Path) -> Iterator[str]:
+    """Listen on loopback for a unix socket, as `ssh -L` does; give the address ("http://…")."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_unix_connection(str(path))
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(carry(reader, back), carry(there, writer))
+
+    async def listen() -> None:
+        servers.append(await asyncio.start_server(joined, sock=listening))
+
+    async def close() -> None:
+        servers[0].close()
+
+    servers: list[asyncio.Server] = []
+    listening = socket.create_server(("127.0.0.1", 0))
+    with _loop() as run:
+        run(listen())
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            run(close())
 
 
 def sentences(picture: Picture) -> None:

@@ -27,7 +27,7 @@
  *   since: string | null, without_identity: number, with_identity: number, refused: number,
  *   last: string | null, callers: PlaintextCaller[], left_out?: number}} PlaintextWorkload
  * @typedef {{schema: number, node: string, time: string, since: string, complete: string | null,
- *   verdict: string, workloads: PlaintextWorkload[], gaps: object[], truncated: boolean,
+ *   verdict: string, workloads: PlaintextWorkload[], gaps: {begin: string, until: string, cause: string}[], truncated: boolean,
  *   problem: string}} Plaintext
  * @typedef {{status?: Status, graph?: Graph, plaintext?: Plaintext}} Answers What was answered;
  *   what was not is missing.

@@ -15,6 +15,9 @@ import { rate, visible, count } from "./text.js";
 /** Lines above which each is drawn plain: dashes are slow on a canvas. */
 const MANY_LINES = 400;
 
+/** Zoom at which a few vertices are shown: larger than life helps nobody. */
+const NEAREST_FIT = 1.1;
+
 /** Lines up to which each is led around the vertices in its way. */
 const FEW_LINES = 150;
 
@@ -146,8 +149,8 @@ export class Drawing {
   fit() {
     this.cy.resize();
     this.cy.fit(undefined, 36);
-    if (this.cy.zoom() > 1.25) {
-      this.cy.zoom(1.25);
+    if (this.cy.zoom() > NEAREST_FIT) {
+      this.cy.zoom(NEAREST_FIT);
       this.cy.center();
     }
     this.fitted = true;
@@ -227,9 +230,9 @@ export class Drawing {
         id: pair.id, source: `v ${pair.source}`, target: `v ${pair.destination}`,
         label: edgeLabel(pair, this.seconds), bend: this.#bend(pair, pairs.length),
         // Its middle, for the label to hang below the padlock.
-        drop: LOCK * 0.75 + edgeLabel(pair, this.seconds).split("\n").length * 7,
+        drop: LOCK * 0.75 + edgeLabel(pair, this.seconds).split("\n").length * 7.5,
         // One to six pixels: each ten times as many connections add one and a half.
-        width: Math.min(6, 1.6 + 1.2 * Math.log10(1 + pair.carried)),
+        width: Math.min(6, 1.6 + 1.2 * Math.log10(1 + pair.carried)) * (many === " many" ? 0.6 : 1),
       },
       classes: `line ${token(pair.state)}${many}${pair.refused + pair.failed > 0 ? " refused" : ""}`
         + (bright(pair) ? "" : " faded"),
@@ -277,7 +280,7 @@ export class Drawing {
   #style() {
     const t = this.theme;
     const text = {
-      "font-family": "system-ui, sans-serif", "font-size": 12, color: t.text, "text-wrap": "wrap",
+      "font-family": "system-ui, sans-serif", "font-size": 13, color: t.text, "text-wrap": "wrap",
       "text-outline-color": t.surface, "text-outline-width": 2.5, "text-outline-opacity": 0.9,
     };
     return [
@@ -300,7 +303,7 @@ export class Drawing {
         "min-zoomed-font-size": 5,
       } },
       { selector: "edge", style: {
-        ...text, label: "data(label)", "font-size": 11, "text-margin-y": "data(drop)", "line-height": 1.2,
+        ...text, label: "data(label)", "font-size": 12, "text-margin-y": "data(drop)", "line-height": 1.2,
         width: "data(width)", "curve-style": "unbundled-bezier",
         "control-point-distances": "data(bend)", "control-point-weights": 0.5,
         "target-arrow-shape": "triangle", "arrow-scale": 1.1, "overlay-opacity": 0,
@@ -308,7 +311,7 @@ export class Drawing {
       } },
       // Where there are many, only a close look needs words.
       { selector: "edge.busy", style: { "min-zoomed-font-size": 10 } },
-      { selector: "edge.many", style: { "min-zoomed-font-size": 12, "curve-style": "straight" } },
+      { selector: "edge.many", style: { "min-zoomed-font-size": 12, "curve-style": "straight", opacity: 0.75 } },
       ...(/** @type {[string, string, any][]} */ ([
         ["all", "solid", undefined], ["some", "dashed", [9, 4]], ["none", "dotted", undefined],
         ["nodata", "dashed", [2, 7]],

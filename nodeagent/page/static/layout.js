@@ -10,7 +10,7 @@
 
 /** Pixels from one vertex to the next at zoom 1: a label below, a padlock with its word between. */
 const COLUMN = 210;
-const ROW = 104;
+const ROW = 128;
 
 /** Pixels between blocks, for their borders and headings. */
 const GAP = 120;
@@ -203,8 +203,9 @@ function stacks(names, blocks, most) {
   return found;
 }
 
-/** Pixels that a line keeps from a vertex which it does not touch. */
+/** Pixels that a line keeps from a vertex which it does not touch, and from the words below it. */
 const CLEAR = 34;
+const WORDS = { below: 42, clear: 30 };
 
 /** How far the middle of a line may be drawn aside, the least first. */
 const BENDS = [0, 60, -60, 110, -110, 170, -170];
@@ -230,7 +231,8 @@ export function bend(from, to, others, both) {
       const out = 2 * t * (1 - t) * aside;
       const x = from.x + (to.x - from.x) * t + across.x * out;
       const y = from.y + (to.y - from.y) * t + across.y * out;
-      if (Math.hypot(each.x - x, each.y - y) < CLEAR) return false;
+      if (Math.hypot(each.x - x, each.y - y) < CLEAR
+        || Math.hypot(each.x - x, each.y + WORDS.below - y) < WORDS.clear) return false;
     }
     return true;
   })) ?? start;

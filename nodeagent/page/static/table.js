@@ -7,7 +7,8 @@ import { count } from "./text.js";
 /**
  * @template Row
  * @typedef {{title: string, sort: (row: Row) => string | number, cell: (row: Row) =>
- *   import("./dom.js").Child | import("./dom.js").Child[], numeric?: boolean, first?: "desc"}} Column
+ *   import("./dom.js").Child | import("./dom.js").Child[], numeric?: boolean, first?: "desc",
+ *   kind?: "wide" | "short"}} Column
  */
 
 /** Rows at first: more are a click away, and a page of thousands is slow for a screen reader. */
@@ -97,7 +98,7 @@ export class Table {
     const { open, columns } = this.what;
     columns.forEach((column, at) => {
       const cell = at === 0 ? el("th", { scope: "row" })
-        : el("td", { class: column.numeric && "numeric" });
+        : el("td", { class: column.numeric ? "numeric" : column.kind });
       if (at === 0 && open !== undefined) {
         const button = el("button", { type: "button", class: "open" });
         button.addEventListener("click", () => open(known.row, button));

@@ -83,6 +83,14 @@ export function duration(seconds) {
   return `${whole} s`;
 }
 
+/** A duration in its largest unit, for a window that is not to the second: "5 min", "7 d".
+ * @param {number} seconds */
+export function about(seconds) {
+  for (const [size, unit] of /** @type {[number, string][]} */ ([[86400, "d"], [3600, "h"], [60, "min"]]))
+    if (seconds >= size) return `${Math.round(seconds / size)} ${unit}`;
+  return `${Math.round(seconds)} s`;
+}
+
 /** Local time with its offset: "2026-11-21 22:31:05+01:00".
  * @param {string | null | undefined} rfc3339 */
 export function moment(rfc3339) {

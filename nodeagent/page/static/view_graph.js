@@ -5,7 +5,7 @@ import { Drawing, load } from "./graph.js";
 import { Table } from "./table.js";
 import { MEANING, STATES, icon, padlock, stateOf, token } from "./padlock.js";
 import { byState, carried, edgeId, filtered, pairId, pairs } from "./model.js";
-import { bytes, count, duration, moment, plural, rate, visible, words } from "./text.js";
+import { about, bytes, count, moment, plural, rate, visible, words } from "./text.js";
 
 /**
  * @typedef {import("./api.js").Graph} Graph
@@ -204,14 +204,14 @@ export class GraphView {
           cell: (edge) => trouble(edge.failed),
         },
         {
-          title: "Why", sort: (edge) => Object.keys(edge.reasons).join(),
+          title: "Why", kind: "wide", sort: (edge) => Object.keys(edge.reasons).join(),
           cell: (edge) => Object.keys(edge.reasons).map(words).join(", "),
         },
         {
           title: "Bytes", sort: (edge) => edge.bytes_sent + edge.bytes_received, numeric: true,
           first: "desc", cell: (edge) => bytes(edge.bytes_sent + edge.bytes_received),
         },
-        { title: "Last seen", sort: (edge) => edge.last, first: "desc", cell: (edge) => moment(edge.last) },
+        { title: "Last seen", kind: "short", sort: (edge) => edge.last, first: "desc", cell: (edge) => moment(edge.last) },
       ],
     });
     return made;
@@ -236,5 +236,5 @@ function summary(graph, every) {
       + (states.some > 0 ? `, ${count(states.some)} in part` : "")
       + (states.none > 0 ? `, ${count(states.none)} not at all` : "");
   return `${plural(workloads, "workload")}, ${plural(every.length, "line")} in the last `
-    + `${duration(graph.window_seconds)}: ${locked}; ${count(refused)} refused, ${count(failed)} failed.`;
+    + `${about(graph.window_seconds)}: ${locked}; ${count(refused)} refused, ${count(failed)} failed.`;
 }

@@ -11,6 +11,9 @@ import { count, moment, plural, visible } from "./text.js";
  * @typedef {import("./graph.js").Choice} Choice
  */
 
+/** Gaps that are named: the report of the command has all. */
+const SHOWN_GAPS = 3;
+
 /** Where a workload stands on the way, from done to unknown: its words, tone and meaning.
  * @type {Record<string, {tone: "good" | "warn" | "bad" | "idle", word: string, text: string}>} */
 const STEPS = {
@@ -101,7 +104,8 @@ export class RolloutView {
       report.problem !== "" && notice("bad", `Recording does not work now: ${visible(report.problem)}`),
       report.truncated && notice("warn", "More was recorded than was looked at: choose a shorter window."),
       report.gaps.length > 0 && notice("warn", `${plural(report.gaps.length, "gap")} in the recording: `
-        + "who called then is not known."),
+        + "who called then is not known.", el("ul", {}, ...report.gaps.slice(0, SHOWN_GAPS).map((gap) =>
+        el("li", {}, `${moment(gap.begin)} to ${moment(gap.until)}: ${visible(gap.cause)}`)))),
       found.length === 0 && notice("idle", "No workload of this node."));
     fill(this.steps, ...Object.entries(STEPS).map(([name, { tone, word, text }]) =>
       el("li", { "data-tone": tone }, el("strong", {}, count(counts[name])),
@@ -138,10 +142,10 @@ export class RolloutView {
           sort: (each) => each.with_identity, cell: (each) => count(each.with_identity),
         },
         {
-          title: "Last without", sort: (each) => each.last ?? "", first: "desc",
+          title: "Last without", kind: "short", sort: (each) => each.last ?? "", first: "desc",
           cell: (each) => (each.last === null ? "nobody" : moment(each.last)),
         },
-        { title: "Why", sort: (each) => each.reasons[0] ?? "", cell: (each) => visible(each.reasons[0] ?? "") },
+        { title: "Why", kind: "wide", sort: (each) => each.reasons[0] ?? "", cell: (each) => visible(each.reasons[0] ?? "") },
       ],
       sorted: 1,
     });

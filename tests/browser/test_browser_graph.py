@@ -167,7 +167,15 @@ def test_browser_asks_for_the_chosen_window(browser: Browser, site: page.Site) -
     browser.open(site)
     assert site.picture.asked[-1] == 300
     offered = [each.text for each in browser.all("#window option")]
-    assert offered == ["5 minutes", "15 minutes", "1 hour", "6 hours", "24 hours", "7 days"]
+    assert offered == [
+        "1 minute",
+        "5 minutes",
+        "15 minutes",
+        "1 hour",
+        "6 hours",
+        "24 hours",
+        "7 days",
+    ]
     browser.all("#window option")[-1].click()
     browser.wait(lambda: "in the last 7 d" in browser.text("#summary"))
     assert site.picture.asked[-1] == 7 * 86400

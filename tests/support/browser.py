@@ -20,7 +20,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from support import page
 
-__all__ = ["Browser"]
+__all__ = ["PATIENCE", "Browser"]
 
 PATIENCE: Final = 20.0 * float(os.environ.get("NODEAGENT_TEST_PATIENCE", "1"))
 """Seconds for the page to show something."""
@@ -42,12 +42,12 @@ class Browser:
     def run(self, script: str, *arguments: object) -> Any:  # noqa: ANN401 - JSON
         return self.driver.execute_script(script, *arguments)
 
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Return once `condition` is true."""
-        deadline = time.monotonic() + PATIENCE
+    def wait(self, condition: Callable[[], object], patience: float = PATIENCE) -> None:
+        """Return once `condition` is true, within `patience` seconds."""
+        deadline = time.monotonic() + patience
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"not within {PATIENCE} s; page: {self.text('body')}")
+                raise AssertionError(f"not within {patience} s; page: {self.text('body')}")
             time.sleep(0.02)
 
     def refresh(self) -> None:

@@ -77,6 +77,14 @@ def test_it_says_from_when_on_it_has_heard() -> None:
     assert recent.read(NOW + 100, 60).whole
 
 
+def test_a_window_in_the_slice_in_which_it_began_is_whole() -> None:
+    recent = Recent(NOW + 5)
+    recent.add([told(NOW + 6)], NOW + 6)
+    window = recent.read(NOW + 9, 2)
+    assert (window.since, window.whole) == (NOW + 5, True)
+    assert not recent.read(NOW + 9, 5).whole
+
+
 def test_a_clock_that_is_put_back_begins_anew() -> None:
     recent = heard(told(NOW + 7200), told(NOW))
     window = recent.read(NOW + 60, 3600)
@@ -94,13 +102,24 @@ def test_the_oldest_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_hour_is_kept_and_no_more() -> None:
-    step = 10 * SLICE_SECONDS
-    recent = heard(*(told(NOW + at, port=80 + at % 7) for at in range(0, 5 * RECENT_SECONDS, step)))
+    recent = heard(*(told(NOW + at, port=80 + at % 7) for at in range(0, 5 * RECENT_SECONDS, 3)))
     now = NOW + 5 * RECENT_SECONDS
     assert recent.read(now, RECENT_SECONDS).whole
-    assert len(recent._slices) <= (RECENT_SECONDS + 300) // step + 1
-    assert recent._entries == sum(len(each.sums) for each in recent._slices)
-    assert set(recent._keys) <= {key for each in recent._slices for key in each.sums}
+    slices = [*recent._coarse, *recent._fine]
+    assert len(slices) < 130
+    assert recent._entries == sum(len(each.sums) for each in slices)
+    assert set(recent._keys) <= {key for each in slices for key in each.sums}
+    counted = sum(each.connections for each in recent.read(now, 1800).flows)
+    assert 600 <= counted <= 620
+
+
+def test_seconds_are_told_of_the_last_minutes_and_minutes_of_the_last_hour() -> None:
+    recent = heard(*(told(NOW + at) for at in range(0, 3600, 5)))
+    now = NOW + 3600
+    for age, most in ((7, 5), (290, 5), (1790, 60)):
+        window = recent.read(now, age)
+        assert age <= now - window.since < age + most
+        assert numbers(recent, now, age) == [((now - window.since) // 5, 0)]
 
 
 steps = st.lists(
@@ -108,7 +127,7 @@ steps = st.lists(
 )
 
 
-@given(steps, st.integers(0, 600))
+@given(steps, st.integers(0, 1800))
 def test_each_connection_that_was_open_in_a_window_is_counted_once(
     reports: list[tuple[int, int, int]], age: int
 ) -> None:

@@ -90,6 +90,9 @@ export class Drawing {
       if (this.fitted) this.fit();
       else this.cy.resize();
     }).observe(box);
+    // The library remembers where on the screen the box is, and does not learn that what is above it
+    // grew or shrank: a click would mean another place.
+    box.addEventListener("pointerdown", () => this.cy.resize(), { capture: true });
     box.addEventListener("keydown", (event) => this.#key(event));
   }
 
@@ -97,7 +100,7 @@ export class Drawing {
    * @param {Vertex[]} vertices @param {Pair[]} pairs @param {number} seconds
    * @param {(pair: Pair) => boolean} bright */
   show(vertices, pairs, seconds, bright) {
-    const { cy } = this;
+    const { cy, fitted } = this;
     this.seconds = seconds;
     this.pairs = new Map(pairs.map((each) => [each.id, each]));
     const first = this.places.known.size === 0;
@@ -130,7 +133,8 @@ export class Drawing {
       }
       for (const [id, each] of wanted) cy.getElementById(id).scratch("_classes", each.classes);
     });
-    if (first && vertices.length > 0) this.fit();
+    // Whoever sees all of it goes on seeing all of it; who has moved it is left where he is.
+    if ((first || (moved && fitted)) && vertices.length > 0) this.fit();
   }
 
   /** Mark what is chosen, and bring it into sight.

@@ -13,7 +13,7 @@ import { WorkloadsView } from "./view_workloads.js";
 
 /** Seconds of a window, and the words for it. @type {[number, string][]} */
 const WINDOWS = [
-  [300, "5 minutes"], [900, "15 minutes"], [3600, "1 hour"], [6 * 3600, "6 hours"],
+  [60, "1 minute"], [300, "5 minutes"], [900, "15 minutes"], [3600, "1 hour"], [6 * 3600, "6 hours"],
   [86400, "24 hours"], [7 * 86400, "7 days"],
 ];
 

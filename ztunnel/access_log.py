@@ -1,4 +1,4 @@
-"""The access log: one line for each connection at its end, as text or JSON, never in the way.
+"""The access log: a line for each connection at its end, as text or JSON, never in the way.
 
 This module owns the forms of the line; its way to the file is `log_writer`'s. It promises that
 `write` returns at once whatever the disk does, that lines which found no room are counted and said,
@@ -58,6 +58,9 @@ node without encryption (setting `same_node: direct`)."""
 class Line(msgspec.Struct, frozen=True):
     """One connection that ended, or one HBONE connection that failed by itself (`handshake`).
 
+    With `opened` it is one that has begun: its bytes and duration are those of so far, and there is
+    no reason and no error yet.
+
     `start` is in seconds since the epoch. `received` came from the client, `sent` went to it. What
     was judged, of what comes in: `policy` decided, `client` is the kind of caller, `audit_rules`
     matched, and `dry_run` is what policies of a dry run would have done. `flags` are the metrics'
@@ -82,6 +85,7 @@ class Line(msgspec.Struct, frozen=True):
     dry_run: str = ""
     flags: str = NO_FLAG
     cert: str = ""
+    opened: bool = False
 
 
 def certificate(by: str, digest: str, subject: str, uri: str) -> str:
@@ -221,7 +225,9 @@ _BROKE_LATER: Final = frozenset(
 """Ends of an HBONE connection whose handshake was complete."""
 
 
-def _message(reason: Reason, *, handshake: bool) -> str:
+def _message(reason: Reason, *, handshake: bool, opened: bool) -> str:
+    if opened:
+        return '"connection opened"'
     if not handshake:
         return '"connection complete"'
     if reason in _BROKE_LATER:
@@ -246,8 +252,8 @@ def _judged(values: _Judged) -> list[tuple[str, str]]:
     return [(key, quoted(value)) for key, value in zip(_JUDGED, values, strict=True) if value]
 
 
-_Told = tuple[Reason, str, str, str]
-"""Reason, flags, error and certificate."""
+_Told = tuple[Reason, str, str, str, bool]
+"""Reason, flags, error and certificate, and whether it has only begun."""
 
 
 def _repeats(line: Line) -> tuple[str, str, str, Labels, _Told, _Judged, bool]:
@@ -257,7 +263,7 @@ def _repeats(line: Line) -> tuple[str, str, str, Labels, _Told, _Judged, bool]:
         line.destination,
         line.hbone_destination,
         line.labels,
-        (line.reason, line.flags, line.error, line.cert),
+        (line.reason, line.flags, line.error, line.cert, line.opened),
         (line.policy, line.client, line.audit_rules, line.dry_run),
         line.handshake,
     )
@@ -291,15 +297,15 @@ def _json_frame(
     handshake: bool,  # noqa: FBT001 - positional: lru_cache keys keywords at a cost
 ) -> str:
     """The line with places for time, source, bytes sent and received, and milliseconds."""
-    reason, flags, error, cert = told
+    reason, flags, error, cert, opened = told
     known = _known(labels)
     failed = RESPONSE_FLAGS[reason] != NO_FLAG
     before = [
         ("level", '"error"' if failed else '"info"'),
-        ("message", _message(reason, handshake=handshake)),
+        ("message", _message(reason, handshake=handshake, opened=opened)),
     ]
     middle = _keyed(known, direction, destination, hbone)
-    after = [("reason", f'"{reason.value}"')]
+    after = [] if opened else [("reason", f'"{reason.value}"')]
     if flags != NO_FLAG:
         after.append(("response_flags", f'"{flags}"'))
     after.append(("connection_security_policy", known.security))
@@ -340,13 +346,14 @@ def _text_frame(
     handshake: bool,  # noqa: FBT001 - as _json_frame
 ) -> str:
     """The line with places for time, bytes received and sent, milliseconds, and source."""
-    reason, flags, error, cert = told
+    reason, flags, error, cert, opened = told
     known = _known(labels)
     kind = "TLS" if handshake else "TCP"
     keyed = " ".join(
         [f"{key}={value}" for key, value in _keyed(known, direction, destination, hbone)]
     )
-    head = f'"{kind} {hbone or destination}" {reason.value} {flags} {quoted(error or "-")}'
+    why = NO_FLAG if opened else reason.value
+    head = f'"{kind} {hbone or destination}" {why} {flags} {quoted(error or "-")}'
     flag = _audit_flag(direction, judged[_RULES], handshake=handshake)
     tail = (
         f"mTLS_Origin: {known.mtls_origin} mTLS_Destination: {known.mtls_destination} "

@@ -36,6 +36,7 @@ from ztunnel import _core, access_log, envoy_stats, logs, stats, tls
 from ztunnel.admin import Asked, Page, Server, health_page, parse_address
 from ztunnel.arrivals import whole
 from ztunnel.audit import AuditLog
+from ztunnel.beginnings import LOOK_SECONDS, Beginnings
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
 from ztunnel.flows import REPORT_SECONDS
@@ -113,6 +114,8 @@ class Daemon:
         log: access_log.AccessLog,
         audit: AuditLog,
         notifier: Notifier,
+        *,
+        starts: bool,
     ) -> None:
         self._notifier = notifier
         self._log = log
@@ -142,6 +145,7 @@ class Daemon:
         self._listing = Listing(
             self._core, self._tunnel, _core.CONNECTION_STATES, time.monotonic, time.time
         )
+        self._starts = starts
         self._servers: list[Server] = []
         self._bound = False
         self._failure: OSError | None = None
@@ -218,6 +222,8 @@ class Daemon:
                     group.create_task(self._upgrade.reloads()),
                     group.create_task(self._report()),
                 ]
+                if self._starts:
+                    tasks.append(group.create_task(self._tell_beginnings()))
                 await self._upgrade.over.wait()
                 # Nobody is let in behind the last report.
                 self._tunnel.drain()
@@ -282,6 +288,17 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK)
             self._tunnel.tick()
+
+    async def _tell_beginnings(self) -> None:
+        """Have a line in the access log for each connection that has opened."""
+        state = _core.CONNECTION_STATES.index("open")
+        beginnings = Beginnings(self._tunnel.events, self._log, state)
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await beginnings.look(self._listing.look)
+            except Exception:  # noqa: BLE001 - a line lost must not end the tunnel
+                _log.exception("connections that have opened could not be told")
 
     async def _report(self) -> None:
         while True:
@@ -392,6 +409,11 @@ def _address(_context: click.Context, _parameter: click.Parameter, text: str) ->
     help="File of the access log, '-' for standard output. SIGUSR1 reopens it.",
 )
 @click.option(
+    "--access-log-starts",
+    is_flag=True,
+    help="Have a line for each connection when it has opened, too, within a second.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
     default="text",
@@ -405,6 +427,7 @@ def command(
     stats_address: tuple[str, int],
     ready_address: tuple[str, int],
     access_log_path: str,
+    access_log_starts: bool,  # noqa: FBT001 - click's own
     log_format: str,
     log_level: str,
 ) -> None:
@@ -423,7 +446,9 @@ def command(
         )
         notifier = Notifier(os.environ)
         count = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
-        daemon = Daemon(str(Path(control).absolute()), count, log, audit, notifier)
+        daemon = Daemon(
+            str(Path(control).absolute()), count, log, audit, notifier, starts=access_log_starts
+        )
         _log.info("starting", workers=count, control=control, **daemon.capacity())
         asyncio.run(daemon.run(stats_address, ready_address))
     except (OSError, tls.TlsError, ReasonsMismatchError) as error:

@@ -33,7 +33,7 @@ from ztunnel.state import HBONE_PORT
 from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
-    from ztunnel._core import Ended, Failed, Upcall
+    from ztunnel._core import Ended, Failed, Listed, Upcall
     from ztunnel.arrivals import Arrivals
     from ztunnel.audit import AuditLog
     from ztunnel.corelike import CoreLike
@@ -210,7 +210,26 @@ class Events:
         way = _Way(key.kind, key.destination, key.port, upstream, port)
         return self._constant(way, Reason.CLOSED, record, record.labels, record.proven)
 
+    def opened(self, listed: Listed) -> list[Line]:
+        """Return the lines that a connection which is open has at its beginning."""
+        record = self._owner.decisions.get(listed.decision)
+        if record is None:
+            return []
+        age_us = int(self._clock() * 1e6) - listed.started_us
+        lines = self._told(listed, record, record.labels, Reason.CLOSED, age_us)
+        return [msgspec.structs.replace(line, opened=True) for line in lines]
+
     def _lines(self, event: Ended, record: Record | None, found: Labels) -> list[Line]:
+        return self._told(event, record, found, _REASONS[event.reason], event.duration_us)
+
+    def _told(
+        self,
+        event: Ended | Listed,
+        record: Record | None,
+        found: Labels,
+        reason: Reason,
+        duration_us: int,
+    ) -> list[Line]:
         started = self._wall() - (self._clock() - event.started_us / 1e6)
         way = _Way(
             event.kind,
@@ -227,12 +246,12 @@ class Events:
             msgspec.structs.replace(
                 line,
                 start=started,
-                duration_us=event.duration_us,
+                duration_us=duration_us,
                 source=f"{_host(event.source)}:{event.source_port}",
                 received=event.received,
                 sent=event.sent,
             )
-            for line in self._constant(way, _REASONS[event.reason], record, found, proven)
+            for line in self._constant(way, reason, record, found, proven)
         ]
 
     def _constant(

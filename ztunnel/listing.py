@@ -116,18 +116,34 @@ class Listing:
         if snapshot == self._snapshot:
             self._pages = []
 
+    async def look(self, take: Callable[[list[Listed]], None]) -> int:
+        """Show `take` all connections in portions; return how many there was no room for.
+
+        Raises TimeoutError.
+        """
+        async with self._one:
+            return await self._look(take)
+
+    async def _look(self, take: Callable[[list[Listed]], None]) -> int:
+        async with asyncio.timeout(CORE_SECONDS):
+            await self._begin()
+            while True:
+                listed, over, missed = await self._portion()
+                take(listed)
+                if over:
+                    return missed
+
     async def _listed(
         self, joiner: Joiner, wanted: ConnectionFilter
     ) -> tuple[list[Connection], int]:
-        async with asyncio.timeout(CORE_SECONDS):
-            await self._begin()
-            found: list[Connection] = []
-            while True:
-                listed, over, missed = await self._portion()
-                joined = map(joiner.join, listed)
-                found += [each for each in joined if wanted.admits(each)]
-                if over:
-                    return found, missed
+        found: list[Connection] = []
+
+        def take(listed: list[Listed]) -> None:
+            joined = map(joiner.join, listed)
+            found.extend(each for each in joined if wanted.admits(each))
+
+        missed = await self._look(take)
+        return found, missed
 
     async def _begin(self) -> None:
         """Have the core begin, once what an asker left behind that gave up is out of the way."""

@@ -477,17 +477,3 @@ def test_readiness_waits_for_the_other_daemon(own: Mesh) -> None:
     sock, app, _ = mesh.call("client", "far")
     mesh.carries(sock, app)
     wait_until(lambda: mesh.ready("node-2", "nodeagent"), "nodeagent is ready")
-
-
-def test_the_access_log_as_text() -> None:
-    described = spec(apps=False, pods=("client", "far"), arguments=("--log-format", "text"))
-    with running(described) as lab, Mesh(lab) as mesh:
-        port = mesh.visit("client", "far")
-        path = lab.layout.access_log("node-2")
-        line = wait_until(path.read_text, "the call is logged")
-        assert line.startswith("[20")
-        assert f'] "TCP {mesh.address("far")}:{port}" closed "-" 4 4 ' in line
-        assert f'mTLS_Origin: "{spiffe("client")}" mTLS_Destination: "{spiffe("far")}"' in line
-        assert 'connection_security_policy="mutual_tls"' in line
-        assert 'direction="inbound"' in line
-        assert line.count("\n") == 1

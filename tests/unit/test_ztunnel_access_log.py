@@ -208,6 +208,14 @@ def test_the_flag_of_a_connection_that_was_judged_is_true_or_false(
     assert f' audit_flag: "{flag or "-"}" ' in text_line(found)
 
 
+def test_a_line_of_the_beginning_has_no_reason_yet() -> None:
+    found = json.loads(json_line(line(opened=True)))
+    assert (found["level"], found["message"]) == ("info", "connection opened")
+    assert "reason" not in found
+    assert found["src.identity"] == identity("sleep")
+    assert ' "TCP 10.2.0.1:8080" - - "-" 100 1100 10 mTLS_Origin: ' in text_line(line(opened=True))
+
+
 def test_a_failure_has_the_flag_of_the_metrics() -> None:
     found = line(reason=Reason.POLICY_DENIED, error="denied by policy", flags="DENY")
     assert json.loads(json_line(found))["response_flags"] == "DENY"

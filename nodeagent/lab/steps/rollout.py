@@ -47,6 +47,7 @@ HISTORY_URL: Final = "purchase-history.istioinaction:8080"
 PLAIN: Final = "listener.0.0.0.0_15006"
 HBONE: Final = "listener.0.0.0.0_15008"
 NOT_FOUND: Final = "tls_inspector.tls_not_found"
+ONCE: Final = "each connection is counted once (the text's proxy inspects it twice)"
 INSPECTED: Final = frozenset(
     {
         "tls_inspector.alpn_found",
@@ -149,7 +150,7 @@ class Rollout(Exercise):
         before = self.stats(WEB_API, "listener.0.0.0.0")
         call = self.call(OUTSIDE, WEB_API_URL, _complete)
         self.claim("a plaintext call to web-api is answered", _complete(call))
-        self._counted(inspected, "tls_inspector", {NOT_FOUND: 1}, "tls_not_found has grown by 1")
+        self._counted(inspected, "tls_inspector", {NOT_FOUND: 1}, ONCE)
         self._counted(
             before,
             "listener.0.0.0.0",
@@ -183,7 +184,8 @@ class Rollout(Exercise):
         """Claim that of these statistics just `more` has been added."""
         wanted = {name: value + more.get(name, 0) for name, value in before.items()}
         found = self.stats(WEB_API, part, lambda seen: wanted.items() <= seen.items())
-        self.claim(said, wanted.items() <= found.items())
+        shown = ", ".join(f"{name}: {found.get(name)}, was {before[name]}" for name in more)
+        self.claim(f"{said}: {shown}", wanted.items() <= found.items())
 
     def _spelled(self, pod: str) -> list[str]:
         return [f"[{text}]:" if ":" in text else f"{text}:" for text in self.addresses(pod)]

@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf-dev clang llvm \
 	iproute2 nftables procps curl openssl \
 	clang-format libclang-rt-14-dev systemd tcpdump iperf3 wrk netcat-openbsd \
-	chromium chromium-driver fonts-dejavu-core
+	chromium chromium-driver fonts-dejavu-core fish zsh mandoc
 # For the page's library. Not by their packages' names: what has npm from elsewhere keeps it.
 ifeq ($(shell command -v npm),)
 SYSTEM_PACKAGES += nodejs npm
@@ -30,6 +30,11 @@ PAGE_LIBRARY := nodeagent/page/static/vendor/cytoscape.mjs
 
 # Where `make install` puts the daemons; the units in systemd/ name the same place.
 PREFIX ?= /opt/nodeagent
+
+# Where each shell looks for what completes a command, on Debian.
+BASH_COMPLETION := /usr/share/bash-completion/completions/nodeagent
+ZSH_COMPLETION := /usr/share/zsh/vendor-completions/_nodeagent
+FISH_COMPLETION := /usr/share/fish/vendor_completions.d/nodeagent.fish
 
 # PYTEST_ARGS: more arguments for pytest, such as `-k NAME` or `-x`.
 PYTEST := $(BIN)/pytest
@@ -90,14 +95,25 @@ dist: setup ## Make the wheel for nodes: compiled parts included, no compiler ne
 	rm -rf build/wheel dist
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+.PHONY: man
+man: setup ## Write the manual pages of every command into build/man
+	rm -rf build/man
+	$(BIN)/python man/generate.py build/man
+
 .PHONY: install
-install: dist ## Install both daemons and their units on this machine (root; starts nothing)
+install: dist man ## Install both daemons and their units on this machine (root; starts nothing)
 	$(PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(PREFIX)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
 	install -D -m 0644 -t /etc/systemd/system systemd/nodeagent.service systemd/ztunnel.service
 	install -D -m 0644 systemd/nodeagent.tmpfiles.conf /usr/lib/tmpfiles.d/nodeagent.conf
-	install -D -m 0644 -t /usr/share/doc/nodeagent docs/operations.md
+	install -D -m 0644 -t /usr/share/doc/nodeagent docs/*.md
+	install -D -m 0644 -t /usr/local/share/man/man8 build/man/*.8
+	install -d /usr/local/bin $(dir $(BASH_COMPLETION) $(ZSH_COMPLETION) $(FISH_COMPLETION))
+	ln -sf $(PREFIX)/bin/nodeagent /usr/local/bin/nodeagent
+	$(PREFIX)/bin/nodeagent completion bash >$(BASH_COMPLETION)
+	$(PREFIX)/bin/nodeagent completion zsh >$(ZSH_COMPLETION)
+	$(PREFIX)/bin/nodeagent completion fish >$(FISH_COMPLETION)
 	[[ -e /etc/nodeagent/nodeagent.yaml ]] \
 		|| install -D -m 0644 systemd/nodeagent.yaml /etc/nodeagent/nodeagent.yaml
 	systemd-tmpfiles --create nodeagent.conf

@@ -16,12 +16,16 @@ import importlib
 from typing import Final
 
 import click
+from click.shell_completion import CompletionItem
 
 from nodeagent.cli.ending import ended_well
 
-__all__ = ["EXIT_USAGE", "LazyGroup", "RefusedInputError", "cli"]
+__all__ = ["EXIT_USAGE", "SHORT", "LazyGroup", "RefusedInputError", "cli"]
 
 EXIT_USAGE: Final = 2
+
+SHORT: Final = 65
+"""Columns of what a group says of a command."""
 
 CONTEXT: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -33,12 +37,15 @@ class RefusedInputError(click.ClickException):
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are loaded when they are used: name to "module:attribute".
+    """A group whose commands are loaded when they are used.
 
-    Each module stands for one command. The help of the group loads them all.
+    `lazy` is the name of each, where it is ("module:attribute"), and what the group's help and a
+    shell say of it, which load none of them.
     """
 
-    def __init__(self, *args: object, lazy: dict[str, str] | None = None, **kwargs: object) -> None:
+    def __init__(
+        self, *args: object, lazy: dict[str, tuple[str, str]] | None = None, **kwargs: object
+    ) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # click's own, as they came
         self._lazy = dict(lazy or {})
 
@@ -46,14 +53,34 @@ class LazyGroup(click.Group):
         return sorted({*super().list_commands(ctx), *self._lazy})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        home = self._lazy.get(cmd_name)
-        if home is None:
+        if cmd_name not in self._lazy:
             return super().get_command(ctx, cmd_name)
+        home, _ = self._lazy[cmd_name]
         module, _, attribute = home.partition(":")
         command: object = getattr(importlib.import_module(module), attribute)
         if not isinstance(command, click.Command):
             raise TypeError(f"{home} is no click command")
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.short(ctx, name)) for name in self.list_commands(ctx)])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [
+            CompletionItem(name, help=self.short(ctx, name))
+            for name in self.list_commands(ctx)
+            if name.startswith(incomplete)
+        ]
+        # The group's own options: those of a command, of which a group is one.
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+    def short(self, ctx: click.Context, name: str) -> str:
+        """Return what the group says of one of its commands."""
+        if name in self._lazy:
+            return self._lazy[name][1]
+        command = self.get_command(ctx, name)
+        return command.get_short_help_str(SHORT) if command is not None else ""
 
 
 class _Root(LazyGroup):
@@ -81,19 +108,62 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
     cls=_Root,
     context_settings=CONTEXT,
     lazy={
-        "certs": "nodeagent.cli.certs:certs",
-        "config": "nodeagent.cli.config:config",
-        "connections": "nodeagent.cli.connections:connections",
-        "doctor": "nodeagent.cli.doctor:doctor",
-        "graph": "nodeagent.cli.graph:graph",
-        "lab": "nodeagent.cli.lab:lab",
-        "logs": "nodeagent.cli.logs:logs",
-        "policy": "nodeagent.cli.policy:policy",
-        "report": "nodeagent.cli.report:report",
-        "run": "nodeagent.cli.run:run",
-        "status": "nodeagent.cli.status:status",
-        "uninstall": "nodeagent.cli.run:uninstall",
-        "workloads": "nodeagent.cli.workloads:workloads",
+        "certs": (
+            "nodeagent.cli.certs:certs",
+            "Certificates: time left, renewal, issuers and roots.",
+        ),
+        "completion": (
+            "nodeagent.cli.completion:completion",
+            "The script by which a shell completes this command.",
+        ),
+        "config": (
+            "nodeagent.cli.config:config",
+            "What is in force: documents and settings, and what is not.",
+        ),
+        "connections": (
+            "nodeagent.cli.connections:connections",
+            "What is open now, between whom, and how protected.",
+        ),
+        "doctor": (
+            "nodeagent.cli.doctor:doctor",
+            "Examine this node: what is wrong, why, and what mends it.",
+        ),
+        "graph": (
+            "nodeagent.cli.graph:graph",
+            "Who talked to whom, and was it mutual TLS?",
+        ),
+        "lab": (
+            "nodeagent.cli.lab:lab",
+            "Nodes and pods on this machine alone, to try the mesh.",
+        ),
+        "logs": (
+            "nodeagent.cli.logs:logs",
+            "Lines of the access log and the audit log.",
+        ),
+        "policy": (
+            "nodeagent.cli.policy:policy",
+            "Policy: check, explain, test, and what a change breaks.",
+        ),
+        "report": (
+            "nodeagent.cli.report:report",
+            "Is STRICT safe? How well are workloads protected?",
+        ),
+        "run": (
+            "nodeagent.cli.run:run",
+            "Run the daemon.",
+        ),
+        "status": (
+            "nodeagent.cli.status:status",
+            "Is this node healthy, and what to do?",
+        ),
+        "uninstall": (
+            "nodeagent.cli.run:uninstall",
+            "Take every pod of this node out of the mesh.",
+        ),
+        "workloads": (
+            "nodeagent.cli.workloads:workloads",
+            "What is enrolled, in which mode, and who set it.",
+        ),
     },
 )
 @click.option(

@@ -17,7 +17,7 @@ import msgspec
 
 from nodeagent.admin.certificates import CERTIFICATES_SCHEMA, CertificatesReport
 from nodeagent.cli import certs_view as view
-from nodeagent.cli import clock
+from nodeagent.cli import clock, completion
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import Answer, Printer, Watch, answer, output_option, watch_options
 from nodeagent.cli.reach import agent_options, get, run_directory
@@ -36,7 +36,9 @@ _TONES: Final = {
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[IDENTITY|WORKLOAD...]")
+@click.argument(
+    "names", nargs=-1, metavar="[IDENTITY|WORKLOAD...]", shell_complete=completion.workloads
+)
 @agent_options
 @output_option()
 @watch_options

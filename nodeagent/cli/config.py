@@ -29,9 +29,18 @@ class _WithDefault(LazyGroup):
 @click.group(
     cls=_WithDefault,
     lazy={
-        "check": "nodeagent.cli.config_check:check",
-        "diff": "nodeagent.cli.config_diff:diff",
-        "show": "nodeagent.cli.config_show:show",
+        "check": (
+            "nodeagent.cli.config_check:check",
+            "Would the daemon start with these settings, and take all?",
+        ),
+        "diff": (
+            "nodeagent.cli.config_diff:diff",
+            "What is in force and what is written: the difference.",
+        ),
+        "show": (
+            "nodeagent.cli.config_show:show",
+            "Documents and settings in force, and what is not.",
+        ),
     },
 )
 def config() -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import click
 import msgspec
 
+from nodeagent.cli import completion
 from nodeagent.cli import connections_view as view
 from nodeagent.cli.connections_view import Measured
 from nodeagent.cli.output import Answer, Watch, answer, output_option, watch_options
@@ -37,7 +38,12 @@ _ORDERS: Final = ("age", "rate", "bytes")
 
 
 @click.command()
-@click.option("--pod", metavar="NAMESPACE/NAME", help="Only this workload of the node.")
+@click.option(
+    "--pod",
+    metavar="NAMESPACE/NAME",
+    shell_complete=completion.workloads,
+    help="Only this workload of the node.",
+)
 @click.option(
     "--direction", type=click.Choice([each.value for each in Direction]), help="Only one direction."
 )

@@ -16,7 +16,7 @@ from typing import Final, NoReturn
 import click
 import msgspec
 
-from nodeagent.cli import clock
+from nodeagent.cli import clock, completion
 from nodeagent.cli import graph_view as view
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import (
@@ -63,7 +63,7 @@ def _matches(end: str, patterns: Sequence[str]) -> bool:
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.argument("names", nargs=-1, metavar="[NAME...]", shell_complete=completion.workloads)
 @since_option("1h", "What was seen since then")
 @click.option(
     "-n", "--namespace", default="", metavar="NAME", help="Only to or from this namespace."

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
+from nodeagent.cli import completion
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.log_lines import Entry, Log, read, sentence
 from nodeagent.cli.log_sources import Source, find, merged, of_files
@@ -40,6 +41,7 @@ SCHEMA = 1
     "workloads",
     multiple=True,
     metavar="WORKLOAD",
+    shell_complete=completion.workloads,
     help="As caller or called: NAME or NAMESPACE/NAME. May be repeated.",
 )
 @click.option(
@@ -47,6 +49,7 @@ SCHEMA = 1
     "identities",
     multiple=True,
     metavar="ID",
+    shell_complete=completion.identities,
     help="Of caller or called: a SPIFFE ID, or its end. May be repeated.",
 )
 @click.option("--refused", is_flag=True, help="Only who was turned away, or cut, by a judgement.")

@@ -38,6 +38,7 @@ __all__ = [
     "watch_options",
     "write_document",
     "write_lines",
+    "write_text",
 ]
 
 NARROWEST: Final = 40
@@ -195,6 +196,11 @@ def write_document(document: msgspec.Struct | dict[str, Any], form: str) -> None
         _write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
     else:
         _write(msgspec.yaml.encode(document).decode())
+
+
+def write_text(text: str) -> None:
+    """Write a text that is ready, as it stands."""
+    _write(text)
 
 
 def write_lines(lines: Iterable[str]) -> None:

@@ -24,10 +24,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group(
     cls=LazyGroup,
     lazy={
-        "check": "nodeagent.cli.policy_check:check",
-        "diff": "nodeagent.cli.policy_diff:diff",
-        "explain": "nodeagent.cli.policy_explain:explain",
-        "test": "nodeagent.cli.policy_test:test",
+        "check": (
+            "nodeagent.cli.policy_check:check",
+            "Would the agent take these documents?",
+        ),
+        "diff": (
+            "nodeagent.cli.policy_diff:diff",
+            "What would a change break, and for whom?",
+        ),
+        "explain": (
+            "nodeagent.cli.policy_explain:explain",
+            "Is this connection allowed, by which rule, and why not?",
+        ),
+        "test": (
+            "nodeagent.cli.policy_test:test",
+            "Do policies decide as a table says that they should?",
+        ),
     },
 )
 def policy() -> None:

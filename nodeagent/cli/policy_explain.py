@@ -14,7 +14,7 @@ import click
 import msgspec
 
 from nodeagent import offline
-from nodeagent.cli import RefusedInputError
+from nodeagent.cli import RefusedInputError, completion
 from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_explain_view import lines
@@ -28,8 +28,8 @@ EXIT_REFUSED = 1
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("destination", metavar="DST:PORT")
+@click.argument("source", metavar="SRC", shell_complete=completion.workloads)
+@click.argument("destination", metavar="DST:PORT", shell_complete=completion.workloads)
 @click.argument("files", nargs=-1, metavar="[FILE...]")
 @click.option("--plaintext", is_flag=True, help="SRC calls without its identity.")
 @click.option("--from-address", metavar="ADDRESS", help="The address that SRC calls from.")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeVar
 
 import click
 
-from nodeagent.cli import LazyGroup, RefusedInputError
+from nodeagent.cli import LazyGroup, RefusedInputError, clock, completion
 from nodeagent.cli.text import printable
 
 __all__ = ["age", "named", "picking_options", "report"]
@@ -25,8 +25,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 @click.group(
     cls=LazyGroup,
     lazy={
-        "asdex": "nodeagent.cli.report_asdex:asdex",
-        "plaintext": "nodeagent.cli.report_plaintext:plaintext",
+        "asdex": (
+            "nodeagent.cli.report_asdex:asdex",
+            "How well are workloads protected, and what costs points?",
+        ),
+        "plaintext": (
+            "nodeagent.cli.report_plaintext:plaintext",
+            "Who calls without an identity, and is STRICT safe?",
+        ),
     },
 )
 def report() -> None:
@@ -38,7 +44,9 @@ def report() -> None:
 
 def picking_options(command: F) -> F:
     """Add WORKLOAD... and `--namespace`, passed as `names` and `namespaces`."""
-    workloads = click.argument("names", nargs=-1, metavar="[NAMESPACE/NAME]...")
+    workloads = click.argument(
+        "names", nargs=-1, metavar="[NAMESPACE/NAME...]", shell_complete=completion.workloads
+    )
     namespace = click.option(
         "-n",
         "--namespace",
@@ -52,7 +60,7 @@ def picking_options(command: F) -> F:
 
 def age(since: datetime) -> int:
     """Return whole seconds since a moment, no fewer."""
-    return max(1, math.ceil((datetime.now(UTC) - since).total_seconds()))
+    return max(1, math.ceil((clock.now() - since).total_seconds()))
 
 
 def named(known: Iterable[str], names: Collection[str], namespaces: Collection[str]) -> set[str]:

@@ -16,7 +16,7 @@ import click
 import msgspec
 
 from nodeagent.admin.model import PodReport, PodState, Status
-from nodeagent.cli import clock
+from nodeagent.cli import clock, completion
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import Answer, Printer, Watch, answer, output_option, watch_options
 from nodeagent.cli.reach import agent_options, run_directory
@@ -54,7 +54,7 @@ class _Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[WORKLOAD...]")
+@click.argument("names", nargs=-1, metavar="[WORKLOAD...]", shell_complete=completion.workloads)
 @agent_options
 @output_option()
 @watch_options

@@ -27,7 +27,7 @@ from ztunnel.daemon import command as ztunnel
 SNAPSHOTS = Path(__file__).parents[1] / "snapshots" / "cli"
 UPDATE = bool(os.environ.get("UPDATE_SNAPSHOTS"))
 
-NOW = datetime(2026, 11, 21, 23, 6, 30, tzinfo=UTC)
+NOW = datetime(2026, 11, 21, 23, 11, 40, tzinfo=UTC)
 """Shortly after the answers were recorded."""
 
 COLUMNS = 80
@@ -229,7 +229,11 @@ PROVOKED: dict[str, dict[int, tuple[str, str]]] = {
         1: ("fine", f"{AGENT} --fail-on refused"),
         2: ("fine", f"{AGENT} --padlock open"),
     },
-    "report plaintext": {0: ("fine", AGENT), 1: ("trouble", AGENT), 2: ("fine", f"{AGENT} a/b")},
+    "report plaintext": {
+        0: ("fine", f"{AGENT} -n default"),
+        1: ("trouble", AGENT),
+        2: ("fine", f"{AGENT} a/b"),
+    },
     "report asdex": {
         0: ("fine", AGENT),
         1: ("fine", f"{AGENT} --least 1"),
@@ -270,6 +274,7 @@ FINDS_NOTHING = {"connections"}
 """However many there are, it is no finding: there is no 1."""
 
 ELSEWHERE = {
+    "completion": "asks nobody: tests/unit/test_cli_completion.py",
     "doctor": "looks at the machine: tests/netns/test_doctor.py",
     "run": "a daemon, and no answer: tests/netns/test_agent_daemon.py",
     "uninstall": "changes the node: tests/netns/test_agent_daemon.py",

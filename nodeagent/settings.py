@@ -19,12 +19,12 @@ from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
 
-from nodeagent import audit, deadlines, flow_settings, limits, page_settings
+from nodeagent import audit, deadlines, flow_settings, limits, page_settings, trace_settings
 from nodeagent.api import Check, ConfigError, read_struct_lines, values
 from nodeagent.flow_settings import Keep
 from nodeagent.page_settings import Page
 from ztunnel import protocol
-from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode
+from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode, TraceSettings
 
 __all__ = [
     "LogFormat",
@@ -137,6 +137,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     audit: audit.Section | None = None
     flows: flow_settings.Section | None = None
     page: page_settings.Section | None = None
+    traces: trace_settings.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,10 +150,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `same_node` is how connections between two pods of this node go; DIRECT is not encrypted.
     `node_plaintext` lets plaintext from `node_addresses` pass STRICT, for the kubelet's probes.
     `flows` is how long, and in how much room, it is remembered who has called.
+    `traces` is where spans of connections go, and of how many.
     `page` is where else than at `admin_address` the web page is shown.
     """
 
-    SECTIONS: ClassVar = ("deadlines", "limits", "audit", "flows", "page")
+    SECTIONS: ClassVar = ("deadlines", "limits", "audit", "flows", "page", "traces")
     """Fields that have fields of their own."""
 
     node: str = msgspec.field(default_factory=_hostname)
@@ -177,6 +179,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     audit: AuditSettings = AuditSettings()
     flows: Keep = Keep()
     page: Page = Page()
+    traces: TraceSettings = TraceSettings()
 
     def __post_init__(self) -> None:
         if self.ca_dir == Path():
@@ -206,6 +209,7 @@ def read_settings(path: str | os.PathLike[str]) -> ReadSettings:
     given["limits"] = limits.resolve(found.limits)
     given["audit"] = audit.resolve(found.audit)
     given["flows"] = flow_settings.resolve(found.flows)
+    given["traces"] = trace_settings.resolve(found.traces)
     try:
         given["page"] = page_settings.resolve(found.page)
     except ValueError as error:
@@ -236,6 +240,7 @@ def for_tunnel(settings: Settings) -> protocol.Settings:
         settings.limits,
         settings.node_plaintext,
         settings.audit,
+        settings.traces,
     )
 
 

@@ -62,6 +62,10 @@ class Ended(NamedTuple):
     received: int  # bytes from the application side client towards the server
     sent: int  # bytes towards the client
     reason: int  # index into REASONS
+    trace_id: bytes  # 16 bytes (W3C Trace Context); empty: not sampled, as what follows
+    span_id: bytes  # 8 bytes
+    parent_id: bytes  # the peer's span; zeros: none
+    opened_us: int  # when bytes could flow; 0: never
 
 class Failed(NamedTuple):
     """A TLS or HTTP/2 connection failed before it carried a stream (handshake, certificate …)."""
@@ -134,6 +138,7 @@ class Stats(NamedTuple):
     events_lost: int
     workers: tuple[tuple[int, int], ...]  # per worker: connections open, connections accepted
     last_loop_us: tuple[int, ...]  # per worker: when its loop last turned (watchdog)
+    traces_left_out: int  # connections that were to be traced, beyond 200 a second and worker
 
 class Core:
     def __init__(self, workers: int, functions: dict[str, int]) -> None:
@@ -162,6 +167,11 @@ class Core:
 
     def set_limit(self, name: str, most: int) -> None:
         """Change a limit of LIMITS, for what comes from now on. Raises KeyError, ValueError."""
+
+    def set_tracing(self, on: bool, parts: int) -> None:
+        """Trace `parts` of 2^32 of the connections that begin here from now on, and those whose
+        peer says by `traceparent` that it traces them. Each is then in `ended`, and not in `lines`.
+        Off is the beginning. Raises ValueError."""
 
     # pods. Descriptors are duplicated; the caller keeps its own.
     def add_pod(

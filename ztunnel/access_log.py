@@ -9,7 +9,8 @@ should the core fills in the rest (`AccessLog.form`), and the lines come back re
 
 JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `response_flags`,
 `connection_security_policy`, `same_node`, `cert`, `policy`, `client`, `audit_flag`, `audit_rules`
-and `dry_run`. Text is Envoy's familiar shape with the same keys behind it:
+and `dry_run`, and `trace_id` of what is traced. Text is Envoy's familiar shape with the same keys
+behind it:
 
     [START] "TCP 10.0.0.2:80" reason FLAGS "error" RECEIVED SENT MS mTLS_Origin: "spiffe://…"
     mTLS_Destination: "spiffe://…" cert: "By=…;Hash=…;Subject="";URI=…" audit_flag: "false"
@@ -64,7 +65,8 @@ class Line(msgspec.Struct, frozen=True):
     `start` is in seconds since the epoch. `received` came from the client, `sent` went to it. What
     was judged, of what comes in: `policy` decided, `client` is the kind of caller, `audit_rules`
     matched, and `dry_run` is what policies of a dry run would have done. `flags` are the metrics'
-    `response_flags`. `cert` is what `certificate` returns.
+    `response_flags`. `cert` is what `certificate` returns. `trace` is the id of its trace, in
+    hexadecimal, if there is one.
     """
 
     start: float
@@ -86,6 +88,7 @@ class Line(msgspec.Struct, frozen=True):
     flags: str = NO_FLAG
     cert: str = ""
     opened: bool = False
+    trace: str = ""
 
 
 def certificate(by: str, digest: str, subject: str, uri: str) -> str:
@@ -332,7 +335,9 @@ def _json_frame(
 def json_line(line: Line, varying: _Varying | None = None, /) -> str:
     own = varying or _varying(line)
     frame = _json_frame(*_repeats(line))
-    return frame % (own.time, own.source, own.sent, own.received, own.milliseconds)
+    said = frame % (own.time, own.source, own.sent, own.received, own.milliseconds)
+    # Not in the frame: it is another one each time.
+    return f'{said[:-1]},"trace_id":"{line.trace}"}}' if line.trace else said
 
 
 @functools.lru_cache(maxsize=MAX_FORMATTED)
@@ -368,7 +373,8 @@ def _text_frame(
 def text_line(line: Line, varying: _Varying | None = None, /) -> str:
     own = varying or _varying(line)
     frame = _text_frame(*_repeats(line))
-    return frame % (own.time, own.received, own.sent, own.milliseconds, own.source)
+    said = frame % (own.time, own.received, own.sent, own.milliseconds, own.source)
+    return f'{said} trace_id="{line.trace}"' if line.trace else said
 
 
 _Given = Sequence[Line] | bytes

@@ -207,6 +207,7 @@ class Daemon:
             stack.callback(self._log.stop, LOG_DRAIN_SECONDS)
             # Before the access log, which it may write to.
             stack.callback(self._audit.stop, LOG_DRAIN_SECONDS)
+            stack.callback(self._tunnel.traces.stop, LOG_DRAIN_SECONDS)
             self._tunnel.start(loop)
             stack.callback(self._tunnel.stop)
             stack.callback(self._notifier.stopping)

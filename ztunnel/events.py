@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ztunnel.policy import DryRun, Match
     from ztunnel.protocol import Workload
     from ztunnel.state import State
+    from ztunnel.traces import Tracer
 
 __all__ = ["Events", "Side"]
 
@@ -102,6 +103,7 @@ class Events:
         judge: Judge,
         sink: Sink,
         audit: AuditLog,
+        traces: Tracer,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
@@ -109,6 +111,7 @@ class Events:
         self._judge = judge
         self._sink = sink
         self._audit = audit
+        self._traces = traces
         self._clock = clock
         self._wall = wall
         self._details: OrderedDict[tuple[int, int, bytes], str] = OrderedDict()
@@ -173,10 +176,14 @@ class Events:
             if verdict is not None:
                 lines = functools.partial(self._lines, event, record, found)
                 self._audit.ended(verdict, event.source, lambda: lines()[-1])
+        spell = functools.partial(self._lines, event, record, found)
+        if event.trace_id:
+            traced = self._traces.ended(event, spell())
+            spell = functools.partial(list, traced)
         if _FAILURE[event.reason]:
             kind = (event.pod, event.kind, event.reason)
-            return self.failure_lines.admit(kind, lambda: self._lines(event, record, found))
-        return self._lines(event, record, found)
+            return self.failure_lines.admit(kind, spell)
+        return spell()
 
     def decided(self, core: CoreLike, record: Record) -> None:
         """Tell the audit log of a new decision, and the core what its connections' lines say."""

@@ -59,9 +59,11 @@ from ztunnel.settings import (
     Deadlines,
     Facility,
     Limits,
+    Receiver,
     SameNode,
     Settings,
     Syslog,
+    TraceSettings,
     Transport,
 )
 
@@ -104,6 +106,7 @@ __all__ = [
     "Pod",
     "ProtocolError",
     "Query",
+    "Receiver",
     "Refusal",
     "Removal",
     "Resource",
@@ -114,6 +117,7 @@ __all__ = [
     "ServicePort",
     "Settings",
     "Syslog",
+    "TraceSettings",
     "Transport",
     "TrustBundle",
     "Update",

@@ -18,9 +18,11 @@ __all__ = [
     "Deadlines",
     "Facility",
     "Limits",
+    "Receiver",
     "SameNode",
     "Settings",
     "Syslog",
+    "TraceSettings",
     "Transport",
 ]
 
@@ -145,6 +147,25 @@ class AuditSettings(_Part, frozen=True, kw_only=True, tag="audit"):
     facility: Facility = Facility.AUTHPRIV
 
 
+class Receiver(_Part, frozen=True, tag="receiver"):
+    """Who takes spans by OTLP/HTTP, in clear: an IP address. `path` stands before "/v1/traces"."""
+
+    address: str
+    port: int
+    path: str = ""
+
+
+class TraceSettings(_Part, frozen=True, kw_only=True, tag="traces"):
+    """Where spans of connections go, and of how many of those that begin on this node.
+
+    Without `endpoint` nothing is traced. What a peer traces is traced here too, also if
+    `sample_one_in` is 0: then nothing begins here.
+    """
+
+    endpoint: Receiver | None = None
+    sample_one_in: int = 100
+
+
 class Settings(_Part, frozen=True, tag="settings"):
     """What ztunnel must know of the node that is no resource. `trust_domain` is the node's own.
 
@@ -161,3 +182,4 @@ class Settings(_Part, frozen=True, tag="settings"):
     limits: Limits = Limits()
     node_plaintext: bool = False
     audit: AuditSettings = AuditSettings()
+    traces: TraceSettings = TraceSettings()

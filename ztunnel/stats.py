@@ -156,6 +156,8 @@ async def take(
             "access_log_lines_total": access_log.written,
             "access_log_left_out_total": tunnel.events.failure_lines.left_out,
             "access_log_dropped_total": access_log.dropped,
+            "traces_exported_total": tunnel.traces.exported,
+            "traces_dropped_total": sum(tunnel.traces.lost.values()),
         },
     )
 

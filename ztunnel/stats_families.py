@@ -62,6 +62,8 @@ OWN_HELP: Final[Mapping[str, str]] = {
     "access_log_lines_total": "Access log lines written.",
     "access_log_left_out_total": "Lines of failures left out, for there were too many of a kind.",
     "access_log_dropped_total": "Access log lines lost: queue full, or the file not writable.",
+    "traces_exported_total": "Spans that the receiver of traces has answered for.",
+    "traces_dropped_total": "Spans lost: queue full, or the receiver not reachable.",
 }
 
 
@@ -180,6 +182,11 @@ def _core(picture: Picture) -> Iterator[Metric]:
         "ztunnel_decisions_cached",
         "Connections decided by the core's table.",
         value=core.table_hits,
+    )
+    yield CounterMetricFamily(
+        "ztunnel_traces_left_out",
+        "Connections that were to be traced, beyond what a worker begins in a second.",
+        value=core.traces_left_out,
     )
     yield CounterMetricFamily(
         "ztunnel_events_lost",

@@ -46,6 +46,7 @@ from ztunnel.route import Balance, Refuse, Route, route
 from ztunnel.route import Tunnel as TunnelRoute
 from ztunnel.same_node import Join
 from ztunnel.state import EMPTY, Change, State, StateError, apply, is_large
+from ztunnel.traces import Tracer
 
 if TYPE_CHECKING:
     from ztunnel._core import Upcall
@@ -135,7 +136,8 @@ class Tunnel:
             core, numbers, self.decisions, self.series, self.flows, self.peers, self.counted
         )
         self.audit = audit if audit is not None else AuditLog(clock, wall)
-        self.events = Events(self, self._judge, sink, self.audit, clock, wall)
+        self.traces = Tracer(core)
+        self.events = Events(self, self._judge, sink, self.audit, self.traces, clock, wall)
         self._waiting: deque[tuple[Upcall, float]] = deque()
         self._peers_evicted = 0
         self._peer_idle = _peer_idle(protocol.Deadlines())
@@ -221,6 +223,7 @@ class Tunnel:
             else:
                 self._core.set_limit(name, most)
         self.audit.configure(settings.audit, settings.node)
+        self.traces.configure(settings)
 
     def _evicted(self, proven: Proven) -> None:
         self.recheck.evicted(proven)

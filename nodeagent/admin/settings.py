@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
-from nodeagent import audit
+from nodeagent import audit, trace_settings
 from nodeagent.settings import ReadSettings, Settings
-from ztunnel.protocol import Syslog
+from ztunnel.protocol import Receiver, Syslog
 
 __all__ = ["SETTINGS_SCHEMA", "SettingReport", "SettingsReport", "settings_report"]
 
@@ -76,5 +76,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - a setting's
         return str(value)
     if isinstance(value, Syslog):
         return audit.receiver(value)
+    if isinstance(value, Receiver):
+        return trace_settings.endpoint(value)
     # As it comes back from JSON.
     return list(value) if isinstance(value, tuple) else msgspec.to_builtins(value)

@@ -67,6 +67,7 @@ class FakeCore:
         self.carried: list[Listed] = []
         """What the next listing has."""
         self.missed = 0
+        self.tracing = (False, 0)
         self.listing = False
         self._ended: deque[Ended] = deque()
         self._failed: deque[Failed] = deque()
@@ -171,6 +172,9 @@ class FakeCore:
 
     def set_deadline(self, name: str, us: int) -> None:
         self.deadlines[name] = us
+
+    def set_tracing(self, on: bool, parts: int) -> None:
+        self.tracing = (on, parts)
 
     def set_limit(self, name: str, most: int) -> None:
         self.limits[name] = most
@@ -352,4 +356,5 @@ class FakeCore:
             0,
             ((3, 7),) * len(self.last_loop_us),
             self.last_loop_us,
+            0,
         )

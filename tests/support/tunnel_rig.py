@@ -212,6 +212,10 @@ def ended(rig: Rig, decision: int, kind: Kind, reason: Reason, **fields: Any) ->
         "received": 10,
         "sent": 20,
         "reason": list(Reason).index(reason),
+        "trace_id": b"",
+        "span_id": b"",
+        "parent_id": b"",
+        "opened_us": 0,
     }
     rig.core.report(record(Ended, *(values | fields).values()))
     rig.tunnel.pump()

@@ -357,7 +357,7 @@ def test_a_probe_is_refused_and_is_no_connection_in_any_count(rig: Rig, destinat
     assert not rig.core.series
     values = (Kind.OUTBOUND, rig.pod, rig.core.answers[upcall], 0, ip("10.1.0.1"), 4000)
     rest = (ip(destination), PROBE_PORT, b"", 0, 1, 1, 0, 0, list(Reason).index(Reason.SELF_CALL))
-    rig.core.report(record(Ended, *values, *rest))
+    rig.core.report(record(Ended, *values, *rest, b"", b"", b"", 0))
     rig.tunnel.pump()
     assert rig.tunnel.events.probes == 1
     assert not rig.tunnel.events.failed

@@ -25,6 +25,7 @@ static void bury(struct zt_worker *w, struct zt_grave *g) {
 
     (void)w;
     zt_stream_free_pending(c);
+    free(c->trace);
     zt_decision_put(c->decision);
     zt_pod_put(c->pod);
     free(c);
@@ -103,6 +104,7 @@ void zt_conn_accepted(struct zt_worker *w, struct zt_pod *pod, enum zt_kind kind
     c->client.io.fd = fd;
     c->source = *source;
     c->destination = *destination;
+    c->trace = zt_trace_begin(w);
     if (atomic_load(&pod->removed)) {
         zt_conn_end(c, ZT_R_POD_REMOVED);
     } else if (zt_io_watch(w, &c->client.io, LEG_EVENTS) < 0) {
@@ -141,6 +143,7 @@ void zt_conn_judge(struct zt_conn *c) {
     const struct zt_h2 *h = c->stream.h2;
 
     zt_timer_stop(&c->timer);
+    if (c->stream.traced == ZT_TRACED_UNSAID) c->trace = zt_trace_begin(c->worker);
     if (!c->stream.is_connect || !c->stream.has_authority)
         zt_conn_end(c, ZT_R_BAD_REQUEST);
     else if (!zt_addr_ip_equal(&c->destination, &h->local))
@@ -288,6 +291,7 @@ void zt_conn_open(struct zt_conn *c) {
     c->state = ZT_C_OPEN;
     dialled(c);
     zt_timer_stop(&c->timer);
+    if (c->trace) c->trace->opened_us = c->worker->now;
     zt_add(&c->decision->series->by_worker[c->worker->index].opened, 1);
     if (c->decision->mirror) zt_add(&c->decision->mirror->by_worker[c->worker->index].opened, 1);
     if (c->kind == ZT_INBOUND_HBONE) zt_stream_answer(c, 200);
@@ -488,8 +492,17 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
                          .sent = c->sent,
                          .reason = reason};
 
+    const struct zt_line *line = NULL;
+
     if (c->state == ZT_C_ENDED) return;
     c->state = ZT_C_ENDED;
+    /* What is traced is told by itself: its line has an id that no form has a place for. */
+    if (c->trace) {
+        e.traced = true;
+        e.trace = *c->trace;
+    } else if (reason == ZT_R_CLOSED && c->decision) {
+        line = c->decision->line;
+    }
     zt_list_remove(&c->wait);
     zt_list_remove(&c->task.link);
     zt_timer_stop(&c->timer);
@@ -506,7 +519,7 @@ void zt_conn_end(struct zt_conn *c, enum zt_reason reason) {
         count_end(c->decision->series, w->index, opened, reason);
         count_end(c->decision->mirror, w->index, opened, reason);
     }
-    zt_worker_report(w, &e, reason == ZT_R_CLOSED && c->decision ? c->decision->line : NULL);
+    zt_worker_report(w, &e, line);
     zt_count_refusal(c->pod, reason);
     dialled(c);
     atomic_fetch_sub_explicit(&c->pod->connections, 1, memory_order_relaxed);

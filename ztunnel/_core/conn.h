@@ -57,6 +57,8 @@ struct zt_stream {
     int16_t status;                          /* client: of the answer; 0 until it comes */
     bool is_connect;                         /* server: the method was CONNECT */
     bool has_authority;                      /* server: and there was one that parses */
+    bool traceparent;                        /* server: there was one */
+    enum zt_traced traced;                   /* server: what it says, if it was one only */
     uint8_t retries;                         /* client: attempts after the first */
     bool answered;                           /* 200 went or came: data may flow */
     bool deferred;                           /* nghttp2 waits for zt_h2_resume */
@@ -94,6 +96,7 @@ struct zt_conn {
     struct zt_leg client, server; /* io.fd -1: none */
     struct zt_stream stream;
     struct zt_half up, down; /* client to server, server to client */
+    struct zt_trace *trace;  /* NULL: not sampled */
 };
 
 /* An accepted socket begins its life; the descriptor and the pod's reference pass over. */

@@ -39,6 +39,7 @@ struct core_object {
     X(advance_epoch, METH_NOARGS)       \
     X(set_deadline, METH_VARARGS)       \
     X(set_limit, METH_VARARGS)          \
+    X(set_tracing, METH_VARARGS)        \
     X(add_pod, METH_VARARGS)            \
     X(remove_pod, METH_O)               \
     X(read_pod, METH_O)                 \

@@ -99,6 +99,10 @@ PyObject *zt_py_answer_certificate(PyObject *self, PyObject *args) {
 
 /* --- what happened ---------------------------------------------------------------------------------------------------- */
 
+static PyObject *id_bytes(const uint8_t *id, size_t len) {
+    return PyBytes_FromStringAndSize((const char *)id, (Py_ssize_t)len);
+}
+
 static PyObject *ended_object(struct module_state *state, const struct zt_ended *e) {
     struct zt_py_filler f = zt_py_fill(state->ended);
 
@@ -117,6 +121,10 @@ static PyObject *ended_object(struct module_state *state, const struct zt_ended 
     zt_py_put(&f, zt_py_number(e->received));
     zt_py_put(&f, zt_py_number(e->sent));
     zt_py_put(&f, PyLong_FromLong(e->reason));
+    zt_py_put(&f, id_bytes(e->trace.ids.trace, e->traced ? sizeof(e->trace.ids.trace) : 0));
+    zt_py_put(&f, id_bytes(e->trace.ids.span, e->traced ? sizeof(e->trace.ids.span) : 0));
+    zt_py_put(&f, id_bytes(e->trace.parent, e->traced ? sizeof(e->trace.parent) : 0));
+    zt_py_put(&f, zt_py_number(e->trace.opened_us));
     return zt_py_filled(&f);
 }
 
@@ -285,6 +293,7 @@ PyObject *zt_py_stats(PyObject *self, PyObject *unused) {
     pthread_mutex_unlock(&core->queue_lock);
     zt_py_put(&f, workers);
     zt_py_put(&f, loops);
+    zt_py_put(&f, zt_py_number(zt_get(&s.traces_left_out)));
     return zt_py_filled(&f);
 }
 
@@ -300,10 +309,10 @@ static PyStructSequence_Field upcall_fields[] = {
     F(source),   F(source_port), F(destination), F(destination_port),
     F(identity), F(peer),        F(chain),       END};
 static PyStructSequence_Field ended_fields[] = {
-    F(kind),     F(pod),           F(decision),    F(identity),
-    F(source),   F(source_port),   F(destination), F(destination_port),
-    F(upstream), F(upstream_port), F(started_us),  F(duration_us),
-    F(received), F(sent),          F(reason),      END};
+    F(kind),        F(pod),         F(decision),         F(identity),  F(source),
+    F(source_port), F(destination), F(destination_port), F(upstream),  F(upstream_port),
+    F(started_us),  F(duration_us), F(received),         F(sent),      F(reason),
+    F(trace_id),    F(span_id),     F(parent_id),        F(opened_us), END};
 static PyStructSequence_Field failed_fields[] = {F(kind), F(pod),    F(peer),   F(address),
                                                  F(port), F(reason), F(detail), END};
 static PyStructSequence_Field listed_fields[] = {
@@ -334,6 +343,7 @@ static PyStructSequence_Field stats_fields[] = {F(connections),
                                                 F(events_lost),
                                                 F(workers),
                                                 F(last_loop_us),
+                                                F(traces_left_out),
                                                 END};
 /* clang-format on */
 

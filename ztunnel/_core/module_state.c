@@ -25,6 +25,17 @@ PyObject *zt_py_set_deadline(PyObject *self, PyObject *args) {
     return PyErr_Format(PyExc_KeyError, "no deadline is called %s", name);
 }
 
+PyObject *zt_py_set_tracing(PyObject *self, PyObject *args) {
+    unsigned long long parts;
+    int on;
+
+    if (!PyArg_ParseTuple(args, "pK", &on, &parts)) return NULL;
+    if (parts > (1ull << 32))
+        return PyErr_Format(PyExc_ValueError, "%llu is more than 2^32 of 2^32 parts", parts);
+    zt_trace_set(zt_py_core(self), on, parts);
+    Py_RETURN_NONE;
+}
+
 PyObject *zt_py_set_limit(PyObject *self, PyObject *args) {
     static const char *const names[ZT_LIMITS] = {
 #define X(name, setting, most) setting,

@@ -15,6 +15,7 @@
 #include "line.h"
 #include "map.h"
 #include "ossl.h"
+#include "trace.h"
 
 struct zt_core;
 struct zt_msg;
@@ -182,6 +183,8 @@ struct zt_ended {
     struct zt_addr source, destination, upstream;
     uint64_t started_us, duration_us, received, sent;
     enum zt_reason reason;
+    bool traced;           /* the rest is there */
+    struct zt_trace trace; /* trace.h */
 };
 
 #define ZT_DETAIL 121
@@ -226,6 +229,7 @@ struct zt_core {
     _Atomic uint64_t epoch;
     _Atomic uint64_t deadline_us[ZT_DEADLINES];
     _Atomic uint64_t limit[ZT_LIMITS];
+    _Atomic uint64_t tracing;  /* 0: off; else 1 + the part of 2^32 that is sampled (trace.h) */
     uint64_t descriptors_most; /* RLIMIT_NOFILE when the core was made */
     _Atomic int npods;
     int event_fd;

@@ -401,8 +401,8 @@ static nghttp2_nv pair(const char *name, const char *value, size_t len) {
 int zt_stream_request(struct zt_h2 *h, struct zt_conn *c) {
     const struct zt_decision *d = c->decision;
     nghttp2_data_provider provider = {.read_callback = read_leg};
-    char forwarded[FORWARDED_TEXT], source[ZT_ADDR_TEXT];
-    nghttp2_nv nva[4];
+    char forwarded[FORWARDED_TEXT], source[ZT_ADDR_TEXT], traceparent[ZT_TRACEPARENT];
+    nghttp2_nv nva[5];
     size_t n = 0;
     int32_t id;
     int len;
@@ -415,6 +415,10 @@ int zt_stream_request(struct zt_h2 *h, struct zt_conn *c) {
                    d->host);
     if (len > 0 && (size_t)len < sizeof(forwarded))
         nva[n++] = pair("forwarded", forwarded, (size_t)len);
+    if (zt_trace_on(c->worker->core)) {
+        zt_trace_write(c->worker, c->trace, traceparent);
+        nva[n++] = pair("traceparent", traceparent, ZT_TRACEPARENT - 1);
+    }
     id = nghttp2_submit_request(h->session, NULL, nva, n, &provider, c);
     if (id < 0) return -ENOMEM;
     c->stream.h2 = h;
@@ -538,6 +542,19 @@ static int on_bad_header(nghttp2_session *session, const nghttp2_frame *frame, c
     return too_long(self(user_data), namelen + valuelen) ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
 }
 
+/* Of two that are there neither counts (W3C Trace Context, 3.2). */
+static void on_traceparent(struct zt_conn *c, const char *text, size_t len) {
+    struct zt_trace_ids ids;
+
+    free(c->trace);
+    c->trace = NULL;
+    c->stream.traced = ZT_TRACED_UNSAID;
+    if (c->stream.traceparent || !zt_trace_on(c->worker->core)) return;
+    c->stream.traceparent = true;
+    c->stream.traced = zt_traceparent_parse(text, len, &ids);
+    if (c->stream.traced == ZT_TRACED_YES) c->trace = zt_trace_join(c->worker, &ids);
+}
+
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name,
                      size_t namelen, const uint8_t *value, size_t valuelen, uint8_t flags,
                      void *user_data) {
@@ -553,6 +570,8 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
         else if (is(name, namelen, ":authority"))
             c->stream.has_authority =
                 zt_authority_parse((const char *)value, valuelen, &c->destination) == 0;
+        else if (frame->headers.cat == NGHTTP2_HCAT_REQUEST && is(name, namelen, "traceparent"))
+            on_traceparent(c, (const char *)value, valuelen);
     } else if (is(name, namelen, ":status") && valuelen == 3) {
         /* nghttp2 has checked that these are digits. */
         c->stream.status =

@@ -496,6 +496,7 @@ void zt_stats_sum(const struct zt_core *core, struct zt_worker_stats *out) {
         add_counts(&out->held, &w->held, 1);
         add_counts(&out->upcalls, &w->upcalls, 1);
         add_counts(&out->table_hits, &w->table_hits, 1);
+        add_counts(&out->traces_left_out, &w->traces_left_out, 1);
         add_counts(out->handshake_failures, w->handshake_failures, ZT_REASON_COUNT);
         add_counts(out->expired, w->expired, ZT_DEADLINES);
         add_histogram(&out->handshakes_client, &w->handshakes_client);

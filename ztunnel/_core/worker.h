@@ -98,7 +98,7 @@ struct zt_msg {
 
 struct zt_worker_stats {
     zt_count connections, tls_connections, descriptors, held, accepted, upcalls, table_hits,
-        last_loop_us;
+        last_loop_us, traces_left_out;
     zt_count handshake_failures[ZT_REASON_COUNT];
     zt_count expired[ZT_DEADLINES]; /* deadlines that ended something */
     struct zt_histogram handshakes_client, handshakes_server, upcall_latency;
@@ -150,8 +150,10 @@ struct zt_worker {
     struct zt_list lingers;
     struct zt_list tasks;
     struct zt_task listing_task;
-    uint64_t born;    /* connections so far */
-    uint64_t listing; /* the last listing that was ordered */
+    uint64_t born;                 /* connections so far */
+    uint64_t listing;              /* the last listing that was ordered */
+    uint64_t trace_seed, trace_at; /* trace.c: of the ids; when `trace_room` last grew */
+    int trace_room;                /* traces that may begin now */
     struct zt_list deadlines[ZT_DEADLINES];
     struct zt_grave *graves;
     struct zt_pipe pipes[ZT_PIPE_POOL];

@@ -144,7 +144,9 @@ static size_t put_headers(uint8_t *to, bool server) {
                    {"forwarded", "for=\"10.0.0.2\""},
                    {"te", "trailers"},
                    {"content-length", "5"},
-                   {"Upper", "case"}},
+                   {"Upper", "case"},
+                   {"traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"},
+                   {"traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00"}},
       answer[] = {{":status", "200"},     {":status", "100"}, {":status", "401"},
                   {":status", "503"},     {"server", "x"},    {":status", "999"},
                   {"content-length", "0"}};
@@ -152,7 +154,7 @@ static size_t put_headers(uint8_t *to, bool server) {
     uint32_t fields = server ? 2 + chance(2) : 1 + chance(2);
 
     for (uint32_t i = 0; i < fields; i++) {
-        uint32_t usual = chance(8) ? (i < 2 ? i : 7 + chance(5)) : chance(12);
+        uint32_t usual = chance(8) ? (i < 2 ? i : 7 + chance(7)) : chance(14);
         const char *name, *value;
         size_t name_len, value_len;
 

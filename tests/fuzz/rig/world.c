@@ -679,6 +679,7 @@ void world_begin(void) {
     for (int i = 0; i < 3; i++)
         RIG_REQUIRE(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0,
                                listeners[i]) == 0);
+    zt_trace_set(rig.core, true, 1ull << 31);
     control(WORLD_SERIES, 1, 0);
     control(WORLD_CREDENTIAL, 0, 0);
     pod_do(true);

@@ -20,6 +20,8 @@ from nodeagent.admin.model import (
     RecordingReport,
     ZtunnelReport,
 )
+from nodeagent.observe.asdex_metrics import AsdexSeries
+from nodeagent.observe.asdex_model import AsdexReport, AsdexWorkload
 from support.certificates import NOW
 from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
@@ -134,7 +136,29 @@ def nodeagent_text(*, openmetrics: bool = False) -> str:
     metrics.enrol_failures.labels("default/a").inc()
     metrics.change_seconds.observe(0.1)
     metrics.drained(2)
+    series = AsdexSeries()
+    series.show(asdex())
+    metrics.registry.register(series)
     return metrics.render(status(), openmetrics=openmetrics).decode()
+
+
+def asdex() -> AsdexReport:
+    moment = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    workload = AsdexWorkload(
+        workload="default/a", namespace="default", score=0.5, points=100, connections=2
+    )
+    return AsdexReport(
+        schema=1,
+        node="n",
+        time=moment,
+        since=moment,
+        complete=True,
+        score=0.5,
+        points=100,
+        connections=2,
+        namespaces=(),
+        workloads=(workload,),
+    )
 
 
 def status() -> Status:

@@ -20,7 +20,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
 import msgspec
@@ -36,7 +36,7 @@ from nodeagent.control import ControlServer, QueryError
 from nodeagent.descriptors import KeptDescriptors
 from nodeagent.flows import Recorder
 from nodeagent.identity import IdentityManager, Provider
-from nodeagent.observe.captured import captured
+from nodeagent.observe.captured import captured, taken_over
 from nodeagent.observe.graph import Place
 from nodeagent.podkeeper import PodKeeper, PodView
 from nodeagent.pods import Appeared, Change, NetnsHandle, Unusable
@@ -58,6 +58,10 @@ SNAPSHOT_SECONDS: Final = 20.0
 that lacks them. Longer than a cold start with hundreds of pods; a policy change waits meanwhile."""
 
 TICK_SECONDS: Final = 5.0
+TAKEN_OVER: Final = timedelta(seconds=60)
+"""From the start, for what an earlier run has captured to be taken over from a running ztunnel: it
+is captured all the time, and fails to be enrolled for some seconds of it."""
+
 OWN_STATUS_SECONDS: Final = 1.0
 """Age at which ztunnel's word on itself is asked for anew."""
 
@@ -126,7 +130,8 @@ class Agent:
         self._identities: frozenset[SpiffeId] = frozenset()
         self._documents: SourceState | None = None
         self._applied: SourceState | None = None
-        self._watched: dict[str, str] = {}
+        self._watched: dict[str, str] | None = None
+        self._recovered: frozenset[str] = frozenset()
         self._own = OwnStatus()
         self._own_at = -OWN_STATUS_SECONDS
         self._asking = asyncio.Lock()
@@ -138,6 +143,7 @@ class Agent:
         for pod in await self.parts.capture.recover():
             self._left.setdefault(reconcile.workload_of(pod.uid), []).append(pod.uid)
             log.info("pod of an earlier run found", pod=pod.uid, listening=pod.listening)
+        self._recovered = frozenset(self._left)
         self.parts.flows.resume([uid for found in self._left.values() for uid in found])
 
     async def run(self, listening: socket.socket) -> None:
@@ -297,9 +303,14 @@ class Agent:
     def _watch(self) -> None:
         """Tell the recorder whose callers cannot pass by unseen."""
         keepers = self._keepers.values()
-        if self.loaded.is_set() and all(keeper.settled.is_set() for keeper in keepers):
-            self._watched = captured(self._watched, self._views())
-            self.parts.flows.watch(self._watched)
+        if not self.loaded.is_set() or not all(keeper.settled.is_set() for keeper in keepers):
+            return
+        views = self._views()
+        late = datetime.now(UTC) - self.started > TAKEN_OVER
+        if self._watched is None and not late and not taken_over(self._recovered, views):
+            return
+        self._watched = captured(self._watched or {}, views)
+        self.parts.flows.watch(self._watched)
 
     # --- what the parts call back ----------------------------------------------------------
 

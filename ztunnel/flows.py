@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Final
@@ -126,7 +127,8 @@ class FlowTable:
         self._untold_of: Counter[tuple[bool, str]] = Counter()
         self.folded = 0
         """Times that a flow found no room."""
-        self._since = int(wall())
+        # The first whole second of which everything is counted.
+        self._since = math.ceil(wall())
         self._number = 0
         """Of the last message that was told."""
         self._told = 0

@@ -127,7 +127,5 @@ def _merged(gaps: Iterable[Hole]) -> list[Hole]:
 
 def _clipped(holes: Iterable[Hole], since: int, now: int) -> Iterator[Hole]:
     for hole in holes:
-        # One of no length is one all the same: something was lost within a second.
-        empty = hole.begin == hole.until
-        if hole.begin <= now and (hole.until > since or (empty and hole.until == since)):
+        if hole.begin <= now and hole.until > since:
             yield Hole(max(hole.begin, since), min(hole.until, now), hole.cause)

@@ -50,7 +50,8 @@ def heard(connection: sqlite3.Connection, process: int, message: Flows) -> None:
             (message.number, until, int(message.last), found[0]),
         )
         return
-    begin = message.since if message.number == 1 else message.until
+    # `until` is a whole second that was over: what was told then begins in the next one.
+    begin = message.since if message.number == 1 else message.until + 1
     until = begin if message.more else max(begin, message.until)
     connection.execute(_BEGIN, (process, message.number, begin, until, int(message.last)))
     connection.execute(

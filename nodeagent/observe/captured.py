@@ -7,13 +7,13 @@ not ask anybody.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from nodeagent.admin.model import PodState
 from nodeagent.podkeeper import PodView
 
-__all__ = ["captured"]
+__all__ = ["captured", "taken_over"]
 
 _CAPTURED: Final = frozenset({PodState.ENROLLED, PodState.DEGRADED})
 _CHANGING: Final = frozenset({PodState.WAITING, PodState.ENROLLING})
@@ -28,3 +28,9 @@ def captured(before: Mapping[str, str], views: Mapping[str, PodView]) -> dict[st
         elif workload in before and view.state in _CHANGING:
             found[workload] = before[workload]
     return found
+
+
+def taken_over(recovered: Collection[str], views: Mapping[str, PodView]) -> bool:
+    """Return whether the workloads that an earlier run has captured are no longer in between."""
+    settled = _CAPTURED | {PodState.WAITING}
+    return all(views[uid].state in settled for uid in recovered if uid in views)

@@ -117,6 +117,9 @@ def _listener(arrived: Arrived, arrival: Arrival, handshaking: int) -> Iterator[
         ("downstream_cx_total", total),
         ("downstream_cx_transport_socket_connect_timeout", shaken.get(Reason.TLS_TIMEOUT, 0)),
         ("downstream_global_cx_overflow", early(Reason.NO_DESCRIPTORS)),
+        # As Envoy since 1.25 names `tls_inspector.read_error` and `.connection_closed`.
+        ("downstream_listener_filter_error", 0),
+        ("downstream_listener_filter_remote_close", shaken.get(Reason.PEER_LOST, 0)),
         ("downstream_pre_cx_timeout", shaken.get(Reason.FIRST_BYTE_TIMEOUT, 0)),
         # Where STRICT is in force Istio's proxy has no filter chain for plaintext.
         ("no_filter_chain_match", _failed(arrived, arrival, [Reason.STRICT_PLAINTEXT])),
@@ -266,5 +269,6 @@ def render(query: Query, found: Iterable[Stat]) -> bytes:
     if not query.as_json:
         return "".join(f"{stat.name}: {stat.value}\n" for stat in wanted).encode()
     return json.dumps(
-        {"stats": [{"name": stat.name, "value": stat.value} for stat in wanted]}
+        {"stats": [{"name": stat.name, "value": stat.value} for stat in wanted]},
+        separators=(",", ":"),
     ).encode()

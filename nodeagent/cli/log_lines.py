@@ -105,7 +105,7 @@ def _of_json(text: str) -> Entry | None:
         return None
     if "audit_version" in fields:
         return Entry(Log.AUDIT, when, fields)
-    if "reason" in fields and "direction" in fields:
+    if "direction" in fields and "src.addr" in fields:
         return Entry(Log.ACCESS, when, fields)
     return None
 
@@ -113,13 +113,15 @@ def _of_json(text: str) -> Entry | None:
 _QUOTED: Final = r'"(?:[^"\\]|\\.)*"'
 _HEAD: Final = re.compile(
     rf'\[(?P<time>[^\]\s]+)\] "(?P<kind>TCP|TLS) (?P<to>[^"]*)" (?P<reason>\S+) '
-    rf"(?P<error>{_QUOTED}) (?P<received>\d+) (?P<sent>\d+) (?P<ms>\d+) "
+    rf"(?:(?P<flags>[A-Z_,]+|-) )?(?P<error>{_QUOTED}) (?P<received>\d+) (?P<sent>\d+) (?P<ms>\d+) "
 )
 _AUDIT_HEAD: Final = re.compile(
     rf"(?P<time>\S+) \[\[(?P<node>[^\]\s]*)\]\] WARN "
     rf"(?P<message>(?:SPIFFE (?P<identity>{_QUOTED})|Unknown Identity|\d+)\s"
     rf"(?P<verdict>AUTHORIZED|UNAUTHORIZED)?.*?)(?= audit_flag: | event=)"
 )
+_CERTIFICATE: Final = re.compile(r'cert: "(?P<cert>.*?)" (?=audit_flag: "(?:true|false)")')
+"""Envoy's XFCC has bare quotes in it."""
 _FIELD: Final = re.compile(rf"(?P<key>[A-Za-z][\w.]*)(?:=|: )(?P<value>{_QUOTED}|[^\s\"]+)")
 
 
@@ -128,16 +130,23 @@ def _of_access_text(text: str) -> Entry | None:
     when = _time(head["time"]) if head is not None else None
     if head is None or when is None:
         return None
+    opened = head["reason"] == "-"
+    message = "connection opened" if opened else "connection complete"
     fields: dict[str, Any] = {
-        "reason": head["reason"],
+        "message": "handshake failed" if head["kind"] == "TLS" else message,
         "bytes_recv": int(head["received"]),
         "bytes_sent": int(head["sent"]),
         "duration": f"{head['ms']}ms",
     }
-    error = _unquoted(head["error"])
-    fields |= {"error": error} if error != "-" else {}
-    fields |= _fields(text[head.end() :])
-    return Entry(Log.ACCESS, when, fields)
+    own = {"reason": head["reason"], "response_flags": head["flags"] or "-"}
+    own["error"] = _unquoted(head["error"])
+    rest = text[head.end() :]
+    certificate = _CERTIFICATE.search(rest)
+    if certificate is not None:
+        own["cert"] = certificate["cert"]
+        rest = rest[: certificate.start()] + rest[certificate.end() :]
+    fields |= {key: value for key, value in own.items() if value != "-"}
+    return Entry(Log.ACCESS, when, fields | _fields(rest))
 
 
 def _of_audit_text(text: str) -> Entry | None:
@@ -146,7 +155,7 @@ def _of_audit_text(text: str) -> Entry | None:
     if head is None or when is None:
         return None
     fields: dict[str, Any] = {"message": head["message"], "node": head["node"]}
-    if head["verdict"]:
+    if head["verdict"] and not head["message"][0].isdigit():
         fields["verdict"] = head["verdict"]
     if head["identity"]:
         fields["identity"] = _unquoted(head["identity"])
@@ -232,6 +241,8 @@ def _end(entry: Entry) -> str:
     if entry.log is Log.AUDIT and not entry.refused:
         marked = ", marked by an AUDIT rule" if entry.text("audit_flag") == "true" else ""
         return f"AUTHORIZED by {_policy(entry)}{marked}"
+    if entry.text("message") == "connection opened":
+        return "opened"
     if not entry.failed:
         return f"{entry.text('reason')} after {_lasted(entry)}, {_bytes(entry)}"
     said = "REFUSED" if entry.refused else "FAILED"

@@ -88,6 +88,11 @@ def find(
         file = str(settings.get("audit.file") or "")
         if settings.get("audit.stdout") is True:
             stdout = True
+        elif file and settings.get("audit.form") == "ocsf":
+            raise RefusedInputError(
+                f"{file} has events of OCSF, which are for a SIEM: read them with jq, or have the "
+                "audit log on standard output too (audit.stdout)"
+            )
         elif file:
             sources.append(Source(file, Path(file)))
     return _with_journal(sources, since, wanted=stdout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -325,3 +326,18 @@ def test_the_exit_code_is_the_same_in_every_form(
         # No answer, and why is said where nobody takes it for one.
         assert result.stdout == ""
         assert result.stderr
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+SPOKEN = re.compile(r"`nodeagent ([a-z]+(?: [a-z]+)?)")
+
+
+def test_the_table_of_questions_has_every_command_that_answers_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    table = text.split("## Which command answers what")[1].split("\n## ")[0]
+    named = set(SPOKEN.findall(table)) | {each.split()[0] for each in SPOKEN.findall(table)}
+    answers = {name for name in LEAVES if name not in {"run", "uninstall", "completion"}}
+    assert {name for name in answers - named if not name.startswith("lab ")} == {"config show"}
+    groups = {name.split()[0] for name in LEAVES}
+    assert {name for name in named if name not in LEAVES and name not in groups} == set()

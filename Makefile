@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf-dev clang llvm \
 	iproute2 nftables procps curl openssl \
 	clang-format libclang-rt-14-dev systemd tcpdump iperf3 wrk netcat-openbsd \
-	chromium chromium-driver fonts-dejavu-core fish zsh mandoc
+	chromium chromium-driver fonts-dejavu-core fish zsh mandoc python3-bpfcc
 # For the page's library. Not by their packages' names: what has npm from elsewhere keeps it.
 ifeq ($(shell command -v npm),)
 SYSTEM_PACKAGES += nodejs npm
@@ -23,6 +23,8 @@ endif
 
 C_SOURCES := $(wildcard ztunnel/_core/*.[ch] nodeagent/capture/*.[ch])
 BPF_SOURCES := $(wildcard bpf/*.bpf.c bpf/*.h bpf/include/*.h)
+# Compiled by bcc, when it is used.
+TRACE_SOURCES := $(wildcard nodeagent/trace/*.c)
 TEST_C_SOURCES := $(wildcard tests/*/*.c tests/fuzz/rig/*.[ch] bench/load/*.[ch])
 
 # The drawing library of the web page, from npm.
@@ -142,13 +144,13 @@ lint: setup ## Check style, types, import layers and C formatting
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	web/node_modules/.bin/tsc --project web
-	clang-format --dry-run -Werror $(C_SOURCES) $(BPF_SOURCES) $(TEST_C_SOURCES)
+	clang-format --dry-run -Werror $(C_SOURCES) $(BPF_SOURCES) $(TRACE_SOURCES) $(TEST_C_SOURCES)
 
 .PHONY: format
 format: setup ## Rewrite Python and C in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	clang-format -i $(C_SOURCES) $(BPF_SOURCES) $(TEST_C_SOURCES)
+	clang-format -i $(C_SOURCES) $(BPF_SOURCES) $(TRACE_SOURCES) $(TEST_C_SOURCES)
 
 .PHONY: schemas
 schemas: setup ## Write the JSON Schemas and the CRDs of the resources anew from their types
@@ -160,7 +162,24 @@ PEERS := prometheus
 # Its own user for downloads may not write here.
 DOWNLOAD := apt-get download -q -o APT::Sandbox::User="$$(id -un)"
 .PHONY: peers
-peers: $(PEERS:%=build/peers/%/.unpacked) ## Unpack the programs that tests speak to
+peers: $(PEERS:%=build/peers/%/.unpacked) build/peers/kernel-headers/.unpacked ## Unpack the programs that tests speak to
+
+# What bcc compiles against, whatever kernel runs here: two packages, whose names change with each
+# update, as one tree.
+build/peers/kernel-headers/.unpacked: | system-packages
+	rm -rf $(@D)
+	mkdir -p $(@D)/unpacked
+	depends() { apt-cache depends "$$1" | sed -n 's/^ *Depends: \(linux-headers-.*\)/\1/p'; }; \
+	found="$$(depends linux-headers-$$(dpkg --print-architecture))"; \
+	if [[ -z "$$found" ]]; then apt-get update -q; \
+		found="$$(depends linux-headers-$$(dpkg --print-architecture))"; fi; \
+	packages="$$found $$(depends $$found)"; \
+	cd $(@D) && { $(DOWNLOAD) $$packages || { apt-get update -q && $(DOWNLOAD) $$packages; }; }
+	for package in $(@D)/*.deb; do dpkg -x $$package $(@D)/unpacked; done
+	cp -r --no-preserve=mode $(@D)/unpacked/usr/src/*-common/. $(@D)/
+	cp -r --no-preserve=mode $(@D)/unpacked/usr/src/*-$$(dpkg --print-architecture)/. $(@D)/
+	rm -r $(@D)/unpacked $(@D)/*.deb
+	touch $@
 
 build/peers/%/.unpacked: | system-packages
 	rm -rf $(@D)

@@ -156,6 +156,10 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
             "nodeagent.cli.status:status",
             "Is this node healthy, and what to do?",
         ),
+        "trace": (
+            "nodeagent.cli.trace:trace",
+            "Connections as the kernel sees them; what goes around the tunnel.",
+        ),
         "uninstall": (
             "nodeagent.cli.run:uninstall",
             "Take every pod of this node out of the mesh.",
@@ -186,6 +190,7 @@ def cli() -> None:
     nodeagent connections                   what is open, and how protected
     nodeagent graph                         who talks to whom, and is it mTLS?
     nodeagent logs --refused                who was kept out?
+    nodeagent trace                         connections as the kernel sees them
     nodeagent policy check FILE...          would these be in force?
     nodeagent policy diff OLD NEW           what would this change break?
     nodeagent policy explain SRC DST:PORT   allowed? by which rule? why not?

@@ -278,6 +278,7 @@ ELSEWHERE = {
     "completion": "asks nobody: tests/unit/test_cli_completion.py",
     "doctor": "looks at the machine: tests/netns/test_doctor.py",
     "run": "a daemon, and no answer: tests/netns/test_agent_daemon.py",
+    "trace": "looks at the kernel: tests/netns/test_trace.py",
     "uninstall": "changes the node: tests/netns/test_agent_daemon.py",
     **{
         name: "builds nodes, and asks no agent: tests/unit/test_lab_cli.py, tests/netns/test_lab_*"

@@ -453,6 +453,23 @@ static PyObject *open_link(PyObject *module, PyObject *arguments) {
     return fd < 0 ? fail(-fd, "link") : PyLong_FromLong(fd);
 }
 
+static PyObject *program_name(PyObject *module, PyObject *arguments) {
+    struct bpf_prog_info info = {0};
+    __u32 size = sizeof(info);
+    unsigned id;
+    int fd, error;
+
+    if (!PyArg_ParseTuple(arguments, "I", &id)) return NULL;
+    words_used = 0;
+    fd = bpf_prog_get_fd_by_id(id);
+    if (fd < 0) return fail(-fd, "program");
+    error = bpf_obj_get_info_by_fd(fd, &info, &size);
+    close(fd);
+    if (error) return fail(-error, "program info");
+    return PyUnicode_DecodeLatin1(info.name, (Py_ssize_t)strnlen(info.name, sizeof(info.name)),
+                                  NULL);
+}
+
 static PyObject *link_netns(PyObject *module, PyObject *arguments) {
     int program, netns, fd;
 
@@ -550,6 +567,7 @@ static PyMethodDef functions[] = {
     {"link_info", link_info, METH_VARARGS, NULL},
     {"next_link", next_link, METH_VARARGS, NULL},
     {"open_link", open_link, METH_VARARGS, NULL},
+    {"program_name", program_name, METH_VARARGS, NULL},
     {"link_netns", link_netns, METH_VARARGS, NULL},
     {"update_link", update_link, METH_VARARGS, NULL},
     {"pin", pin, METH_VARARGS, NULL},

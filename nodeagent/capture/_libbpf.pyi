@@ -62,6 +62,9 @@ def next_link(after: int, /) -> int | None:
 def open_link(number: int, /) -> int:
     """Return a descriptor of the link with that id. FileNotFoundError once it is gone."""
 
+def program_name(number: int, /) -> str:
+    """Return the name of the program with that id. FileNotFoundError once it is gone."""
+
 def link_netns(program: int, netns: int, /) -> int:
     """Attach an sk_lookup program to a network namespace. Returns the link."""
 

@@ -21,7 +21,7 @@ from nodeagent.capture.probe import probe
 from nodeagent.capture.shared import NodeObjects
 from nodeagent.pods.netlink import Rtnetlink
 
-__all__ = ["Record", "features", "foreign_rules", "pinned_pods", "programs"]
+__all__ = ["Record", "features", "foreign_rules", "pinned_pods", "program_name", "programs"]
 
 
 def features(bpf_dir: Path) -> list[Finding]:
@@ -70,6 +70,14 @@ def programs() -> Iterator[tuple[int, int]]:
             os.close(fd)
         if netns:
             yield netns, program
+
+
+def program_name(number: int) -> str:
+    """Return the name of a program, as whoever loaded it calls it, empty once it is gone."""
+    try:
+        return _libbpf.program_name(number)
+    except OSError:
+        return ""
 
 
 def foreign_rules() -> list[str]:

@@ -15,6 +15,7 @@ import msgspec
 
 from nodeagent.api import ConfigError
 from nodeagent.cli import doctor_view
+from nodeagent.cli.config_show import settings_in_force
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import Answer, answer, output_option
 from nodeagent.cli.reach import UnreachableError, agent_options, get
@@ -25,6 +26,21 @@ from nodeagent.settings import Settings, load_settings
 __all__ = ["doctor"]
 
 DEFAULT_SETTINGS: Final = Path("/etc/nodeagent/nodeagent.yaml")
+
+_OF_INTEREST: Final = frozenset(
+    {
+        "admin_address",
+        "audit.file",
+        "bpf_dir",
+        "ca_dir",
+        "config_dir",
+        "node",
+        "run_dir",
+        "state_dir",
+        "trust_domain",
+    }
+)
+"""Settings that say where to look."""
 
 STATE_SCHEMA: Final = 1
 MAX_STATE: Final = 512 * 1024 * 1024
@@ -66,8 +82,15 @@ def doctor(
 
 
 def _look(run_dir: Path | None, settings_file: Path | None) -> Answer:
-    settings, file, problem = _settings(run_dir, settings_file)
-    report = judge(gather(settings, file, problem, _ask(settings.run_dir)))
+    settings, file, problem = _written(run_dir, settings_file)
+    asked = _ask(settings.run_dir)
+    if asked.agent.status is not None:
+        settings, file = _in_force(settings)
+    elif run_dir is not None and (file is None or problem):
+        raise click.UsageError(
+            f"{asked.agent.cause}, so its settings are not known: name the file with --settings"
+        )
+    report = judge(gather(settings, file, problem, asked))
     return Answer(
         report,
         lambda printer: doctor_view.show(printer, report),
@@ -75,10 +98,14 @@ def _look(run_dir: Path | None, settings_file: Path | None) -> Answer:
     )
 
 
-def _settings(run_dir: Path | None, given: Path | None) -> tuple[Settings, Path | None, str]:
-    """Return the daemon's settings and their file; with a problem, the defaults in their place."""
+def _written(run_dir: Path | None, given: Path | None) -> tuple[Settings, Path | None, str]:
+    """Return the settings of a file, and what is wrong with it: then they are the defaults.
+
+    Without a file, or if the one in its usual place is of another agent than that of `run_dir`,
+    there is none.
+    """
     file = given
-    if file is None and run_dir is None and DEFAULT_SETTINGS.exists():
+    if file is None and DEFAULT_SETTINGS.exists():
         file = DEFAULT_SETTINGS
     settings, problem = Settings(), ""
     if file is not None:
@@ -86,9 +113,18 @@ def _settings(run_dir: Path | None, given: Path | None) -> tuple[Settings, Path 
             settings = load_settings(file)
         except ConfigError as error:
             problem = str(error)
-    if run_dir is not None:
-        settings = msgspec.structs.replace(settings, run_dir=run_dir)
+    if run_dir is not None and (problem or settings.run_dir != run_dir):
+        return Settings(run_dir=run_dir), None, ""
     return settings, file, problem
+
+
+def _in_force(settings: Settings) -> tuple[Settings, Path]:
+    """Return what the daemon itself goes by, and the file that it was told."""
+    said = settings_in_force(settings.run_dir)
+    values = {each.name: each.value for each in said.settings if each.name in _OF_INTEREST}
+    paths = {name: Path(value) for name, value in values.items() if name.endswith("_dir")}
+    audit = msgspec.structs.replace(settings.audit, file=values.pop("audit.file", ""))
+    return msgspec.structs.replace(settings, **(values | paths), audit=audit), Path(said.file)
 
 
 def _ask(directory: Path) -> Asked:

@@ -108,15 +108,7 @@ def _inside(look: PodLook) -> Iterator[Finding]:
                 f"kill {holder.pid}",
                 affects=affects,
             )
-    if look.foreign:
-        yield finding(
-            "NA3006",
-            "; ".join(look.foreign[:MOST_NAMED]),
-            "another mesh, or an earlier agent with another bpf_dir: take the pod out of the one",
-            f"{enter(look.netns)} ip rule show",
-            f"{enter(look.netns)} nft list ruleset",
-            affects=affects,
-        )
+    yield from _foreign(look)
     yield from _drops(look.drops, affects)
     yield from _probes(look)
     silent = [address for address, said in look.hbone.items() if said is not Outcome.ANSWERED]
@@ -130,6 +122,27 @@ def _inside(look: PodLook) -> Iterator[Finding]:
             "nft list ruleset",
             affects=affects,
         )
+
+
+def _foreign(look: PodLook) -> Iterator[Finding]:
+    programs = look.programs[:MOST_NAMED]
+    found = [
+        *look.foreign[:MOST_NAMED],
+        *(f"BPF program {each.number}, {each.name!r}, chooses sockets" for each in programs),
+    ]
+    if not found:
+        return
+    commands = [f"bpftool --bpffs prog show id {each.number}" for each in programs]
+    if look.foreign:
+        commands += [f"{enter(look.netns)} ip rule show", f"{enter(look.netns)} nft list ruleset"]
+    yield finding(
+        "NA3006",
+        "; ".join(found),
+        "another mesh, or an agent with another bpf_dir (its program is called 'capture'): take "
+        "the pod out of the one; bpftool shows who holds a program and where it is pinned",
+        *commands,
+        affects=[look.workload],
+    )
 
 
 def _probes(look: PodLook) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ __all__ = [
     "PortHolder",
     "Probe",
     "ProbeOutcome",
+    "SocketProgram",
     "Stranger",
     "TunnelCounts",
     "Unexamined",
@@ -118,6 +119,13 @@ class Drop(msgspec.Struct, frozen=True):
     command: str
 
 
+class SocketProgram(msgspec.Struct, frozen=True):
+    """A BPF program of type sk_lookup; `name` is as whoever loaded it calls it."""
+
+    number: int
+    name: str
+
+
 class PodLook(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen of one pod. `problem`: why nothing could be seen inside it."""
 
@@ -132,7 +140,9 @@ class PodLook(msgspec.Struct, frozen=True, kw_only=True):
     holders: tuple[PortHolder, ...] = ()
     drops: tuple[Drop, ...] = ()
     foreign: tuple[str, ...] = ()
-    """What others have put here that turns connections: rules, redirects, programs; in words."""
+    """What others have put here that turns connections: rules and redirects, in words."""
+    programs: tuple[SocketProgram, ...] = ()
+    """Other people's programs that choose sockets here."""
 
 
 class Peer(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 This package owns a program that bcc compiles when it is asked for, and what its events mean. It
 promises to be a mere look, bounded by whoever calls, that leaves nothing behind; and that where it
-cannot begin it says what is missing and how to get it. Nothing of it is loaded by the daemons. What it says is in docs/trace.md.
+cannot begin it says what is missing and how to get it. Nothing of it is loaded by the daemons.
 """
 
 from nodeagent.trace._bcc import MissingError, Program

@@ -108,6 +108,20 @@ def test_people_get_the_verdict_as_the_last_line_in_80_columns(lab: Lab) -> None
     assert doctor(lab, "--json").stdout.startswith("{")
 
 
+def test_the_daemons_own_settings_count(lab: Lab) -> None:
+    """Whoever names only the run directory gets no findings about somebody else's directories."""
+    directory = lab.layout.node_directory("node-1") / "run"
+    command = [*CLI, "--run-dir", str(directory), "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    found = json.loads(done.stdout)
+    assert found["node"] == "node-1"
+    assert {each["code"] for each in found["findings"]} <= OF_THIS_MACHINE
+    gone = [*CLI, "--run-dir", str(directory / "nowhere")]
+    done = subprocess.run(gone, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name the file with --settings" in done.stderr
+
+
 def test_a_filter_in_a_pod_is_named_and_its_remedy_opens_the_port(lab: Lab) -> None:
     with filtered(lab.namespace("shop/near"), "input"):
         found = report(lab)

@@ -40,6 +40,7 @@ from nodeagent.doctor.facts import (
     PortHolder,
     Probe,
     ProbeOutcome,
+    SocketProgram,
     Stranger,
     TunnelCounts,
     Unexamined,
@@ -202,7 +203,10 @@ PROVOKED: Final[Mapping[str, tuple[Facts, ...]]] = {
         look(probes=(Probe(6, ProbeOutcome.STRANGE, "it sent bytes"),)),
     ),
     "NA3005": (look(holders=(PortHolder(15008, 99, "evil\x1b[2J", ours=False),)),),
-    "NA3006": (look(foreign=("rule 50: table 100",)),),
+    "NA3006": (
+        look(foreign=("rule 50: table 100",)),
+        look(programs=(SocketProgram(12, "cil_sock"),)),
+    ),
     "NA3007": (look(probes=SILENT),),
     "NA3008": (
         look(hbone={"10.0.0.2": Outcome.SILENT}),

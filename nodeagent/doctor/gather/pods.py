@@ -19,7 +19,7 @@ import msgspec
 
 from nodeagent.capture import inspect
 from nodeagent.capture.layout import HBONE_PORT, MARK_TUNNEL, PORTS
-from nodeagent.doctor.facts import Outcome, Peer, PodLook, Probe
+from nodeagent.doctor.facts import Outcome, Peer, PodLook, Probe, SocketProgram
 from nodeagent.doctor.gather import filters, processes
 from nodeagent.doctor.gather.probes import half_open, through_tunnel
 from nodeagent.pods import NetnsError, NetnsReason, open_netns
@@ -130,11 +130,10 @@ def _visit(
         return PodLook(workload=pod.workload, netns=pod.netns, problem=str(error), gone=gone), []
     try:
         seen = run_inside(netns.fd, _inside, pod, str(netns.path), [each.address for each in peers])
-        foreign = [*seen.rules, *seen.filters.redirects]
-        foreign += [
-            f"program {number} chooses sockets (sk_lookup)"
+        programs = tuple(
+            SocketProgram(number, inspect.program_name(number))
             for number in sorted(around.programs.get(netns.inode, frozenset()))
-        ]
+        )
     except OSError as error:
         return PodLook(workload=pod.workload, netns=pod.netns, problem=str(error)), []
     finally:
@@ -147,7 +146,8 @@ def _visit(
             probes=seen.probes,
             holders=holders,
             drops=seen.filters.drops,
-            foreign=tuple(foreign),
+            foreign=(*seen.rules, *seen.filters.redirects),
+            programs=programs,
         ),
         [
             Peer(each.workload, each.node, each.address, pod.workload, seen.reached[each.address])

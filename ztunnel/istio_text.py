@@ -11,7 +11,7 @@ fifty thousand, of 28 labels, and a kilobyte, each; copying that kilobyte is all
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import reasons
@@ -20,6 +20,7 @@ from ztunnel.reasons import FLAGS, NO_FLAG, Reason
 
 if TYPE_CHECKING:
     from ztunnel.decisions import Counters, Series
+    from ztunnel.traces import Exemplar
 
 __all__ = ["Rows", "portions"]
 
@@ -31,8 +32,9 @@ MAX_SPELLED: Final = 4000
 `events` counts. They are rare; after a scan of addresses they are that many."""
 
 _REASONS: Final = tuple(Reason)
-_TAIL: Final = {flag: f'{flag}"}} %d\n'.encode() for flag in FLAGS}
+_TAIL: Final = {flag: f'{flag}"}} %d'.encode() for flag in FLAGS}
 """What follows the labels, for each response flag."""
+_NOTHING_MORE: Final = (b"\n",)
 _REPORTER: Final = LABEL_NAMES.index("reporter")
 _SECURITY: Final = LABEL_NAMES.index("connection_security_policy")
 
@@ -90,26 +92,42 @@ class Rows:
         self.failed[labels, flag] = self.failed.get((labels, flag), 0) + count
 
 
-def portions(rows: Rows, *, openmetrics: bool) -> Iterator[bytes]:
-    """Yield the text, portion by portion."""
+def portions(
+    rows: Rows, *, openmetrics: bool, exemplars: Mapping[Labels, Exemplar] | None = None
+) -> Iterator[bytes]:
+    """Yield the text, portion by portion. `exemplars` are shown where OpenMetrics has room."""
     texts: list[bytes] = []
     for series in rows.series:
         if not series.text:
             series.text = _spell(series.labels)
         texts.append(series.text)
+    flags = [NO_FLAG] * len(texts)
     for family, values in (
         (_OPENED, rows.opened),
         (_CLOSED, rows.closed),
         (_RECEIVED, rows.received),
         (_SENT, rows.sent),
     ):
-        yield from _family(family, texts, [NO_FLAG] * len(texts), values, openmetrics=openmetrics)
+        ends: Sequence[bytes] = _NOTHING_MORE * len(texts)
+        if family is _CLOSED and openmetrics and exemplars:
+            # The last connection that was traced, among those that have ended.
+            ends = [_end(exemplars.get(series.labels)) for series in rows.series]
+        yield from _family(family, texts, flags, values, ends, openmetrics=openmetrics)
     failed: list[bytes] = []
     for labels, _ in rows.failed:
         failing = rows.failing.get(labels)
         failed.append(failing.text if failing else _spell_again(labels))
     flags = [flag for _, flag in rows.failed]
-    yield from _family(_FAILED, failed, flags, list(rows.failed.values()), openmetrics=openmetrics)
+    counts = list(rows.failed.values())
+    ends = _NOTHING_MORE * len(failed)
+    yield from _family(_FAILED, failed, flags, counts, ends, openmetrics=openmetrics)
+
+
+def _end(exemplar: Exemplar | None) -> bytes:
+    if exemplar is None:
+        return b"\n"
+    # OpenMetrics 1.0, "Exemplars": labels, a value, and when that was.
+    return f' # {{trace_id="{exemplar.trace}"}} 1 {exemplar.time:.3f}\n'.encode()
 
 
 def _family(
@@ -117,6 +135,7 @@ def _family(
     texts: Sequence[bytes],
     flags: Sequence[str],
     values: Sequence[int],
+    ends: Sequence[bytes],
     *,
     openmetrics: bool,
 ) -> Iterator[bytes]:
@@ -128,8 +147,9 @@ def _family(
     for start in range(0, len(texts), LINES):
         part = slice(start, start + LINES)
         pieces: list[bytes] = []
-        for text, flag, value in zip(texts[part], flags[part], values[part], strict=True):
-            pieces += (begin, text, _TAIL[flag] % value)
+        columns = zip(texts[part], flags[part], values[part], ends[part], strict=True)
+        for text, flag, value, end in columns:
+            pieces += (begin, text, _TAIL[flag] % value, end)
         yield b"".join(pieces)
 
 

@@ -25,9 +25,11 @@ from ztunnel import istio_text
 from ztunnel.audit import Counts
 from ztunnel.counted import ByPolicy, Judged, Plaintext
 from ztunnel.istio_text import Rows
+from ztunnel.labels import Labels
 from ztunnel.reasons import Reason
 from ztunnel.same_node import is_direct
 from ztunnel.stats_families import Collector
+from ztunnel.traces import Exemplar
 
 if TYPE_CHECKING:
     from ztunnel._core import PodCounters, Stats
@@ -72,6 +74,8 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """By metric: label sets that are no longer there, for what they named is gone."""
     own: dict[str, float]
     """Plain numbers by metric name without prefix; a name that ends in `_total` is a counter."""
+    exemplars: dict[Labels, Exemplar] = {}
+    """The last traced connection of a label set."""
     audit: Counts = Counts({}, {}, {})
 
 
@@ -120,6 +124,7 @@ async def take(
             uid: (identity.not_before, identity.not_after)
             for uid, identity in state.identities.items()
         },
+        exemplars=dict(tunnel.traces.exemplars),
         audit=tunnel.audit.counts(),
         overflowed={
             "istio_tcp_connections": tunnel.series.overflowed,
@@ -171,7 +176,9 @@ def render(picture: Picture, accept: str) -> tuple[str, Iterator[bytes]]:
     encode = encode_openmetrics if openmetrics else encode_text
 
     def made() -> Iterator[bytes]:
-        yield from istio_text.portions(picture.rows, openmetrics=openmetrics)
+        yield from istio_text.portions(
+            picture.rows, openmetrics=openmetrics, exemplars=picture.exemplars
+        )
         registry = CollectorRegistry(auto_describe=False)
         registry.register(Collector(picture))
         ProcessCollector(registry=registry)

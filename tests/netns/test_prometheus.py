@@ -9,6 +9,8 @@ cluster, namespace, workload, canonical service and revision of both ends.
 from __future__ import annotations
 
 import re
+import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -47,7 +49,9 @@ def quick(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    with running(spec()) as made:
+    # Nobody is there to take the traces: a scrape has their ids all the same.
+    traced = {"traces": {"endpoint": "http://127.0.0.1:4318", "sample_one_in": 1}}
+    with running(spec(settings=traced)) as made:
         yield made
 
 
@@ -158,6 +162,33 @@ def test_a_call_by_mutual_tls_has_a_padlock_between_named_ends(
     )
     assert proven["source_principal"] == spiffe("client")
     assert proven["destination_principal"] == spiffe("far")
+
+
+def test_a_trace_is_found_from_the_connections_of_an_edge(mesh: Mesh, prometheus: Server) -> None:
+    mesh.curl("client", f"http://{mesh.vip('far')}:{HTTP_PORT}/get")
+    query = (
+        'istio_tcp_connections_closed_total{source_workload="client",destination_workload="far"}'
+    )
+    asked = urllib.parse.urlencode(
+        {"query": query, "start": int(time.time()) - 300, "end": int(time.time()) + 300}
+    )
+
+    def traces() -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for series in prometheus.api(f"query_exemplars?{asked}"):
+            for exemplar in series["exemplars"]:
+                found.setdefault(series["seriesLabels"]["reporter"], set()).add(
+                    exemplar["labels"]["trace_id"]
+                )
+        return found
+
+    def both() -> set[str]:
+        found = traces()
+        return set.intersection(*found.values()) if len(found) > 1 else set()
+
+    # Both nodes tell of the same trace, each of its half.
+    shared = wait_until(both, "one trace of both halves")
+    assert all(re.fullmatch("[0-9a-f]{32}", trace) for trace in shared)
 
 
 def test_a_known_caller_in_plaintext_has_an_edge_and_no_padlock(

@@ -99,6 +99,7 @@ class Server:
                 f"--config.file={config}",
                 f"--storage.tsdb.path={directory / 'data'}",
                 f"--web.listen-address=127.0.0.1:{LISTEN}",
+                "--enable-feature=exemplar-storage",
                 "--log.level=warn",
             )
             with (directory / "log").open("wb") as log:

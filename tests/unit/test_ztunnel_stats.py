@@ -20,6 +20,7 @@ from ztunnel import istio_text, labels
 from ztunnel.decisions import Counters
 from ztunnel.labels import Labels
 from ztunnel.stats import render
+from ztunnel.traces import Exemplar
 
 
 @pytest.fixture
@@ -303,3 +304,25 @@ def test_no_portion_of_the_text_holds_the_interpreter_for_long(core: FakeCore) -
     made = list(istio_text.portions(many, openmetrics=True))
     assert max(portion.count(b"\n") for portion in made) <= istio_text.LINES
     assert sum(portion.count(b"\n") for portion in made) == 5 * (1000 + 2)
+
+
+def test_openmetrics_shows_the_last_traced_connection_of_a_label_set(core: FakeCore) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    shown = picture(core)
+    traced = shown.rows.series[0].labels
+    shown = msgspec.structs.replace(
+        shown, exemplars={traced: Exemplar(trace, 0.25, 1700000000.1234)}
+    )
+    said = b"".join(render(shown, "application/openmetrics-text")[1]).decode()
+    found = [
+        (sample.labels["source_workload"], sample.value, sample.exemplar)
+        for family in openmetrics_families(said)  # type: ignore[no-untyped-call]  # theirs
+        for sample in family.samples
+        if sample.name == "istio_tcp_connections_closed_total"
+    ]
+    name, value, exemplar = found[0]
+    assert (name, value) == ("sleep", 6)
+    assert (exemplar.labels, exemplar.value) == ({"trace_id": trace}, 1)
+    assert float(exemplar.timestamp) == 1700000000.123
+    assert [exemplar for _, _, exemplar in found[1:]] == [None] * (len(found) - 1)
+    assert trace not in ztunnel_text(shown)

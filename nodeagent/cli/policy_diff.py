@@ -26,7 +26,7 @@ from nodeagent.cli.policy_diff_view import lines
 from nodeagent.cli.policy_source import Source, from_agent, of_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, get, report, run_directory
 from nodeagent.cli.since import since_option
-from nodeagent.cli.text import many
+from nodeagent.cli.text import many, moment
 from nodeagent.flows import Recording
 from nodeagent.settings import Settings
 from nodeagent.whatif import Comparison, DiffReport, Replay
@@ -213,6 +213,11 @@ def _answer(old: Source, new: Source, recording: Recording | None, source: str) 
         replay = whatif.replay(before, after, recording, source)
         if recording.problem:
             click.echo(f"note: the recording has gaps: {recording.problem}", err=True)
+        # What was before the recording began, the answer says itself.
+        elif gaps := [gap for gap in recording.gaps if gap.begin > recording.since]:
+            text = f"note: the recording has {many(len(gaps), 'gap')} in this time, the last until "
+            last = f"{moment(gaps[-1].until)}: {gaps[-1].cause}; who called then is not known"
+            click.echo(text + last, err=True)
     return DiffReport(
         schema=whatif.DIFF_SCHEMA,
         old=old.name,

@@ -445,3 +445,16 @@ def test_without_an_agent(tmp_path: Path, new: str, arguments: tuple[str, ...]) 
     result = diff(*named, "--run-dir", str(tmp_path / "nowhere"))
     assert (result.exit_code, result.stdout) == (3, "")
     assert "nodeagent does not run here" in result.stderr
+
+
+def test_gaps_of_the_recording_are_noted(tmp_path: Path, old: str, new: str) -> None:
+    at = int(time.time())
+    kept = FlowStore(tmp_path / "flows.db", Keep())
+    kept.add(1, Flows((Flow(WEB, at, at, 3, 0, 10, 20),), 1, at - 300, at - 200))
+    # The second message was lost.
+    kept.add(1, Flows((), 3, at - 300, at))
+    kept.close()
+    result = diff(new, old, "--flows-db", "flows.db")
+    assert result.exit_code == 0
+    assert "note: the recording has 1 gap in this time" in result.stderr
+    assert "who called then is not known" in result.stderr

@@ -10,6 +10,7 @@ from selenium.webdriver.common.keys import Keys
 
 from support import page
 from support.browser import Browser
+from support.forward import forwarded
 
 UNSEEN = re.compile("[\u202a-\u202e\u2066-\u2069\x07]")
 
@@ -188,7 +189,7 @@ def test_browser_comes_by_a_forwarded_socket(browser: Browser, tmp_path: Path) -
     """As with `ssh -L PORT:admin.sock`."""
     with page.site(unix=tmp_path / "admin.sock") as site:
         page.sentences(site.picture)
-        with page.forwarded(tmp_path / "admin.sock") as address:
+        with forwarded(tmp_path / "admin.sock") as address:
             browser.open(address)
             assert len(browser.rows()) == 10
 
@@ -218,6 +219,18 @@ def test_browser_has_a_view_of_workloads(browser: Browser, site: page.Site) -> N
     assert rows["sentences/late"][0] == "Waiting"
     assert rows["sentences/late"][4] == "not captured"
     assert browser.driver.title == "Workloads · worker-1"
+    assert browser.text("section > .summary") == (
+        "5 of 6 workloads enrolled; 4 take mutual TLS only. ASDEX of the node: 0.71 of 1.00."
+    )
+    next(each for each in browser.all("tbody button") if each.text.endswith("name-v1")).click()
+    said = browser.text("#panel")
+    for wanted in (
+        "ASDEX 0.41 of 1.00",
+        "−0.30 policy: no policy names who may call (60 connections)",
+        "−less than 0.01 strict: plaintext is let in on this port (5 connections)",
+        "PeerAuthentication sentences/default (peers.yaml:3)",
+    ):
+        assert wanted in said, (wanted, said)
 
 
 def test_browser_opens_without_the_drawing_library(browser: Browser, tmp_path: Path) -> None:
@@ -239,7 +252,7 @@ def test_browser_says_whether_strict_is_safe(browser: Browser, site: page.Site) 
     assert site.picture.asked[-1] == 7 * 86400
     rows = browser.rows()
     assert rows[0][:2] == ["monitoring/prometheus", "? not known"]
-    assert rows[1][:5] == ["sentences/name-v1", "✕ not safe", "PERMISSIVE", "125", "125"]
+    assert rows[1][:5] == ["sentences/name-v1", "✕ not safe", "PERMISSIVE", "125", "640"]
     assert rows[1][6] == "2 callers would be refused"
     assert rows[2][:2] == ["sentences/name-v2", "→ safe"]
     assert {row[1] for row in rows[3:]} == {"✓ STRICT"}

@@ -38,6 +38,13 @@ class Browser:
         """Open the page of a site, or at an address, and wait until it has shown its answers."""
         self.driver.get((site if isinstance(site, str) else site.address) + path)
         self.wait(lambda: self.run("return document.documentElement.dataset.refreshes"))
+        # Where there is a drawing: until its library has come, or is known to be missing.
+        self.wait(
+            lambda: self.run(
+                "const d = document.getElementById('drawing');"
+                "return !d || d.drawing !== undefined || d.getAttribute('role') === 'note'"
+            )
+        )
 
     def run(self, script: str, *arguments: object) -> Any:  # noqa: ANN401 - JSON
         return self.driver.execute_script(script, *arguments)

@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -29,8 +30,8 @@ from nodeagent.admin.model import (
     PodState,
     ZtunnelReport,
 )
+from nodeagent.observe import asdex_model, plaintext_model
 from nodeagent.observe import graph_model as model
-from nodeagent.observe import plaintext_model
 from nodeagent.page import Files, Gate
 from ztunnel import protocol
 
@@ -42,7 +43,6 @@ __all__ = [
     "Site",
     "admin_server",
     "edge",
-    "forwarded",
     "many",
     "pod",
     "sentences",
@@ -187,7 +187,7 @@ def strictness(
         reasons=reasons,
         since=NOW - timedelta(days=9),
         without_identity=sum(each.connections for each in callers),
-        with_identity=125,
+        with_identity=640,
         refused=0,
         last=max((each.last for each in callers), default=None),
         callers=callers,
@@ -222,6 +222,7 @@ class Picture:
         self.missing: tuple[str, ...] = ()
         self.complete = True
         self.plaintext = report()
+        self.losses: tuple[asdex_model.Loss, ...] = ()
         self.asked: list[int] = []
         """Windows in seconds, as the page has asked for them."""
 
@@ -234,6 +235,31 @@ class Picture:
             complete=self.complete,
             vertices=tuple(self.vertices),
             edges=tuple(self.edges),
+        )
+
+    def asdex(self) -> asdex_model.AsdexReport:
+        scores = [each for each in self.vertices if each.asdex is not None]
+        return asdex_model.AsdexReport(
+            schema=asdex_model.SCHEMA,
+            node="worker-1",
+            time=NOW,
+            since=NOW - timedelta(hours=1),
+            complete=True,
+            score=0.71 if scores else None,
+            points=71,
+            connections=1,
+            namespaces=(),
+            workloads=tuple(
+                asdex_model.AsdexWorkload(
+                    workload=each.id,
+                    namespace=each.namespace,
+                    score=each.asdex,
+                    points=0,
+                    connections=60,
+                    losses=() if each.asdex == 1 else self.losses,
+                )
+                for each in scores
+            ),
         )
 
     def status(self) -> Status:
@@ -288,6 +314,9 @@ class _Backend:
         self.picture.asked.append(seconds)
         return msgspec.json.encode(self.picture.plaintext)
 
+    async def asdex(self, _seconds: int) -> bytes:
+        return msgspec.json.encode(self.picture.asdex())
+
     async def graph(self, seconds: int) -> bytes:
         self.picture.asked.append(seconds)
         return msgspec.json.encode(self.picture.graph(seconds))
@@ -305,7 +334,10 @@ def admin_server(
 ) -> AdminServer:
     """Return the product's server with `picture` behind it; it listens nowhere yet."""
     backend = _Backend(picture)
-    windows = {"/report/plaintext": Window("who calls without identity", backend.plaintext)}
+    windows = {
+        "/report/plaintext": Window("who calls without identity", backend.plaintext),
+        "/asdex": Window("how well connections are protected", backend.asdex),
+    }
     if graph:
         windows["/graph"] = Window("who talked to whom", backend.graph)
     return AdminServer(backend, windows, files=files)
@@ -349,57 +381,25 @@ def site(
 @contextlib.contextmanager
 def _loop() -> Iterator[Callable[[Awaitable[None]], None]]:
     """Run an event loop in a thread, and give what runs something in it."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def last() -> None:
+        ended = asyncio.Event()
+        started.set_result((asyncio.get_running_loop(), ended))
+        await ended.wait()
 
     async def awaited(work: Awaitable[None]) -> None:
         await work
 
+    # `asyncio.run` also ends what connections have left behind.
+    thread = threading.Thread(target=lambda: asyncio.run(last()))
+    thread.start()
+    loop, ended = started.result()
     try:
         yield lambda work: asyncio.run_coroutine_threadsafe(awaited(work), loop).result(20)
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(ended.set)
         thread.join()
-        loop.close()
-
-
-@contextlib.contextmanager
-def forwarded(path: Path) -> Iterator[str]:
-    """Listen on loopback for a unix socket, as `ssh -L` does; give the address ("http://…")."""
-
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    async def joined(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            there, back = await asyncio.open_unix_connection(str(path))
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(carry(reader, back), carry(there, writer))
-
-    async def listen() -> None:
-        servers.append(await asyncio.start_server(joined, sock=listening))
-
-    async def close() -> None:
-        servers[0].close()
-
-    servers: list[asyncio.Server] = []
-    listening = socket.create_server(("127.0.0.1", 0))
-    with _loop() as run:
-        run(listen())
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            run(close())
 
 
 def sentences(picture: Picture) -> None:
@@ -435,6 +435,22 @@ def sentences(picture: Picture) -> None:
         edge("monitoring/prometheus", "sentences/age", 9090, mutual_tls=20),
     ]  # fmt: skip
     breaks, stays = plaintext_model.Effect.BREAKS, plaintext_model.Effect.STAYS
+    picture.losses = (
+        asdex_model.Loss(
+            check=asdex_model.Check.POLICY,
+            cost=0.3,
+            connections=60,
+            reason="no policy names who may call",
+        ),
+        asdex_model.Loss(
+            check=asdex_model.Check.STRICT,
+            cost=0.004,
+            connections=5,
+            reason="plaintext is let in on this port",
+            caller=identity("monitoring/prometheus"),
+            policy="PeerAuthentication sentences/default (peers.yaml:3)",
+        ),
+    )
     picture.plaintext = report(
         strictness(
             "sentences/name-v1",

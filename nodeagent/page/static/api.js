@@ -29,7 +29,13 @@
  * @typedef {{schema: number, node: string, time: string, since: string, complete: string | null,
  *   verdict: string, workloads: PlaintextWorkload[], gaps: {begin: string, until: string, cause: string}[], truncated: boolean,
  *   problem: string}} Plaintext
- * @typedef {{status?: Status, graph?: Graph, plaintext?: Plaintext}} Answers What was answered;
+ * @typedef {{check: string, cost: number, connections: number, reason: string, caller: string,
+ *   policy: string}} Loss
+ * @typedef {{workload: string, score: number | null, connections: number, losses: Loss[],
+ *   left_out: number}} AsdexWorkload
+ * @typedef {{schema: number, time: string, complete: boolean, score: number | null,
+ *   workloads: AsdexWorkload[], problem: string}} Asdex
+ * @typedef {{status?: Status, graph?: Graph, plaintext?: Plaintext, asdex?: Asdex}} Answers What was answered;
  *   what was not is missing.
  * @typedef {{schema: number, time: string, version: string, node: string, trust_domain: string,
  *   ready: boolean, missing: string[], same_node?: string, pods: Pod[]}} Status

@@ -2,8 +2,7 @@
 // what was chosen; the table beside it says the same to those who cannot use it.
 
 import { stateOf, draw, token, word } from "./padlock.js";
-import { Places, bend } from "./layout.js";
-import { pairId } from "./model.js";
+import { Places, bends } from "./layout.js";
 import { rate, visible, count } from "./text.js";
 
 /**
@@ -228,11 +227,12 @@ export class Drawing {
   /** @param {Pair[]} pairs @param {(pair: Pair) => boolean} bright @returns {any[]} */
   #edges(pairs, bright) {
     const many = pairs.length > MANY_LINES ? " many" : pairs.length > SOME_LINES ? " busy" : "";
+    const aside = pairs.length > FEW_LINES ? null : bends(pairs, this.places.known);
     return pairs.map((pair) => ({
       group: "edges",
       data: {
         id: pair.id, source: `v ${pair.source}`, target: `v ${pair.destination}`,
-        label: edgeLabel(pair, this.seconds), bend: this.#bend(pair, pairs.length),
+        label: edgeLabel(pair, this.seconds), bend: aside?.get(pair) ?? 0,
         // Its middle, for the label to hang below the padlock.
         drop: LOCK * 0.75 + edgeLabel(pair, this.seconds).split("\n").length * 7.5,
         // One to six pixels: each ten times as many connections add one and a half.
@@ -241,17 +241,6 @@ export class Drawing {
       classes: `line ${token(pair.state)}${many}${pair.refused + pair.failed > 0 ? " refused" : ""}`
         + (bright(pair) ? "" : " faded"),
     }));
-  }
-
-  /** @param {Pair} pair @param {number} lines */
-  #bend(pair, lines) {
-    const { known } = this.places;
-    const from = known.get(pair.source);
-    const to = known.get(pair.destination);
-    if (lines > FEW_LINES || from === undefined || to === undefined) return 0;
-    const others = [...known].filter(([id]) => id !== pair.source && id !== pair.destination)
-      .map(([, place]) => place);
-    return bend(from, to, others, this.pairs.has(pairId(pair.destination, pair.source)));
   }
 
   #lock() {

@@ -208,34 +208,70 @@ const CLEAR = 34;
 const WORDS = { below: 42, clear: 30 };
 
 /** How far the middle of a line may be drawn aside, the least first. */
-const BENDS = [0, 60, -60, 110, -110, 170, -170];
+const BENDS = [0, 60, -60, 110, -110, 170, -170, 240, -240];
 
-/** Lines to a pair of vertices in both directions keep so far apart. */
+/** Lines between the same two vertices in both directions keep so far apart. */
 const BOTH_WAYS = 34;
 
-/** Return how far to draw a line's middle aside, so that it passes by the vertices between.
- * Positive is to the left of who looks along it.
- * @param {Place} from @param {Place} to @param {Iterable<Place>} others @param {boolean} both */
-export function bend(from, to, others, both) {
-  const near = [...others].filter((each) =>
-    each.x > Math.min(from.x, to.x) - 190 && each.x < Math.max(from.x, to.x) + 190
-    && each.y > Math.min(from.y, to.y) - 190 && each.y < Math.max(from.y, to.y) + 190);
-  const length = Math.hypot(to.x - from.x, to.y - from.y);
-  if (length === 0) return 0;
-  const across = { x: (to.y - from.y) / length, y: -(to.x - from.x) / length };
-  const start = both ? BOTH_WAYS : 0;
-  return BENDS.map((each) => each + start).find((aside) => near.every((each) => {
-    for (let step = 1; step < 12; step += 1) {
-      const t = step / 12;
-      // A quadratic curve whose control point lies `aside` of the middle.
-      const out = 2 * t * (1 - t) * aside;
-      const x = from.x + (to.x - from.x) * t + across.x * out;
-      const y = from.y + (to.y - from.y) * t + across.y * out;
-      if (Math.hypot(each.x - x, each.y - y) < CLEAR
-        || Math.hypot(each.x - x, each.y + WORDS.below - y) < WORDS.clear) return false;
+/** Pixels from the middle of a line, where its padlock and words are, to that of another. */
+const APART = 54;
+
+/** Points of a curve at which it is looked whether something is in its way. */
+const STEPS = 12;
+
+/** Return how far to draw each line's middle aside, so that it passes by the vertices between and
+ * padlocks do not cover each other. Positive is to the right of who looks along it.
+ * @param {Line[]} lines @param {Map<string, Place>} places @returns {Map<Line, number>} */
+export function bends(lines, places) {
+  const known = new Set(lines.map((line) => JSON.stringify([line.source, line.destination])));
+  /** @type {Place[]} */
+  const middles = [];
+  return new Map(lines.map((line) => {
+    const from = places.get(line.source);
+    const to = places.get(line.destination);
+    if (from === undefined || to === undefined || from === to) return [line, 0];
+    const others = [...places].filter(([id]) => id !== line.source && id !== line.destination)
+      .map(([, place]) => place);
+    const both = known.has(JSON.stringify([line.destination, line.source])) ? BOTH_WAYS : 0;
+    let found = both;
+    let least = Infinity;
+    for (const aside of BENDS) {
+      const cost = inTheWay(from, to, aside + both, others, middles);
+      if (cost < least) [found, least] = [aside + both, cost];
+      if (cost === 0) break;
     }
-    return true;
-  })) ?? start;
+    middles.push(along(from, to, found, 0.5));
+    return [line, found];
+  }));
+}
+
+/** Return the point at `t`, 0 to 1, of a curve whose control point lies `aside` of its middle.
+ * @param {Place} from @param {Place} to @param {number} aside @param {number} t */
+function along(from, to, aside, t) {
+  const length = Math.hypot(to.x - from.x, to.y - from.y) || 1;
+  const out = 2 * t * (1 - t) * aside / length;
+  return {
+    x: from.x + (to.x - from.x) * t - (to.y - from.y) * out,
+    y: from.y + (to.y - from.y) * t + (to.x - from.x) * out,
+  };
+}
+
+/** Return how much a curve meets that it should not; a vertex weighs more than a padlock.
+ * @param {Place} from @param {Place} to @param {number} aside @param {Place[]} others
+ * @param {Place[]} middles */
+function inTheWay(from, to, aside, others, middles) {
+  let cost = 0;
+  for (let step = 1; step < STEPS; step += 1) {
+    const { x, y } = along(from, to, aside, step / STEPS);
+    for (const each of others) {
+      if (Math.hypot(each.x - x, each.y - y) < CLEAR) cost += 4;
+      else if (Math.hypot(each.x - x, each.y + WORDS.below - y) < WORDS.clear) cost += 2;
+    }
+  }
+  const middle = along(from, to, aside, 0.5);
+  for (const each of middles)
+    if (Math.hypot(each.x - middle.x, each.y - middle.y) < APART) cost += 3;
+  return cost;
 }
 
 /** Places over time: new vertices find one, and nobody else moves for them if that can be.

@@ -3,7 +3,7 @@
 import { ask, Unanswered } from "./api.js";
 import { byId, el, fill, hide, notice, pill } from "./dom.js";
 import { pairs } from "./model.js";
-import { pairContent, podContent, vertexContent } from "./panel.js";
+import { asdexContent, pairContent, podContent, vertexContent } from "./panel.js";
 import { moment, plural, visible } from "./text.js";
 import { GraphView } from "./view_graph.js";
 import { RolloutView, rolloutContent } from "./view_rollout.js";
@@ -158,6 +158,7 @@ class Page {
     this.choice = choice;
     for (const view of Object.values(this.views)) view.mark(choice);
     this.#describe();
+    if (choice?.kind === "vertex") void this.refresh();
     if (from !== null) {
       // From one thing to the next within the panel: the way back stays the first one's.
       if (from !== this.heading) this.opener = from;
@@ -171,7 +172,7 @@ class Page {
 
   #describe() {
     const { choice } = this;
-    const { graph, plaintext, status = null } = this.known;
+    const { graph, plaintext, asdex, status = null } = this.known;
     const vertices = new Map((graph?.vertices ?? []).map((each) => [each.id, each]));
     const every = pairs(graph?.edges ?? []);
     const seconds = graph?.window_seconds ?? 1;
@@ -188,9 +189,10 @@ class Page {
       const vertex = vertices.get(choice.id);
       const pod = status?.pods.find((each) => each.workload === choice.id);
       title = choice.id;
-      content = vertex !== undefined ? vertexContent(vertex, every, status, seconds, (pair) =>
+      const score = asdex?.workloads.find((each) => each.workload === choice.id);
+      content = vertex !== undefined ? vertexContent(vertex, every, status, score, seconds, (pair) =>
         this.choose({ kind: "pair", id: pair.id }, this.heading))
-        : pod && status ? podContent(pod, status) : ["Nothing of it is left in this window."];
+        : pod && status ? [...asdexContent(score), ...podContent(pod, status)] : ["Nothing of it is left in this window."];
     }
     if (choice?.kind === "rollout") {
       const workload = plaintext?.workloads.find((each) => each.workload === choice.id);

@@ -103,9 +103,34 @@ export function certificateLeft(found, now) {
     : el("span", {}, pill("warn", "renewal fails"), ` ${text}`);
 }
 
+/** How well the connections to a workload are protected, and what each point was lost by.
+ * @param {import("./api.js").AsdexWorkload | undefined} found @returns {Node[]} */
+export function asdexContent(found) {
+  if (found === undefined) return [];
+  const most = 20;
+  const rest = found.losses.slice(most).reduce((sum, each) => sum + each.cost, found.left_out);
+  return [
+    el("h3", {}, found.score === null ? "ASDEX" : `ASDEX ${found.score.toFixed(2)} of 1.00`),
+    found.score === null ? el("p", {}, "No connection to score in this window.")
+      : el("p", { class: "lead" }, `of ${plural(found.connections, "connection")} that were let in`),
+    el("ul", {}, ...found.losses.slice(0, most).map((each) => el("li", {},
+      el("strong", {}, `−${cost(each.cost)} ${words(each.check)}`), `: ${visible(each.reason)}`,
+      ` (${plural(each.connections, "connection")})`,
+      each.caller !== "" && el("div", { class: "name" }, visible(each.caller)),
+      each.policy !== "" && el("div", { class: "name" }, visible(each.policy)))),
+    rest > 0 && el("li", {}, `−${cost(rest)} by others: nodeagent report asdex -o json`)),
+  ];
+}
+
+/** @param {number} part Never "0.00" for what costs something. */
+function cost(part) {
+  return part < 0.01 ? "less than 0.01" : part.toFixed(2);
+}
+
 /** @param {Vertex} vertex @param {Pair[]} pairs @param {Status | null} status
+ * @param {import("./api.js").AsdexWorkload | undefined} asdex
  * @param {number} seconds @param {(pair: Pair) => void} go */
-export function vertexContent(vertex, pairs, status, seconds, go) {
+export function vertexContent(vertex, pairs, status, asdex, seconds, go) {
   const pod = status?.pods.find((each) => each.workload === vertex.id);
   const callers = pairs.filter((each) => each.destination === vertex.id);
   const callees = pairs.filter((each) => each.source === vertex.id);
@@ -113,10 +138,11 @@ export function vertexContent(vertex, pairs, status, seconds, go) {
     el("p", { class: "lead" }, kindWord(vertex)),
     facts([
       ["Identities", vertex.identities.length === 0 ? "none" : lines(vertex.identities)],
-      ["ASDEX", vertex.asdex === null || vertex.asdex === undefined ? "no data"
-        : vertex.asdex.toFixed(2)],
+      ["ASDEX", asdex !== undefined ? "" : typeof vertex.asdex === "number" ? vertex.asdex.toFixed(2)
+        : "no data"],
       ["Mode", vertex.mode === "" ? "not judged by this node" : vertex.mode],
     ]),
+    ...asdexContent(asdex),
     ...(pod && status ? podContent(pod, status) : []),
     ...list("Called by", callers, (each) => each.source, seconds, go),
     ...list("Calls", callees, (each) => each.destination, seconds, go),

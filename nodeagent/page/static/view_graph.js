@@ -82,7 +82,11 @@ export class GraphView {
 
   /** @param {number} seconds */
   asks(seconds) {
-    return { graph: `/graph?seconds=${seconds}` };
+    // What each point was lost by is only asked for where it is shown.
+    return {
+      graph: `/graph?seconds=${seconds}`,
+      ...(this.choice?.kind === "vertex" ? { asdex: `/asdex?seconds=${seconds}` } : {}),
+    };
   }
 
   /** @param {import("./api.js").Answers} answers */

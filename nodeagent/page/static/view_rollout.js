@@ -134,7 +134,7 @@ export class RolloutView {
             + (each.port_modes.length > 0 ? `, ${plural(each.port_modes.length, "port")} apart` : ""),
         },
         {
-          title: "Let in without identity", numeric: true, first: "desc",
+          title: "Without identity", numeric: true, first: "desc",
           sort: (each) => each.without_identity, cell: (each) => count(each.without_identity),
         },
         {

@@ -18,6 +18,8 @@ export class WorkloadsView {
     this.seconds = 300;
     /** @type {Status | null} */
     this.status = null;
+    /** Of the node. @type {number | null} */
+    this.score = null;
     /** @type {Map<string, number>} */
     this.asdex = new Map();
     this.choice = "";
@@ -42,14 +44,17 @@ export class WorkloadsView {
 
   /** @param {number} seconds */
   asks(seconds) {
-    return { graph: `/graph?seconds=${seconds}` };
+    return { graph: `/graph?seconds=${seconds}`, asdex: `/asdex?seconds=${seconds}` };
   }
 
   /** @param {import("./api.js").Answers} answers */
-  update({ status, graph }) {
+  update({ status, asdex }) {
     if (status !== undefined) this.status = status;
-    if (graph !== undefined) this.asdex = new Map(graph.vertices.flatMap((each) =>
-      (typeof each.asdex === "number" ? [[each.id, each.asdex]] : [])));
+    if (asdex !== undefined) {
+      this.score = asdex.score;
+      this.asdex = new Map(asdex.workloads.flatMap((each) =>
+        (each.score === null ? [] : [[each.workload, each.score]])));
+    }
     this.#render();
   }
 
@@ -64,7 +69,9 @@ export class WorkloadsView {
     if (status === null) return;
     const enrolled = status.pods.filter((each) => each.state === "Enrolled").length;
     fill(this.summary, `${enrolled} of ${plural(status.pods.length, "workload")} enrolled; `
-      + `${status.pods.filter((each) => each.mode === "STRICT").length} take mutual TLS only.`);
+      + `${status.pods.filter((each) => each.mode === "STRICT").length} take mutual TLS only. `
+      + (this.score === null ? "No connection to score in this window."
+        : `ASDEX of the node: ${this.score.toFixed(2)} of 1.00.`));
     fill(this.notices,
       ...status.missing.map((each) => notice("bad", visible(each))),
       status.same_node === "direct" && notice("warn", "Between two pods of this node connections "

@@ -120,8 +120,8 @@ _AUDIT_HEAD: Final = re.compile(
     rf"(?P<message>(?:SPIFFE (?P<identity>{_QUOTED})|Unknown Identity|\d+)\s"
     rf"(?P<verdict>AUTHORIZED|UNAUTHORIZED)?.*?)(?= audit_flag: | event=)"
 )
-_CERTIFICATE: Final = re.compile(r'cert: "(?P<cert>.*?)" (?=audit_flag: "(?:true|false)")')
-"""Envoy's XFCC has bare quotes in it."""
+_CERTIFICATE: Final = re.compile(r'cert: "(?P<cert>.*?)" (?=audit_flag: "(?:true|false|-)")')
+"""Envoy's XFCC has bare quotes in it, where the subject is empty; all others are escaped."""
 _FIELD: Final = re.compile(rf"(?P<key>[A-Za-z][\w.]*)(?:=|: )(?P<value>{_QUOTED}|[^\s\"]+)")
 
 
@@ -143,7 +143,8 @@ def _of_access_text(text: str) -> Entry | None:
     rest = text[head.end() :]
     certificate = _CERTIFICATE.search(rest)
     if certificate is not None:
-        own["cert"] = certificate["cert"]
+        bare = certificate["cert"].replace('Subject="";', r"Subject=\"\";")
+        own["cert"] = _unquoted(f'"{bare}"')
         rest = rest[: certificate.start()] + rest[certificate.end() :]
     fields |= {key: value for key, value in own.items() if value != "-"}
     return Entry(Log.ACCESS, when, fields | _fields(rest))
@@ -170,6 +171,8 @@ def _fields(text: str) -> dict[str, Any]:
     for field in _FIELD.finditer(text):
         value = _unquoted(field["value"])
         if field["key"] in {"mTLS_Origin", "mTLS_Destination"}:
+            continue
+        if field["key"] == "audit_flag" and value == "-":
             continue
         found[field["key"]] = value
     return found

@@ -23,7 +23,7 @@ from nodeagent.cli import cli
 from nodeagent.cli.log_lines import ENDS, REFUSALS, Log, read, sentence
 from support import audit_lines
 from support.recorded import answering
-from ztunnel.access_log import json_line, text_line
+from ztunnel.access_log import certificate, json_line, text_line
 from ztunnel.audit import forms
 from ztunnel.audit.entry import Event
 from ztunnel.reasons import RESPONSE_FLAGS, Reason
@@ -55,6 +55,27 @@ def test_an_access_line_is_the_same_in_both_forms(reason: Reason, principal: str
     found = read(json_line(line))
     assert found is not None
     assert found.failed == (RESPONSE_FLAGS[reason] != "-" or reason.value not in ENDS)
+
+
+@pytest.mark.parametrize("subject", ["", "CN=a", 'CN=a"b', r"CN=a\,b", 'CN=x";URI=spiffe://evil/x'])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"opened": True},
+        {"direction": "outbound"},
+        {"handshake": True},
+        {"audit_rules": HOSTILE},
+    ],
+)
+def test_a_line_with_a_certificate_is_the_same_in_both_forms(
+    subject: str, more: dict[str, Any]
+) -> None:
+    shown = certificate("spiffe://a/b", "0" * 64, subject, "spiffe://a/c")
+    line = audit_lines.line(cert=shown, **more)
+    text, jsoned = fields(text_line(line), Log.ACCESS), fields(json_line(line), Log.ACCESS)
+    assert jsoned["cert"] == shown
+    assert text == {key: value for key, value in jsoned.items() if key != "level"}
 
 
 def test_every_refusal_is_a_reason() -> None:

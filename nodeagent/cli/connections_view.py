@@ -157,12 +157,12 @@ def _called(each: Measured) -> str:
 
 def _how(each: Measured) -> str:
     words = ["out" if each.direction is Direction.OUTBOUND else "in"]
-    if each.state != "open":
-        words.append(each.state)
     if each.security is not Security.UNDECIDED:
         words.append(_WORDS[each.security])
     if each.key_exchange:
         words.append(each.key_exchange)
+    if each.state != "open":
+        words.append(each.state)
     return ", ".join(words)
 
 

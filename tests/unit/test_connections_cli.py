@@ -188,12 +188,12 @@ TABLE = """\
 node-1: 3 connections: 2 mTLS, 1 plaintext
 
 FROM         TO             HOW              POLICY           BYTES    RATE  AGE
-shop/client  shop/far:8080  in, mTLS,        shop/allow-clie  2.0MB  500B/s   3s
-                            X25519MLKEM768   nt
-10.0.0.1     shop/far:8080  in, plaintext,   shop/allow-clie  2.0MB    0B/s   4s
-                            X25519MLKEM768   nt
-shop/client  shop/far:8080  out, connecting  <none>           2.0MB  <none>   5s
-                            , mTLS
+shop/client  shop/far:8080  in, mTLS,        shop/allow-      2.0MB  500B/s   3s
+                            X25519MLKEM768   client
+10.0.0.1     shop/far:8080  in, plaintext,   shop/allow-      2.0MB    0B/s   4s
+                            X25519MLKEM768   client
+shop/client  shop/far:8080  out, mTLS,       <none>           2.0MB  <none>   5s
+                            connecting
 """
 
 

@@ -106,6 +106,8 @@ class Viewer:
 
     def picture(self, name: str) -> None:
         """Arrange the drawing, as somebody does who wants to see all of it, and keep it."""
+        if PICTURES:
+            self.sees(lambda _: not self.browser.all("#view .notice"))
         self.browser.one("button[aria-label='Arrange anew']").click()
         if PICTURES:
             self.browser.driver.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
@@ -130,11 +132,9 @@ def padlocks(rows: Rows) -> dict[tuple[str, str], str]:
 def test_browser_follows_the_sentences_exercise(viewer: Viewer) -> None:
     viewer.step("Deploy the sentences application, without sidecars")
     viewer.sees(lambda rows: padlocks(rows) == {(CLIENT, SENTENCES): "none"})
-    viewer.picture("sentences-1-no-agent")
 
     viewer.step("peer-auth/strict.yaml")
     viewer.sees(lambda rows: padlocks(rows) == {(CLIENT, SENTENCES): "none"})
-    viewer.picture("sentences-2-strict")
 
     viewer.step("Enable the sidecar for age")
     rows = viewer.sees(lambda rows: padlocks(rows).get((SENTENCES, AGE)) == "no data")
@@ -143,7 +143,7 @@ def test_browser_follows_the_sentences_exercise(viewer: Viewer) -> None:
     line = viewer.browser.drawn()[f"{SENTENCES} > {AGE}"]
     assert line["arrow"] == "tee"
     assert "refused" in line["label"]
-    viewer.picture("sentences-3-errors")
+    viewer.picture("sentences-errors")
 
     viewer.step("peer-auth/permissive.yaml")
     rows = viewer.sees(
@@ -154,18 +154,16 @@ def test_browser_follows_the_sentences_exercise(viewer: Viewer) -> None:
     )
     # What sentences calls besides nobody can see: neither end is in the mesh.
     assert rows.keys() == {(CLIENT, SENTENCES), (SENTENCES, AGE)}
-    viewer.picture("sentences-4-permissive")
 
     viewer.step("Inject sidecars into all services, and strict.yaml again")
     everything = {(CLIENT, SENTENCES), (SENTENCES, AGE), (SENTENCES, NAME_V1), (SENTENCES, NAME_V2)}
     viewer.sees(lambda rows: padlocks(rows) == dict.fromkeys(everything, "all"))
     assert {each["state"] for each in viewer.browser.drawn().values()} == {"all"}
-    viewer.picture("sentences-5-all-strict")
     said = selected(viewer, SENTENCES, AGE)
     assert "every connection was mutual TLS" in said
     assert "spiffe://cluster.local/ns/default/sa/sentences" in said
     assert "spiffe://cluster.local/ns/default/sa/age" in said
-    viewer.picture("sentences-6-selected")
+    viewer.picture("sentences-all-strict")
     viewer.browser.press(Keys.ESCAPE)
 
     viewer.step("dest-rule/name.yaml: no mTLS for v1")
@@ -174,11 +172,10 @@ def test_browser_follows_the_sentences_exercise(viewer: Viewer) -> None:
     states = {name: each["state"] for name, each in viewer.browser.drawn().items()}
     assert states[f"{SENTENCES} > {NAME_V1}"] == "none"
     assert states[f"{SENTENCES} > {NAME_V2}"] == "all"
-    viewer.picture("sentences-7-missing-padlock")
+    viewer.picture("sentences-missing-padlock")
     said = selected(viewer, SENTENCES, NAME_V1)
     assert "default/name-v1-disable" in said
     assert "none proved" in said
-    viewer.picture("sentences-8-selected")
 
 
 def selected(viewer: Viewer, source: str, destination: str) -> str:

@@ -59,7 +59,8 @@ export class GraphView {
           this.#tool("↺", "Arrange anew", () => this.#rearrange()))),
       el("p", { class: "hint", id: "graph-keys" },
         "In the drawing: arrow keys move it, + and − zoom, 0 shows all. Padlocks are of traffic that "
-        + "was seen, never of what is configured. The table has the same, for keyboard and screen reader."),
+        + "was seen, never of what is configured. Below a name stand mode and ASDEX. The table has the "
+        + "lines, for keyboard and screen reader."),
       el("h2", { id: "table-title" }, "The same as a table"),
       this.table.element);
     void this.#start();

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-__all__ = ["StoreError", "UnusableError", "told"]
+__all__ = ["DamagedError", "StoreError", "UnusableError", "told"]
 
 _PRIMARY: Final = 0xFF
 """Of an extended result code (sqlite.org/rescode.html)."""
@@ -22,6 +22,10 @@ _NOT_OURS: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 class StoreError(Exception):
     """The file cannot be used now; the message says why, and what to do."""
+
+
+class DamagedError(StoreError):
+    """What is there cannot be read, now or later."""
 
 
 class UnusableError(Exception):

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from nodeagent.api import values
 from nodeagent.flows._coverage import Hole, Span, covered
-from nodeagent.flows._errors import StoreError, UnusableError, told
+from nodeagent.flows._errors import DamagedError, StoreError, UnusableError, told
 from nodeagent.flows._model import SCHEMA, Gap, Recorded, Recording
 from nodeagent.flows._store import BUSY_SECONDS, CARRIED_BITS, COLUMNS, HOUR, VERSION
 
@@ -109,9 +109,9 @@ def _content(path: Path, since: float, most: int, *, outbound: bool) -> _Content
                 watched={_text(workload): _moment(_int(begin)) for workload, begin in watched},
             )
     except UnusableError as error:
-        raise StoreError(f"{path}: {error}") from None
+        raise DamagedError(f"{path}: {error}") from None
     except (ValueError, OverflowError):
-        raise StoreError(f"{path}: is damaged: it holds what no flow is") from None
+        raise DamagedError(f"{path}: is damaged: it holds what no flow is") from None
 
 
 def _span(row: tuple[object, ...]) -> Span:

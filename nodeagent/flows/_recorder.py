@@ -20,7 +20,7 @@ import structlog
 
 from nodeagent.flow_settings import Keep
 from nodeagent.flows._coverage import LATE_SECONDS
-from nodeagent.flows._errors import StoreError
+from nodeagent.flows._errors import DamagedError, StoreError
 from nodeagent.flows._model import SCHEMA, Recording
 from nodeagent.flows._reading import recording
 from nodeagent.flows._recent import Recent
@@ -70,6 +70,10 @@ class _Watch(NamedTuple):
     going_on: frozenset[str] | None
 
 
+class _Check(NamedTuple):
+    """The file is to be looked at, as at the start."""
+
+
 class _Store(Protocol):
     def add(self, process: int, message: Flows, /) -> None: ...
 
@@ -107,7 +111,7 @@ class Recorder:
         self._clock = clock
         self._store = store or FlowStore(path, keep)
         self._recent = Recent(wall())
-        self._queue: queue.SimpleQueue[_Told | _Watch | threading.Event | None]
+        self._queue: queue.SimpleQueue[_Told | _Watch | _Check | threading.Event | None]
         self._queue = queue.SimpleQueue()
         self._before: frozenset[str] = frozenset()
         self._watched: dict[str, str] | None = None
@@ -190,6 +194,9 @@ class Recorder:
         try:
             found = recording(self.path, node, self._wall(), age, outbound=outbound)
         except StoreError as error:
+            if isinstance(error, DamagedError) and self._thread.is_alive():
+                # Who writes may not have met the damage yet.
+                self._queue.put(_Check())
             return _nothing(node, self._wall(), age, self._problem or str(error))
         return msgspec.structs.replace(found, problem=self._problem)
 
@@ -231,6 +238,9 @@ class Recorder:
                 break
             if isinstance(given, threading.Event):
                 given.set()
+            elif isinstance(given, _Check):
+                self._pruned = -1
+                self._write(None)
             elif isinstance(given, _Watch):
                 self._now_watched = given.pods
                 # Where the one before is not written, what is in the file is older than that.

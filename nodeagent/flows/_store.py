@@ -141,7 +141,9 @@ class FlowStore:
         """Drop the hours that are over.
 
         Those of a future stay: it is this clock that is wrong, on a machine that boots without one.
+        The file is opened anew for it, which finds what has become of it on the disk since.
         """
+        self.close()
         oldest = int(now) // HOUR - self._keep.retention_hours
         self._do(lambda: self._drop(oldest))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nodeagent.flow_settings import Keep
@@ -253,6 +256,46 @@ def test_who_is_watched_is_told_to_a_new_file_too(watching: Watching) -> None:
     watching.recorder.put(7, told(1, 5))
     assert watching.says() == {"a/b": 10}
     watching.recorder.stop(DEADLINE)
+
+
+def test_a_file_that_is_damaged_while_it_is_written_is_begun_anew_when_it_is_read(
+    watching: Watching,
+) -> None:
+    watching.recorder.watch({"a/b": "a/b@1"})
+    flows = [
+        Flow(msgspec.structs.replace(KEY, port=1 + n), NOW, NOW, 1, 0, 0, 0) for n in range(900)
+    ]
+    watching.recorder.put(7, told(1, 5, *flows))
+    assert watching.says() == {"a/b": 0}
+    with contextlib.closing(sqlite3.connect(watching.path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with watching.path.open("r+b") as stream:
+        stream.seek(4096)
+        stream.write(b"\xff" * (watching.path.stat().st_size - 8192))
+    assert "damaged" in watching.recorder.read("n1", HOUR).problem
+    watching.now += 20
+    watching.recorder.put(7, told(2, 15, *flows[:1]))
+    found = watching.recorder.read("n1", HOUR)
+    assert (found.problem, len(found.flows), since(found)) == ("", 1, 16)
+    assert watching.path.with_name("flows.db.broken").exists()
+    watching.recorder.stop(DEADLINE)
+
+
+def test_damage_that_nobody_reads_is_found_within_the_hour(tmp_path: Path) -> None:
+    flows = [
+        Flow(msgspec.structs.replace(KEY, port=1 + n), NOW, NOW, 1, 0, 0, 0) for n in range(900)
+    ]
+    store = kept(tmp_path, [(7, told(1, 5, *flows))])
+    store.prune(NOW)
+    with contextlib.closing(sqlite3.connect(store.path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with store.path.open("r+b") as stream:
+        stream.seek(4096)
+        stream.write(b"\xff" * (store.path.stat().st_size - 8192))
+    store.prune(NOW + HOUR)
+    store.add(7, told(2, 10))
+    store.close()
+    assert since(read(tmp_path, 20, age=20)) == 11
 
 
 def test_what_could_not_be_written_of_it_begins_when_it_can(tmp_path: Path) -> None:

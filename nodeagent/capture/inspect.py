@@ -80,14 +80,15 @@ def program_name(number: int) -> str:
         return ""
 
 
-def foreign_rules() -> list[str]:
-    """Return the routing rules of others in the calling thread's namespace that come before the
-    capture's, stand in their place, or lead to its table. Raises OSError, also where the kernel has
-    no policy routing.
+def foreign_rules() -> tuple[list[str], list[str]]:
+    """Return others' routing rules in the calling thread's namespace: those that stand in the place
+    of the capture's or lead to its table, and those that only come before.
+
+    Raises OSError, also where the kernel has no policy routing.
     """
     ours = {rule for family in (V4, V6) for rule in wanted_rules(family)}
     with Rtnetlink() as route:
         found = sorted(read_rules(route) - ours)
-    return [
-        str(rule) for rule in found if 0 < rule.preference < PREFERENCES.stop or rule.table == TABLE
-    ]
+    before = [rule for rule in found if 0 < rule.preference < PREFERENCES.start]
+    place = [rule for rule in found if rule.preference in PREFERENCES or rule.table == TABLE]
+    return [*map(str, place)], [str(rule) for rule in before if rule not in place]

@@ -109,6 +109,14 @@ def _inside(look: PodLook) -> Iterator[Finding]:
                 affects=affects,
             )
     yield from _foreign(look)
+    if look.rules_before:
+        yield finding(
+            "NA3009",
+            "; ".join(look.rules_before[:MOST_NAMED]),
+            "see that none of them turns TCP: what they turn past the tunnel is dropped",
+            f"{enter(look.netns)} ip rule show",
+            affects=affects,
+        )
     yield from _drops(look.drops, affects)
     yield from _probes(look)
     silent = [address for address, said in look.hbone.items() if said is not Outcome.ANSWERED]

@@ -64,6 +64,7 @@ CODES: Final[Mapping[str, Code]] = {
         _ERROR,
         ("NA2002", "NA3001", "NA3002", "NA3003", "NA3005", "NA5003"),
     ),
+    "NA3009": Code("Routing rules of others come before the capture's", _WARNING, ("NA3006",)),
     "NA4001": Code(
         "A workload's certificate has ended or is about to", _ERROR, ("NA4003", "NA4004", "NA4005")
     ),

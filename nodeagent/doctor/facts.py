@@ -141,6 +141,8 @@ class PodLook(msgspec.Struct, frozen=True, kw_only=True):
     drops: tuple[Drop, ...] = ()
     foreign: tuple[str, ...] = ()
     """What others have put here that turns connections: rules and redirects, in words."""
+    rules_before: tuple[str, ...] = ()
+    """Routing rules of others that come before the capture's, in words."""
     programs: tuple[SocketProgram, ...] = ()
     """Other people's programs that choose sockets here."""
 

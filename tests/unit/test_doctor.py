@@ -22,6 +22,8 @@ from nodeagent.admin.model import (
     UnenforcedReport,
     ZtunnelReport,
 )
+from nodeagent.cli.doctor_view import show
+from nodeagent.cli.output import Printer
 from nodeagent.doctor.codes import CODES, page
 from nodeagent.doctor.facts import (
     Agent,
@@ -212,6 +214,7 @@ PROVOKED: Final[Mapping[str, tuple[Facts, ...]]] = {
         look(hbone={"10.0.0.2": Outcome.SILENT}),
         look(hbone={"10.0.0.2": Outcome.REFUSED}),
     ),
+    "NA3009": (look(rules_before=("rule 50: table 7",)),),
     "NA4001": (
         status(certificates=(certificate(-5),)),
         status(certificates=(certificate(800),)),
@@ -344,6 +347,26 @@ def test_causes_form_no_circle() -> None:
 def test_every_code_has_its_section_and_every_section_its_code() -> None:
     sections = re.findall(r"^### (NA\d{4})$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert sections == sorted(CODES)
+
+
+def test_names_of_programs_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer(wide=True)
+    for found in PROVOKED["NA3005"]:
+        show(printer, judge(found))
+    assert "evil\\x1b[2J (process 99)" in printer.done()
+    assert "\x1b" not in printer.done()
+
+
+def test_of_many_pods_with_one_trouble_some_are_told_and_all_are_named() -> None:
+    looks = tuple(
+        msgspec.structs.replace(LOOK, workload=f"shop/web-{number}", probes=SILENT)
+        for number in range(5)
+    )
+    printer = Printer()
+    show(printer, judge(facts(pods=looks)))
+    said = printer.done()
+    assert said.count("ERROR NA3007") == 3
+    assert "and 2 more NA3007: shop/web-3, shop/web-4" in said
 
 
 def test_a_report_is_one_json_document_with_a_schema() -> None:

@@ -81,6 +81,20 @@ def test_redirects_are_told() -> None:
     assert found.redirects == ("packet filter rule 7 of inet t c redirects",)
 
 
+def test_endless_rules_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless, silent, broken = (tmp_path / name for name in ("endless", "silent", "broken"))
+    endless.write_text("#!/bin/sh\nexec cat /dev/zero\n")
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    broken.write_text("#!/bin/sh\nexit 7\n")
+    for path in (endless, silent, broken):
+        path.chmod(0o755)
+    monkeypatch.setattr(filters, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(filters, "SECONDS", 0.2)
+    for path, said in ((endless, "more than 10000 bytes"), (silent, "0.2 s"), (broken, "with 7")):
+        with pytest.raises(ValueError, match=said):
+            filters._listed(str(path))
+
+
 # --- ztunnel's metrics ----------------------------------------------------------------------------
 
 METRICS = """\

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -21,6 +22,9 @@ __all__ = ["FilterError", "Rules", "rules", "rules_of"]
 
 SECONDS: Final = 5.0
 """For nft to list everything: tens of thousands of rules take one."""
+
+MOST_BYTES: Final = 32 * 1024 * 1024
+"""Of its answer: a hundred thousand rules. A pod with CAP_NET_ADMIN writes as many as it likes."""
 
 _PORT: Final = 15008
 
@@ -45,19 +49,33 @@ def rules(enter: str) -> Rules:
     if program is None:
         raise FilterError("nft is not installed")
     try:
-        done = subprocess.run(
-            [program, "--json", "--handle", "list", "ruleset"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=SECONDS,
-            check=True,
-        )
-        return rules_of(json.loads(done.stdout or b"{}"), enter)
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        raise FilterError(f"nft: {said[0] if said else f'exit code {error.returncode}'}") from None
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return rules_of(json.loads(_listed(program) or b"{}"), enter)
+    except (OSError, ValueError) as error:
         raise FilterError(f"nft: {error}") from None
+
+
+def _listed(program: str) -> bytes:
+    """Return nft's answer. Raises OSError, ValueError."""
+    with subprocess.Popen(
+        [program, "--json", "--handle", "list", "ruleset"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        watchdog = threading.Timer(SECONDS, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None  # noqa: S101 - a pipe was asked for
+            said = process.stdout.read(MOST_BYTES + 1)
+            if len(said) > MOST_BYTES:
+                process.kill()
+                raise ValueError(f"more than {MOST_BYTES} bytes of rules")
+            code = process.wait()
+        finally:
+            watchdog.cancel()
+    if code:
+        raise ValueError(f"it ended with {code}, or took more than {SECONDS:g} s")
+    return said
 
 
 def rules_of(ruleset: Any, enter: str = "") -> Rules:  # noqa: ANN401 - nft's JSON

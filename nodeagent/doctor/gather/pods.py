@@ -67,7 +67,7 @@ class _Inside(msgspec.Struct, frozen=True):
     probes: tuple[Probe, ...]
     sockets: dict[int, list[int]]
     filters: filters.Rules
-    rules: tuple[str, ...]
+    rules: tuple[list[str], list[str]]
     reached: dict[str, Outcome]
 
 
@@ -146,7 +146,8 @@ def _visit(
             probes=seen.probes,
             holders=holders,
             drops=seen.filters.drops,
-            foreign=(*seen.rules, *seen.filters.redirects),
+            foreign=(*seen.rules[0], *seen.filters.redirects),
+            rules_before=tuple(seen.rules[1]),
             programs=programs,
         ),
         [
@@ -166,6 +167,6 @@ def _inside(pod: Known, path: str, peers: Sequence[str]) -> _Inside:
         probes=through_tunnel(versions) if pod.captured else (),
         sockets=processes.listening(PORTS),
         filters=found,
-        rules=tuple(inspect.foreign_rules()),
+        rules=inspect.foreign_rules(),
         reached=half_open(peers, HBONE_PORT, MARK_TUNNEL) if peers else {},
     )

@@ -78,8 +78,8 @@ _ORDERS: Final = ("age", "rate", "bytes")
     type=click.FloatRange(0, LONGEST_SECONDS),
     default=INTERVAL_SECONDS,
     metavar="SECONDS",
-    help="Time between the two looks that make a rate; 0 is one look and no rates. With --watch it "
-    f"is the time between two frames.  [{INTERVAL_SECONDS:g}]",
+    help="Time between the two looks that make a rate; 0 is one look and no rates. With --watch, "
+    f"--every is that time.  [{INTERVAL_SECONDS:g}]",
 )
 @agent_options
 @output_option()

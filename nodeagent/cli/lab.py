@@ -15,12 +15,17 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec, TypeVar
 
 import click
+import msgspec
 
 from nodeagent.api import ConfigError
 from nodeagent.cli import RefusedInputError
+from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.output import DOCUMENTS, Answer, Printer, answer, output_option, write_document
+from nodeagent.cli.table import Column, Tone
+from nodeagent.cli.text import moment
 from nodeagent.lab import Lab, LabError, UnknownPodError, exercises, load, load_exercise
 from nodeagent.lab.model import DEFAULT_BASE, LabSpec
 from nodeagent.lab.store import Store
@@ -32,8 +37,18 @@ if TYPE_CHECKING:
 
 __all__ = ["lab"]
 
+SCHEMA: Final = 1
+"""Of each document: fields are only added."""
+
+_DAEMONS: Final = ("nodeagent", "ztunnel")
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class _Labs(msgspec.Struct, frozen=True, kw_only=True):
+    schema: int = SCHEMA
+    labs: tuple[Any, ...]
 
 
 def _errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -143,8 +158,6 @@ def up(base: Path, what: str, name: str, no_daemons: bool) -> None:  # noqa: FBT
     """
     spec = _describe(what)
     if name:
-        import msgspec  # noqa: PLC0415 - rarely needed
-
         spec = msgspec.structs.replace(spec, name=name)
     with _interruptible():
         Lab.up(spec, base=base, daemons=not no_daemons, progress=_say)
@@ -202,48 +215,60 @@ def run_in_pod(
 
 @lab.command()
 @click.argument("name", default="")
-@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text")
+@output_option()
 @click.pass_obj
 @_errors
-def status(base: Path, name: str, output: str) -> None:
+def status(base: Path, name: str, output: str) -> NoReturn:
     """Show the labs, their nodes, pods and processes.
 
-    Exit code 0: everything that was started is running and ready; 1: something is not.
+    \b
+    Exit codes: 0 everything that was started is running and ready; 1 something
+    is not, or there is no such lab; 2 wrong usage.
     """
     from nodeagent.lab.report import report  # noqa: PLC0415 - not for `exec`
 
     reports = [report(Lab(each, base)) for each in ([name] if name else Store.names(base))]
-    if output == "json":
-        import msgspec  # noqa: PLC0415 - rarely needed
 
-        click.echo(json.dumps(msgspec.to_builtins(reports), indent=2))
-    else:
-        for each in reports:
-            _show(each)
-        if not reports:
-            _say("no lab is up")
-    if not all(each.good for each in reports):
-        raise click.exceptions.Exit(1)
+    def show(printer: Printer) -> None:
+        for number, each in enumerate(reports):
+            if number:
+                printer.line()
+            _show(printer, each)
+
+    if not reports:
+        _say("no lab is up")
+    good = all(each.good for each in reports)
+    code = ExitCode.FINE if good else ExitCode.FINDING
+    answer(lambda: Answer(_Labs(labs=tuple(reports)), show, code), output)
 
 
-def _show(shown: LabReport) -> None:
-    from rich.console import Console  # noqa: PLC0415 - slow to load
-    from rich.table import Table  # noqa: PLC0415 - as above
-
-    console = Console(highlight=False)
-    since = datetime.fromtimestamp(shown.created, UTC).isoformat(" ", "seconds")
+def _show(printer: Printer, shown: LabReport) -> None:
+    since = moment(datetime.fromtimestamp(shown.created, UTC))
     state = "" if shown.complete else " (not complete: remove it)"
-    console.print(f"lab [bold]{shown.name}[/] since {since}{state}   {shown.directory}")
-    nodes = Table("NODE", "ADDRESS", "NODEAGENT", "ZTUNNEL", box=None, header_style="dim")
-    for node in shown.nodes:
-        states = [node.daemons.get(daemon, "-") for daemon in ("nodeagent", "ztunnel")]
-        nodes.add_row(node.name, node.addresses[0], *states)
-    console.print(nodes)
-    pods = Table("POD", "NODE", "ADDRESSES", "MESH", "PROGRAMS", box=None, header_style="dim")
-    for pod in shown.pods:
-        programs = ", ".join(f"{app} {state}" for app, state in pod.apps.items()) or "-"
-        pods.add_row(pod.name, pod.node, " ".join(pod.addresses), pod.mesh, programs)
-    console.print(pods)
+    printer.line(f"lab {shown.name} since {since}{state}", Tone.PLAIN if shown.good else Tone.BAD)
+    printer.line(f"  {shown.directory}")
+    printer.line()
+    printer.table(
+        [Column(heading) for heading in ("NODE", "ADDRESS", "NODEAGENT", "ZTUNNEL")],
+        [
+            (node.name, node.addresses[0], *(node.daemons.get(each, "") for each in _DAEMONS))
+            for node in shown.nodes
+        ],
+    )
+    printer.line()
+    printer.table(
+        [Column(heading) for heading in ("POD", "NODE", "ADDRESSES", "MESH", "PROGRAMS")],
+        [
+            (
+                pod.name,
+                pod.node,
+                ", ".join(pod.addresses),
+                pod.mesh,
+                ", ".join(f"{app} {state}" for app, state in pod.apps.items()),
+            )
+            for pod in shown.pods
+        ],
+    )
 
 
 @lab.command(short_help="Show a daemon's output, or a node's access log.")
@@ -280,7 +305,7 @@ def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None: 
 @lab.command(short_help="Walk through an exercise, each step checked.")
 @click.argument("name")
 @click.option("--keep", is_flag=True, help="Leave the lab up at the end, to look around in.")
-@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text")
+@output_option(("text",))
 @click.pass_obj
 @_errors
 def exercise(base: Path, name: str, keep: bool, output: str) -> None:  # noqa: FBT001 - click passes it by name
@@ -288,7 +313,11 @@ def exercise(base: Path, name: str, keep: bool, output: str) -> None:  # noqa: F
 
     Every step is shown as the commands that it is made of, and what it should bring about is
     checked against what programs and daemons say. Removes the lab at the end, also when it is
-    interrupted. Exit code 0 only when everything that is said has been checked and holds.
+    interrupted.
+
+    \b
+    Exit codes: 0 everything that is said has been checked and holds; 1 some
+    does not; 2 wrong usage.
     """
     from nodeagent.lab.steps import EXERCISES  # noqa: PLC0415 - of `exercise` alone
 
@@ -296,45 +325,50 @@ def exercise(base: Path, name: str, keep: bool, output: str) -> None:  # noqa: F
         raise click.UsageError(f"no exercise is called {name}; known: {', '.join(EXERCISES)}")
     import secrets  # noqa: PLC0415 - rarely needed
 
-    import msgspec  # noqa: PLC0415 - rarely needed
-
     chosen = EXERCISES[name]
     spec = msgspec.structs.replace(chosen.described(), name=f"{name}-{secrets.token_hex(3)}")
     with _interruptible(), contextlib.ExitStack() as ending:
         made = Lab.up(spec, base=base, progress=_say)
         ending.callback(made.down)
-        done = chosen(made, lambda text: click.echo(text, err=output == "json")).run()
+        done = chosen(made, lambda text: click.echo(text, err=output in DOCUMENTS)).run()
         if keep:
             ending.pop_all()
             _say(f"lab {spec.name} is up; to remove it: nodeagent lab down {spec.name}")
-    if output == "json":
+    if output in DOCUMENTS:
         steps = [
             {"title": step.title, "claims": [claim._asdict() for claim in step.claims]}
             for step in done
         ]
-        click.echo(json.dumps({"schema": 1, "exercise": name, "steps": steps}, indent=2))
+        write_document({"schema": SCHEMA, "exercise": name, "steps": steps}, output)
     if not all(claim.holds for step in done for claim in step.claims):
         sys.exit(1)
 
 
 @lab.command(short_help="See the mesh at work, and what the wire carries.")
-@click.option("--json", "as_json", is_flag=True, help="Only the claims and their checks, as JSON.")
+@output_option(("text",))
+@click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 @click.pass_obj
 @_errors
-def demo(base: Path, as_json: bool) -> None:  # noqa: FBT001 - click passes it by name
+def demo(base: Path, output: str, *, as_json: bool) -> None:
     """Show the mesh at work: two nodes, real traffic, and what the wire carries.
 
-    Removes everything at the end, also when it is interrupted. Exit code 0 only when every claim
-    that it prints has been checked and holds.
+    Removes everything at the end, also when it is interrupted.
+
+    \b
+    Exit codes: 0 every claim that it prints has been checked and holds; 1 one
+    does not; 2 wrong usage.
     """
     from nodeagent.lab.demo import Demo  # noqa: PLC0415 - of `demo` alone
 
+    form = "json" if as_json else output
+
     def show(text: str) -> None:
-        click.echo(text, err=as_json)
+        click.echo(text, err=form in DOCUMENTS)
 
     with _interruptible():
         claims = Demo(base, show).run()
-    if as_json:
-        click.echo(json.dumps([claim._asdict() for claim in claims], indent=2))
+    if form in DOCUMENTS:
+        document = {"schema": SCHEMA, "claims": [claim._asdict() for claim in claims]}
+        write_document(document, form)
     if not all(claim.holds for claim in claims):
         sys.exit(1)

@@ -24,7 +24,7 @@ from nodeagent.api import ConfigError
 from nodeagent.cli import RefusedInputError
 from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_of, settings_option
-from nodeagent.cli.text import many
+from nodeagent.cli.text import many, printable
 from nodeagent.settings import Settings
 
 __all__ = ["Finding", "Report", "check", "check_documents"]
@@ -102,9 +102,9 @@ def check_documents(names: Sequence[str], settings: Settings) -> Report:
 
 def _print(report: Report) -> None:
     for found in report.errors:
-        click.echo(f"error: {found}")
+        click.echo(printable(f"error: {found}"))
     for warning in report.warnings:
-        click.echo(f"warning: {warning}")
+        click.echo(printable(f"warning: {warning}"))
     verdict = "would not be taken as they are" if report.errors else "would be in force"
     click.echo(
         f"{many(report.documents, 'document')} in {many(report.files, 'file')}: {verdict}; "

@@ -26,7 +26,7 @@ from nodeagent.cli.policy_diff_view import lines
 from nodeagent.cli.policy_source import Source, from_agent, of_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, get, report, run_directory
 from nodeagent.cli.since import since_option
-from nodeagent.cli.text import many, moment
+from nodeagent.cli.text import many, moment, printable
 from nodeagent.flows import Recording
 from nodeagent.settings import Settings
 from nodeagent.whatif import Comparison, DiffReport, Replay
@@ -99,7 +99,7 @@ def diff(output: str, **options: Any) -> NoReturn:  # noqa: ANN401 - the fields 
         write_document(found, output)
     else:
         for line in lines(found, clock.now()):
-            click.echo(line)
+            click.echo(printable(line))
     sys.exit(EXIT_BREAKS if found.breaks else 0)
 
 

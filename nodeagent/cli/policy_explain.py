@@ -20,6 +20,7 @@ from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_explain_view import lines
 from nodeagent.cli.policy_source import Source, from_agent, from_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, report
+from nodeagent.cli.text import printable
 from nodeagent.offline import Caller, Explanation, Offline
 
 __all__ = ["explain"]
@@ -93,7 +94,7 @@ def explain(
         write_document(explanation, output)
     else:
         for line in lines(explanation, everything=everything):
-            click.echo(line)
+            click.echo(printable(line))
     sys.exit(0 if explanation.allowed else EXIT_REFUSED)
 
 

@@ -25,7 +25,7 @@ from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_source import Source, from_agent, from_files
 from nodeagent.cli.reach import EXIT_UNREACHABLE, UnreachableError, report
-from nodeagent.cli.text import many, wrapped
+from nodeagent.cli.text import many, printable, wrapped
 from nodeagent.offline import Outcome, Result, Table
 
 __all__ = ["test"]
@@ -120,7 +120,7 @@ def test(
     else:
         trusts = [word for domain in table.trusts for word in ("--trust", domain)] if files else []
         for line in _lines(answer, (*trusts, *files), verbose=verbose):
-            click.echo(line)
+            click.echo(printable(line))
     if answer.broken:
         sys.exit(EXIT_USAGE)
     sys.exit(EXIT_FAILED if answer.failed else 0)

@@ -172,7 +172,7 @@ def test_labs_live_side_by_side(base: Path) -> None:
     gone = labs[0].down()
     assert gone
     assert labs[1].run("client", ["curl", "-sS", f"{address}:8000/ip"]).returncode == 0
-    listed = json.loads(cli(base, "status", "-o", "json").stdout)
+    listed = json.loads(cli(base, "status", "-o", "json").stdout)["labs"]
     assert [each["name"] for each in listed] == ["second"]
     assert cli(base, "down", "--all").returncode == 0
     assert not base.exists()

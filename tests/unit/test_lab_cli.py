@@ -82,7 +82,7 @@ def test_a_bad_lab_file_is_a_usage_error_with_its_place(tmp_path: Path) -> None:
 
 def test_no_labs_is_an_answer(tmp_path: Path) -> None:
     result = invoke(tmp_path / "none", "status", "-o", "json")
-    assert (result.exit_code, json.loads(result.stdout)) == (0, [])
+    assert (result.exit_code, json.loads(result.stdout)) == (0, {"schema": 1, "labs": []})
     assert invoke(tmp_path / "none", "down").exit_code == 0
     assert invoke(tmp_path / "none", "down", "--all").exit_code == 0
 
@@ -111,6 +111,6 @@ def test_status_in_both_forms(tmp_path: Path) -> None:
     text = invoke(base, "status")
     assert text.exit_code == 0
     assert "default/client" in text.stdout
-    (found,) = json.loads(invoke(base, "status", "-o", "json").stdout)
+    (found,) = json.loads(invoke(base, "status", "-o", "json").stdout)["labs"]
     assert found["good"] is True
     assert found["pods"][0]["mesh"] == "enrolled"

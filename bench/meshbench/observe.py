@@ -6,19 +6,22 @@ alone; nobody else offers the same to be turned on.
 
 Off: no line of the access log is kept (`/dev/null`; they are still made), no audit log, no recorded
 callers, nobody asks. On: the access log in a file, the audit log with every caller in another,
-recorded callers, and somebody who asks both daemons of both nodes for `/metrics`, and the tunnels
-for `/stats`, every ASK_SECONDS: Prometheus does so every fifteen.
+recorded callers, traces of one connection in a hundred to a receiver on each node, and somebody who
+asks both daemons of both nodes for `/metrics`, and the tunnels for `/stats`, every ASK_SECONDS:
+Prometheus does so every fifteen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.server
 import os
 import resource
 import statistics
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -26,12 +29,15 @@ from typing import Any, Final
 from meshbench import held, host, parse, scrape
 from meshbench.bed import Bed, FailedError, ready, spec, tune
 from meshbench.scenarios import PARALLEL, Timing
-from nodeagent.lab import Lab
+from nodeagent.lab import Lab, namespaces
 
 __all__ = ["ASK_SECONDS", "IDLE", "WINDOWS", "measure"]
 
 WINDOWS: Final = 3
-ASK_SECONDS: Final = 1.0
+ASK_SECONDS: Final = 2.0
+TRACES_PORT: Final = 4318
+"""The port that OpenTelemetry names for OTLP over HTTP."""
+SAMPLE: Final = 100
 IDLE: Final = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2 - 1000)
 """Connections that are open while a scrape is measured. A pod of a tunnel gets no more than half of
 the descriptors, and has one for each."""
@@ -48,6 +54,8 @@ def measure(tools: Path, timing: Timing) -> Values:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-observe-")))
         off = stack.enter_context(_bed("off", tools, _off, ("--access-log", "/dev/null")))
         on = stack.enter_context(_bed("on", tools, lambda node: _on(directory, node)))
+        for node in on.lab.nodes:
+            stack.enter_context(_receiver(node.space))
         ratios: dict[str, list[float]] = {}
         found: Values = {}
         for window in range(1, WINDOWS + 1):
@@ -85,7 +93,41 @@ def _off(_node: str) -> dict[str, Any]:
 
 
 def _on(directory: Path, node: str) -> dict[str, Any]:
-    return {"audit": {"stdout": False, "file": str(directory / f"audit-{node}.log")}}
+    return {
+        "audit": {"stdout": False, "file": str(directory / f"audit-{node}.log")},
+        "traces": {"endpoint": f"http://127.0.0.1:{TRACES_PORT}", "sample_one_in": SAMPLE},
+    }
+
+
+class _Taken(http.server.BaseHTTPRequestHandler):
+    """Takes spans and forgets them: an answer of OTLP's without a field is success."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", "0")))
+        self.send_response(http.HTTPStatus.OK)
+        self.send_header("content-type", "application/x-protobuf")
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def _receiver(space: Path) -> Iterator[None]:
+    """Run a receiver of traces on a node's loopback."""
+    address = ("127.0.0.1", TRACES_PORT)
+    make = partial(http.server.ThreadingHTTPServer, address, _Taken)
+    with namespaces.run_in(space, make) as server:
+        thread = threading.Thread(target=server.serve_forever, name="bench-traces")
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _window(bed: Bed, timing: Timing) -> Values:

@@ -18,8 +18,9 @@ import pytest
 
 from nodeagent.lab import Lab
 from support.e2e import HTTP_PORT, Mesh, peer_authentication, running, spec, spiffe, strict, watched
+from support.expositions import described, every_series
 from support.netns import wait_until
-from support.prometheus import DEPLOY, TARGETS, Server
+from support.prometheus import DEPLOY, TARGETS, Server, check_metrics
 
 WINDOW: Final = "20s"
 UNKNOWN: Final = "unknown"
@@ -131,6 +132,21 @@ def test_every_target_is_scraped_by_the_format_it_asked_for(prometheus: Server) 
     assert kinds["ztunnel_decision_duration_seconds"] == "histogram"
     # OpenMetrics has a type of its own for it: that is what Prometheus asks for, and got.
     assert kinds["ztunnel_build"] == "info"
+
+
+@pytest.mark.parametrize("daemon", ["nodeagent", "ztunnel"])
+def test_what_the_daemons_say_is_what_is_documented(
+    mesh: Mesh, prometheus: Server, lab: Lab, daemon: str
+) -> None:
+    for caller in ("client", "legacy", "outsider"):
+        mesh.curl(caller, f"http://{mesh.address('far')}:{HTTP_PORT}/get")
+    mesh.refuses("client", mesh.address("legacy"), 1)
+    for node in lab.nodes:
+        text = node.metrics(daemon)
+        check_metrics(text)
+        found = described(text)
+        assert found.keys() <= every_series().keys()
+        assert len(found) > 30
 
 
 def test_a_call_by_mutual_tls_has_a_padlock_between_named_ends(

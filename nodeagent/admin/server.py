@@ -24,6 +24,7 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
+from nodeagent.admin.bounded import Limited, TlsListener
 from nodeagent.admin.configuration import Configuration
 from nodeagent.admin.metrics import CONTENT_TYPE, OPENMETRICS_TYPE
 from nodeagent.admin.model import Status
@@ -44,15 +45,6 @@ __all__ = [
 ]
 
 log = structlog.get_logger()
-
-CONNECTION_SECONDS: Final = 30.0
-"""Life of one connection, whatever it does: every answer is one small document."""
-
-HANDSHAKE_SECONDS: Final = 5.0
-"""For TLS of the page's own listener, before the life of a connection begins to count."""
-
-MAX_CONNECTIONS: Final = 32
-"""Open at a time and listener: Prometheus, probes and a few people."""
 
 MAX_AGE_DIGITS: Final = 10
 """Of a number of seconds: three hundred years."""
@@ -167,7 +159,7 @@ class AdminServer:
             **{path: _relay(relay) for path, relay in relays.items()},
             **{path: _question(question) for path, question in questions.items()},
         }
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | TlsListener] = []
         self._runner = self._make(self._guard)
         self._gated: list[web.AppRunner] = []
 
@@ -199,7 +191,7 @@ class AdminServer:
         """Begin to serve on `listening` (unix or TCP), which becomes this server's."""
         if self._runner.server is None:
             await self._runner.setup()
-        await self._listen(self._runner, listening, None)
+        await self._listen(self._runner, listening)
 
     async def serve_page(
         self, listening: socket.socket, gate: Gate, context: ssl.SSLContext | None
@@ -208,18 +200,14 @@ class AdminServer:
         runner = self._make(behind(gate))
         await runner.setup()
         self._gated.append(runner)
-        await self._listen(runner, listening, context)
+        if context is None:
+            await self._listen(runner, listening)
+        else:
+            self._servers.append(TlsListener(Limited(runner), listening, context))
 
-    async def _listen(
-        self, runner: web.AppRunner, listening: socket.socket, context: ssl.SSLContext | None
-    ) -> None:
-        server = await asyncio.get_running_loop().create_server(
-            _Limited(runner),
-            sock=listening,
-            ssl=context,
-            ssl_handshake_timeout=HANDSHAKE_SECONDS if context else None,
-        )
-        self._servers.append(server)
+    async def _listen(self, runner: web.AppRunner, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_server(Limited(runner), sock=listening))
 
     async def close(self) -> None:
         """Stop listening and end what is open."""
@@ -421,56 +409,6 @@ def _silent() -> logging.Logger:
     logger = logging.getLogger("nodeagent.admin.http")
     logger.setLevel(logging.CRITICAL)
     return logger
-
-
-class _Limited:
-    """Makes protocols whose connections are bounded in number and life."""
-
-    def __init__(self, runner: web.AppRunner) -> None:
-        self._runner = runner
-        self.open = 0
-
-    def __call__(self) -> asyncio.Protocol:
-        server = self._runner.server
-        assert server is not None  # noqa: S101 - set up before the first listener
-        return _Bounded(self, server())
-
-
-class _Bounded(asyncio.Protocol):
-    """Passes everything on to the HTTP protocol, and ends the connection when its time is up."""
-
-    def __init__(self, limits: _Limited, http: asyncio.Protocol) -> None:
-        self._limits = limits
-        self._http = http
-        self._expiry: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
-        self._limits.open += 1
-        self._http.connection_made(transport)
-        if self._limits.open > MAX_CONNECTIONS:
-            transport.abort()
-            return
-        loop = asyncio.get_running_loop()
-        self._expiry = loop.call_later(CONNECTION_SECONDS, transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._limits.open -= 1
-        if self._expiry is not None:
-            self._expiry.cancel()
-        self._http.connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        self._http.data_received(data)
-
-    def eof_received(self) -> bool | None:
-        return self._http.eof_received()
-
-    def pause_writing(self) -> None:
-        self._http.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._http.resume_writing()
 
 
 async def _close_after(_request: web.Request, response: web.StreamResponse) -> None:

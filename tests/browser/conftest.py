@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 from selenium import webdriver
 
-from support import page
+from support import page, picture
 from support.browser import Browser
 
 BINARY: Final = Path("/usr/bin/chromium")
@@ -53,7 +53,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
 @pytest.fixture
 def site() -> Iterator[page.Site]:
     with page.site() as found:
-        page.sentences(found.picture)
+        picture.sentences(found.picture)
         yield found
 
 

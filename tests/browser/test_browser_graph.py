@@ -8,7 +8,7 @@ from typing import Any
 from selenium.webdriver.common.keys import Keys
 
 from nodeagent.observe import graph_model as model
-from support import page
+from support import page, picture
 from support.browser import Browser
 
 STATES = ("all", "some", "none", "no data")
@@ -186,7 +186,7 @@ def test_browser_asks_for_the_chosen_window(browser: Browser, site: page.Site) -
 
 def test_browser_follows_the_traffic(browser: Browser, site: page.Site) -> None:
     browser.open(site)
-    site.picture.edges = [page.edge("sentences/frontend", "sentences/age", plaintext=9)]
+    site.picture.edges = [picture.edge("sentences/frontend", "sentences/age", plaintext=9)]
     browser.wait(lambda: [row[3] for row in browser.rows()] == ["none"])
     assert browser.drawn()["sentences/frontend > sentences/age"]["state"] == "none"
     browser.one("#live").click()
@@ -209,10 +209,10 @@ def test_browser_leaves_everything_where_it_is(browser: Browser, site: page.Site
     browser.refresh()
     assert browser.run(OPERATIONS) == done
     assert browser.run("return window.changes") == []
-    site.picture.vertices = [*site.picture.vertices, page.vertex("sentences/new")]
+    site.picture.vertices = [*site.picture.vertices, picture.vertex("sentences/new")]
     site.picture.edges = [
         *site.picture.edges[1:],
-        page.edge("sentences/new", "sentences/age", mutual_tls=1),
+        picture.edge("sentences/new", "sentences/age", mutual_tls=1),
     ]
     browser.refresh()
     after = places(browser)
@@ -222,7 +222,7 @@ def test_browser_leaves_everything_where_it_is(browser: Browser, site: page.Site
 
 
 def test_browser_is_usable_at_five_hundred_workloads(browser: Browser, site: page.Site) -> None:
-    page.many(site.picture, 500, 20)
+    picture.many(site.picture, 500, 20)
     browser.open(site)
     found = places(browser)
     assert len(found) == 500
@@ -246,8 +246,8 @@ def test_browser_is_usable_at_five_hundred_workloads(browser: Browser, site: pag
 
 
 def test_browser_kinds_without_a_namespace_stand_alone(browser: Browser, site: page.Site) -> None:
-    site.picture.vertices.append(page.vertex("unknown", kind=model.Kind.UNKNOWN))
-    site.picture.edges.append(page.edge("unknown", "sentences/age", plaintext=1))
+    site.picture.vertices.append(picture.vertex("unknown", kind=model.Kind.UNKNOWN))
+    site.picture.edges.append(picture.edge("unknown", "sentences/age", plaintext=1))
     browser.open(site)
     alone = browser.run(
         "return document.getElementById('drawing').drawing.cy.nodes('.vertex')"

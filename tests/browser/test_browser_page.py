@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from support import page
+from support import page, picture
 from support.browser import Browser
 from support.forward import forwarded
 
@@ -86,16 +86,16 @@ def test_browser_has_landmarks_headings_and_names(browser: Browser, site: page.S
 
 
 def test_browser_shows_hostile_names_as_text(browser: Browser, site: page.Site) -> None:
-    picture = site.picture
-    picture.vertices.append(page.vertex(page.HOSTILE))
-    picture.pods.append(page.pod(page.HOSTILE))
-    picture.edges.append(
-        page.edge(
-            page.HOSTILE,
+    shown = site.picture
+    shown.vertices.append(picture.vertex(picture.HOSTILE))
+    shown.pods.append(picture.pod(picture.HOSTILE))
+    shown.edges.append(
+        picture.edge(
+            picture.HOSTILE,
             "sentences/age",
             refused=1,
-            reasons={page.HOSTILE: 1},
-            policies=(page.HOSTILE,),
+            reasons={picture.HOSTILE: 1},
+            policies=(picture.HOSTILE,),
         )
     )
     browser.open(site)
@@ -166,7 +166,7 @@ def test_browser_does_not_move_where_motion_is_unwanted(browser: Browser, site: 
 def test_browser_says_what_is_not_there(browser: Browser) -> None:
     browser.expected = ["404 (Not Found)"]
     with page.site(graph=False) as site:
-        page.sentences(site.picture)
+        picture.sentences(site.picture)
         browser.open(site)
         assert "This agent has no /graph: it is of an older release" in browser.text("#notices")
         browser.all("nav a")[1].click()
@@ -176,7 +176,7 @@ def test_browser_says_what_is_not_there(browser: Browser) -> None:
 def test_browser_says_when_the_agent_is_gone(browser: Browser) -> None:
     browser.expected = ["net::ERR_"]
     with page.site() as site:
-        page.sentences(site.picture)
+        picture.sentences(site.picture)
         browser.open(site)
     browser.refresh()
     browser.wait(lambda: "The agent does not answer" in browser.text("#notices"))
@@ -188,7 +188,7 @@ def test_browser_says_when_the_agent_is_gone(browser: Browser) -> None:
 def test_browser_comes_by_a_forwarded_socket(browser: Browser, tmp_path: Path) -> None:
     """As with `ssh -L PORT:admin.sock`."""
     with page.site(unix=tmp_path / "admin.sock") as site:
-        page.sentences(site.picture)
+        picture.sentences(site.picture)
         with forwarded(tmp_path / "admin.sock") as address:
             browser.open(address)
             assert len(browser.rows()) == 10
@@ -239,7 +239,7 @@ def test_browser_opens_without_the_drawing_library(browser: Browser, tmp_path: P
             (tmp_path / path.name).write_bytes(path.read_bytes())
     browser.expected = ["404 (Not Found)"]
     with page.site(files=page.Files(tmp_path)) as site:
-        page.sentences(site.picture)
+        picture.sentences(site.picture)
         browser.open(site)
         browser.wait(lambda: "built without npm" in browser.text("#drawing"))
         assert len(browser.rows()) == 10

@@ -21,7 +21,7 @@ from selenium.webdriver.support.select import Select
 from nodeagent.lab import Lab, LabSpec
 from nodeagent.lab.steps import MutualTls
 from nodeagent.rundir import ADMIN_SOCKET
-from support import page
+from support import page, picture
 from support.browser import PATIENCE, Browser
 from support.e2e import running
 from support.forward import forwarded
@@ -118,7 +118,7 @@ def viewer(browser: Browser) -> Iterator[Viewer]:
     with running(OneNode.described()) as lab:
         socket = lab.layout.run(lab.nodes[0].name) / ADMIN_SOCKET
         with forwarded(socket) as address, Viewer(lab, browser) as found:
-            browser.open(page.Site(address, page.Picture()))
+            browser.open(page.Site(address, picture.Picture()))
             Select(browser.one("#window")).select_by_value(str(CHOSEN))
             if not PICTURES:
                 browser.run("page.view.seconds = arguments[0]", SHORTEST)

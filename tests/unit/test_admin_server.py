@@ -19,7 +19,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from nodeagent.admin import Metrics, Status, server
+from nodeagent.admin import Metrics, Status, bounded, server
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Configuration, Documents
 from nodeagent.admin.model import (
     SCHEMA,
@@ -474,8 +474,8 @@ def test_malformed_requests_end_the_connection(tmp_path: Path, data: bytes) -> N
 def test_silent_connections_are_ended_and_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "CONNECTION_SECONDS", 0.2)
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(bounded, "CONNECTION_SECONDS", 0.2)
+    monkeypatch.setattr(bounded, "MAX_CONNECTIONS", 2)
 
     async def ended(site: Site) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", site.port)

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import re
+import socket
+import ssl
+import time
 import urllib.error
 import urllib.request
 from base64 import b64encode
 from email.message import Message
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from nodeagent import daemon
-from nodeagent.admin import server
-from nodeagent.page import Files, Gate
+from nodeagent.admin import bounded, server
+from nodeagent.page import Files, Gate, tls_context
 from nodeagent.page_settings import Page
-from support import page
+from support import certificates, page, picture
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
 
-def get(url: str, method: str = "GET", **headers: str) -> tuple[int, Message, bytes]:
+def get(
+    url: str, method: str = "GET", trusted: ssl.SSLContext | None = None, **headers: str
+) -> tuple[int, Message, bytes]:
     """Ask for `url`; redirects are not followed."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(url, method=method, headers=named)  # noqa: S310 - http, ours
-    opener = urllib.request.build_opener(_Stay)
+    opener = urllib.request.build_opener(_Stay, urllib.request.HTTPSHandler(context=trusted))
     try:
         with opener.open(request, timeout=20) as answer:
             return answer.status, answer.headers, answer.read()
@@ -173,6 +182,60 @@ def test_a_listener_behind_a_token_slows_guessing_down() -> None:
         assert codes == [401] * 10 + [429] * 2
 
 
+class Tls(NamedTuple):
+    """The server's side, and that of a client who trusts it."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Tls:
+    now = time.time()
+    made = certificates.issue(
+        None, subject="node", dns=["localhost"], not_before=now - 60, not_after=now + 600
+    )
+    (tmp_path / "page.crt").write_bytes(made.certificate.public_bytes(Encoding.PEM))
+    (tmp_path / "page.key").write_bytes(
+        made.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    context = tls_context(tmp_path / "page.crt", tmp_path / "page.key")
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "page.crt"))
+    return Tls(context, trusting)
+
+
+def test_a_page_over_tls_asks_for_the_token_too(tls: Tls) -> None:
+    with page.site(gate=Gate(TOKEN.encode()), context=tls.server) as site:
+        address = site.address.replace("127.0.0.1", "localhost")
+        assert get(f"{address}/status", trusted=tls.client)[0] == 401
+        code, _, body = get(f"{address}/status", trusted=tls.client, Authorization=basic(TOKEN))
+        assert code == 200
+        assert b"worker-1" in body
+        # Nothing at all is told without TLS.
+        with pytest.raises((OSError, http.client.HTTPException)):
+            get(address.replace("https", "http") + "/ui/", Authorization=basic(TOKEN))
+
+
+def test_handshakes_that_come_to_nothing_end_and_are_limited(
+    tls: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(bounded, "MAX_CONNECTIONS", 2)
+    with page.site(gate=Gate(TOKEN.encode()), context=tls.server) as site:
+        port = int(site.address.rpartition(":")[2])
+        with contextlib.ExitStack() as stack:
+            silent = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+                for _ in range(6)
+            ]
+            for each in silent:
+                with contextlib.suppress(ConnectionResetError):
+                    assert each.recv(1) == b""
+        address = site.address.replace("127.0.0.1", "localhost")
+        found = get(f"{address}/ui/", trusted=tls.client, Authorization=basic(TOKEN))
+        assert found[0] == 200
+
+
 def test_a_file_too_large_is_none_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nodeagent.page._files.MAX_FILE_BYTES", 10)
     (tmp_path / "index.html").write_bytes(b"x" * 11)
@@ -192,4 +255,4 @@ def test_the_daemon_does_not_start_with_a_page_that_it_cannot_protect(tmp_path: 
     shown = Page(address="127.0.0.1:15010", token_file=tmp_path / "none")
 
     with pytest.raises(daemon.DaemonError, match=r"page\.token_file"):
-        asyncio.run(daemon._show_page(page.admin_server(page.Picture()), shown))
+        asyncio.run(daemon._show_page(page.admin_server(picture.Picture()), shown))

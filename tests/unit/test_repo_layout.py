@@ -32,7 +32,17 @@ SOURCES = (
     "schemas",
     ".ci",
 )
-PLAIN = ("Makefile", "README.md", "setup.py", "pyproject.toml", "requirements.lock")
+PLAIN = (
+    "Makefile",
+    "README.md",
+    "setup.py",
+    "pyproject.toml",
+    "requirements.lock",
+    "web/.npmrc",
+    "web/package.json",
+    "web/package-lock.json",
+    "web/tsconfig.json",
+)
 
 NOT_TEXT = {".so", ".o", ".pyc", ".partial", ".png", ".gz", ".bin"}
 

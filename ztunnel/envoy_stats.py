@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 from urllib.parse import parse_qsl
 
+from ztunnel.arrivals import Arrived
 from ztunnel.protocol import Arrival
 from ztunnel.reasons import Reason
-
-if TYPE_CHECKING:
-    from ztunnel.arrivals import Arrived
 
 __all__ = ["Query", "QueryError", "Stat", "parse", "render", "statistics"]
 
@@ -84,7 +82,7 @@ def statistics(arrived: Arrived, handshaking: int) -> list[Stat]:
         found += _listener(arrived, arrival, handshaking if arrival is Arrival.HBONE else 0)
     found += _ssl(LISTENERS[Arrival.HBONE], arrived)
     # No TLS is spoken there: what is not TLS comes in there, and nothing else.
-    found += [Stat(stat.name, 0) for stat in _ssl(LISTENERS[Arrival.PLAINTEXT], None)]
+    found += _ssl(LISTENERS[Arrival.PLAINTEXT], Arrived())
     found += _inspector(arrived)
     return sorted(
         stat if stat.used or not stat.value else stat._replace(used=True) for stat in found
@@ -129,9 +127,9 @@ def _listener(arrived: Arrived, arrival: Arrival, handshaking: int) -> Iterator[
     yield Stat(f"{prefix}.downstream_pre_cx_active", handshaking, gauge=True, used=begun)
 
 
-def _ssl(prefix: str, arrived: Arrived | None) -> Iterator[Stat]:
+def _ssl(prefix: str, arrived: Arrived) -> Iterator[Stat]:
     def failures(*reasons: Reason) -> int:
-        return sum(arrived.handshake_failures[reason] for reason in reasons) if arrived else 0
+        return sum(arrived.handshake_failures[reason] for reason in reasons)
 
     for name, value in (
         ("connection_error", failures(*_TLS_ERRORS)),
@@ -140,7 +138,7 @@ def _ssl(prefix: str, arrived: Arrived | None) -> Iterator[Stat]:
         ("fail_verify_error", failures(*_CERTIFICATE_REFUSED)),
         ("fail_verify_no_cert", failures(Reason.CERT_MISSING)),
         ("fail_verify_san", failures(Reason.TRUST_DOMAIN)),
-        ("handshake", arrived.handshakes if arrived else 0),
+        ("handshake", arrived.handshakes),
         # A client without certificate is refused, no response of OCSP is stapled, and no session
         # resumed: each would go past the certificates' end or withdrawal.
         ("no_certificate", 0),
@@ -149,12 +147,12 @@ def _ssl(prefix: str, arrived: Arrived | None) -> Iterator[Stat]:
         ("ocsp_staple_requests", 0),
         ("ocsp_staple_responses", 0),
         ("session_reused", 0),
-        ("versions.TLSv1.3", arrived.handshakes if arrived else 0),
+        ("versions.TLSv1.3", arrived.handshakes),
     ):
         yield Stat(f"{prefix}.ssl.{name}", value)
     for name, value in (
         ("downstream_context_secrets_not_ready", failures(Reason.NO_CREDENTIAL)),
-        ("ssl_context_update_by_sds", arrived.certificates if arrived else 0),
+        ("ssl_context_update_by_sds", arrived.certificates),
         # A context of servers.
         ("upstream_context_secrets_not_ready", 0),
     ):

@@ -85,7 +85,7 @@ def _look(run_dir: Path | None, settings_file: Path | None) -> Answer:
     settings, file, problem = _written(run_dir, settings_file)
     asked = _ask(settings.run_dir)
     if asked.agent.status is not None:
-        settings, file = _in_force(settings)
+        settings, file = _in_force(settings, file)
     elif run_dir is not None and (file is None or problem):
         raise click.UsageError(
             f"{asked.agent.cause}, so its settings are not known: name the file with --settings"
@@ -118,9 +118,15 @@ def _written(run_dir: Path | None, given: Path | None) -> tuple[Settings, Path |
     return settings, file, problem
 
 
-def _in_force(settings: Settings) -> tuple[Settings, Path]:
-    """Return what the daemon itself goes by, and the file that it was told."""
-    said = settings_in_force(settings.run_dir)
+def _in_force(settings: Settings, file: Path | None) -> tuple[Settings, Path | None]:
+    """Return what the daemon itself goes by, and the file that it was told.
+
+    One of a release that does not say so goes by the file, for all that is known.
+    """
+    try:
+        said = settings_in_force(settings.run_dir)
+    except UnreachableError:
+        return settings, file
     values = {each.name: each.value for each in said.settings if each.name in _OF_INTEREST}
     paths = {name: Path(value) for name, value in values.items() if name.endswith("_dir")}
     audit = msgspec.structs.replace(settings.audit, file=values.pop("audit.file", ""))

@@ -207,7 +207,7 @@ def _failed(error: Exception, said: str) -> MissingError:
     complaint = next((line for line in said.splitlines() if "error:" in line), "").strip()
     text = complaint or said.strip().partition("\n")[0] or str(error)
     denied = os.geteuid() != 0 or os.strerror(errno.EPERM) in f"{error} {said}"
-    if denied:
+    if denied and not complaint:
         return MissingError(
             f"not allowed to load programs into the kernel: {text[:MOST_SAID]}",
             "run this command as root, with CAP_BPF and CAP_PERFMON, outside a container",

@@ -158,7 +158,7 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
         ),
         "trace": (
             "nodeagent.cli.trace:trace",
-            "Connections as the kernel sees them; what goes around the tunnel.",
+            "Connections as the kernel sees them, and what bypasses.",
         ),
         "uninstall": (
             "nodeagent.cli.run:uninstall",

@@ -234,12 +234,21 @@ def status(base: Path, name: str, output: str) -> NoReturn:
             if number:
                 printer.line()
             _show(printer, each)
+        if any(node.daemons for each in reports for node in each.nodes):
+            _ask(printer, reports[0])
 
     if not reports:
         _say("no lab is up")
     good = all(each.good for each in reports)
     code = ExitCode.FINE if good else ExitCode.FINDING
     answer(lambda: Answer(_Labs(labs=tuple(reports)), show, code), output)
+
+
+def _ask(printer: Printer, shown: LabReport) -> None:
+    node = shown.nodes[0].name
+    printer.line()
+    printer.line("To ask a node's agent, whatever the command:")
+    printer.line(f"  nodeagent status --run-dir {shown.directory}/nodes/{node}/run")
 
 
 def _show(printer: Printer, shown: LabReport) -> None:

@@ -119,7 +119,7 @@ def logs(
 
 def _say_nothing(sources: Sequence[Source]) -> None:
     click.echo(f"note: no such line in {', '.join(each.name for each in sources)}", err=True)
-    if any(each.path is None for each in sources):
+    if all(each.path is None for each in sources):
         click.echo(
             "note: if ztunnel is no unit of systemd here, its standard output is elsewhere "
             "(kubectl logs …): save it and read it with --file, or pipe it into --file -",

@@ -17,7 +17,8 @@ from nodeagent.cli.text import NONE, printable
 __all__ = ["Cell", "Column", "Segment", "Tone", "layout"]
 
 GAP: Final = 2
-"""Spaces between two columns: with one, two words of neighbours read as one cell."""
+"""Spaces between two columns: with one, two words of neighbours read as one cell. So there is one
+only where that spares the table from being folded."""
 
 NARROWEST: Final = 8
 """Columns to which a cell is folded at most: below, nobody can read it."""
@@ -69,11 +70,15 @@ def layout(
             raise ValueError(f"{len(row)} cells in a table of {len(columns)} columns")
         made.append([_cell(each) for each in row])
     widths = [max(len(row[at].text) for row in made) for at in range(len(columns))]
-    if width is not None:
-        narrowest = [len(column.heading) for column in columns]
-        _shrink(widths, narrowest, columns, width)
+    gap = GAP
+    if width is not None and sum(widths) + GAP * (len(widths) - 1) > width:
+        if sum(widths) + len(widths) - 1 <= width:
+            gap = 1
+        else:
+            narrowest = [len(column.heading) for column in columns]
+            _shrink(widths, narrowest, columns, width)
     for row in made:
-        yield from _lines(row, columns, widths)
+        yield from _lines(row, columns, widths, gap)
 
 
 def _cell(given: Cell | str) -> Cell:
@@ -105,10 +110,10 @@ def _shrink(
 
 
 def _lines(
-    row: Sequence[Cell], columns: Sequence[Column], widths: Sequence[int]
+    row: Sequence[Cell], columns: Sequence[Column], widths: Sequence[int], gap: int
 ) -> Iterator[list[Segment]]:
     if all(len(cell.text) <= width for cell, width in zip(row, widths, strict=True)):
-        yield _line(row, columns, widths)
+        yield _line(row, columns, widths, gap)
         return
     folded = [_fold(cell.text, width) for cell, width in zip(row, widths, strict=True)]
     for number in range(max(map(len, folded))):
@@ -116,21 +121,23 @@ def _lines(
             cell._replace(text=parts[number] if number < len(parts) else "")
             for cell, parts in zip(row, folded, strict=True)
         ]
-        yield _line(pieces, columns, widths)
+        yield _line(pieces, columns, widths, gap)
 
 
-def _line(row: Sequence[Cell], columns: Sequence[Column], widths: Sequence[int]) -> list[Segment]:
+def _line(
+    row: Sequence[Cell], columns: Sequence[Column], widths: Sequence[int], gap: int
+) -> list[Segment]:
     segments: list[Segment] = []
-    gap = ""
+    before = ""
     for cell, column, width in zip(row, columns, widths, strict=True):
         missing = " " * (width - len(cell.text))
-        before, after = (missing, "") if column.right else ("", missing)
+        left, right = (missing, "") if column.right else ("", missing)
         if cell.text:
-            segments.append(Segment(gap + before, Tone.PLAIN))
+            segments.append(Segment(before + left, Tone.PLAIN))
             segments.append(Segment(cell.text, cell.tone))
-            gap = after + " " * GAP
+            before = right + " " * gap
         else:
-            gap += before + after + " " * GAP
+            before += left + right + " " * gap
     return segments
 
 

@@ -127,6 +127,15 @@ def test_a_table_folds_the_widest_column_and_loses_nothing() -> None:
     assert identity in table(columns, [("shop/web", identity, "3m20s")], None)[1]
 
 
+def test_a_table_is_not_folded_for_a_few_columns_of_space() -> None:
+    columns = [Column("A"), Column("B"), Column("C", right=True)]
+    assert table(columns, [("aaaa", "bbbb", "cccc")], 14) == ["A    B       C", "aaaa bbbb cccc"]
+    assert table(columns, [("aaaa", "bbbb", "cccc")], 16) == [
+        "A     B        C",
+        "aaaa  bbbb  cccc",
+    ]
+
+
 @given(
     st.lists(st.lists(st.text(max_size=60), min_size=3, max_size=3), max_size=5),
     st.integers(3 * 8 + 2 * GAP, 120),
@@ -144,14 +153,12 @@ def test_no_line_of_a_table_is_wider_than_asked(rows: list[list[str]], width: in
                 assert character in whole
 
 
-def test_a_large_table_is_quick() -> None:
+def test_a_large_table_ends() -> None:
+    # What is quadratic in the rows takes minutes: the timeout of every test is the bound.
     columns = [Column(f"COLUMN{number}") for number in range(9)]
     rows = [tuple(f"cell {number} of row {row}" for number in range(9)) for row in range(15_000)]
-    began = time.process_time()
     count = sum(1 for _line in layout(columns, rows, 80))
     assert count > len(rows)
-    # Bounded, not measured: what is quadratic takes minutes.
-    assert time.process_time() - began < SECONDS
 
 
 # --- answers ------------------------------------------------------------------------------------

@@ -315,7 +315,7 @@ def spelled(reason: Reason) -> str:
     return text_line(audit_lines.line(reason=reason)) + "\n"
 
 
-@pytest.mark.timeout(SECONDS)
+@pytest.mark.timeout(4 * SECONDS)
 def test_following_goes_on_over_rotation_and_truncation_and_ends_with_an_interrupt(
     tmp_path: Path,
 ) -> None:

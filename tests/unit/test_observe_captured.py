@@ -1,0 +1,45 @@
+"""Which workloads nobody calls unseen: by the states of their pods."""
+
+from __future__ import annotations
+
+import pytest
+
+from nodeagent.admin.model import PodState
+from nodeagent.observe.captured import captured, taken_over
+from nodeagent.podkeeper import PodView
+from nodeagent.reconcile import Enrolled
+
+
+def view(state: PodState, uid: str = "") -> PodView:
+    enrolled = Enrolled(uid, 1, ()) if uid else None
+    return PodView(None, state, 0.0, enrolled, "", (), 0, {})
+
+
+@pytest.mark.parametrize("state", [PodState.ENROLLED, PodState.DEGRADED])
+def test_who_is_captured_is_in_it_by_its_pod(state: PodState) -> None:
+    assert captured({}, {"a/b": view(state, "a/b@1")}) == {"a/b": "a/b@1"}
+    assert captured({"a/b": "a/b@1"}, {"a/b": view(state, "a/b@2")}) == {"a/b": "a/b@2"}
+
+
+@pytest.mark.parametrize("state", [PodState.WAITING, PodState.ENROLLING])
+def test_between_two_pods_a_workload_stays_and_none_comes(state: PodState) -> None:
+    assert captured({"a/b": "a/b@1"}, {"a/b": view(state)}) == {"a/b": "a/b@1"}
+    assert captured({}, {"a/b": view(state)}) == {}
+
+
+@pytest.mark.parametrize("state", [PodState.FAILED, PodState.REMOVING])
+def test_who_may_be_open_is_not_in_it(state: PodState) -> None:
+    assert captured({"a/b": "a/b@1"}, {"a/b": view(state)}) == {}
+    assert captured({"a/b": "a/b@1"}, {"a/b": view(state, "a/b@1")}) == {}
+
+
+def test_who_is_bound_no_more_is_not_in_it() -> None:
+    assert captured({"a/b": "a/b@1"}, {}) == {}
+
+
+def test_what_an_earlier_run_captured_is_taken_over_when_it_is_no_longer_in_between() -> None:
+    found = {"a/b": view(PodState.FAILED), "a/c": view(PodState.ENROLLED, "a/c@1")}
+    assert not taken_over({"a/b"}, found)
+    assert taken_over({"a/c"}, found)
+    assert taken_over({"a/gone"}, found)
+    assert taken_over({"a/b"}, {"a/b": view(PodState.WAITING)})

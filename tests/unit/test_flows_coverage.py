@@ -212,6 +212,9 @@ class Watching:
         self.recorder.resume(found)
         self.recorder.start()
 
+    def until(self, wanted: dict[str, int]) -> None:
+        wait_until(lambda: self.says() == wanted, f"{wanted} are watched since then")
+
     def says(self) -> dict[str, int]:
         found = self.recorder.read("n1", HOUR)
         return {uid: int(begin.timestamp()) - NOW for uid, begin in found.watched.items()}
@@ -226,35 +229,35 @@ def watching(tmp_path: Path) -> Watching:
 
 def test_a_workload_is_watched_from_when_it_is_captured(watching: Watching) -> None:
     watching.recorder.watch({"a/b": "a/b@1"})
-    assert watching.says() == {"a/b": 0}
+    watching.until({"a/b": 0})
     watching.now += 10
     watching.recorder.watch({"a/b": "a/b@2", "a/c": "a/c@1"})
-    assert watching.says() == {"a/b": 0, "a/c": 10}
+    watching.until({"a/b": 0, "a/c": 10})
     watching.recorder.watch({"a/c": "a/c@1"})
     watching.now += 10
     watching.recorder.watch({"a/b": "a/b@2", "a/c": "a/c@1"})
-    assert watching.says() == {"a/b": 20, "a/c": 10}
+    watching.until({"a/b": 20, "a/c": 10})
     watching.recorder.stop(DEADLINE)
 
 
 def test_after_a_restart_only_what_was_found_captured_was_so_meanwhile(watching: Watching) -> None:
     watching.recorder.watch({"a/b": "a/b@1", "a/c": "a/c@1", "a/d": "a/d@1"})
-    assert watching.says() == {"a/b": 0, "a/c": 0, "a/d": 0}
+    watching.until({"a/b": 0, "a/c": 0, "a/d": 0})
     watching.now += 10
     watching.again("a/b@1", "a/d@1")
     watching.recorder.watch({"a/b": "a/b@1", "a/c": "a/c@1", "a/d": "a/d@2"})
-    assert watching.says() == {"a/b": 0, "a/c": 10, "a/d": 10}
+    watching.until({"a/b": 0, "a/c": 10, "a/d": 10})
     watching.recorder.stop(DEADLINE)
 
 
 def test_who_is_watched_is_told_to_a_new_file_too(watching: Watching) -> None:
     watching.recorder.watch({"a/b": "a/b@1"})
-    assert watching.says() == {"a/b": 0}
+    watching.until({"a/b": 0})
     for each in watching.path.parent.iterdir():
         each.unlink()
     watching.now += 10
     watching.recorder.put(7, told(1, 5))
-    assert watching.says() == {"a/b": 10}
+    watching.until({"a/b": 10})
     watching.recorder.stop(DEADLINE)
 
 
@@ -266,7 +269,7 @@ def test_a_file_that_is_damaged_while_it_is_written_is_begun_anew_when_it_is_rea
         Flow(msgspec.structs.replace(KEY, port=1 + n), NOW, NOW, 1, 0, 0, 0) for n in range(900)
     ]
     watching.recorder.put(7, told(1, 5, *flows))
-    assert watching.says() == {"a/b": 0}
+    watching.until({"a/b": 0})
     with contextlib.closing(sqlite3.connect(watching.path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     with watching.path.open("r+b") as stream:
@@ -275,8 +278,12 @@ def test_a_file_that_is_damaged_while_it_is_written_is_begun_anew_when_it_is_rea
     assert "damaged" in watching.recorder.read("n1", HOUR).problem
     watching.now += 20
     watching.recorder.put(7, told(2, 15, *flows[:1]))
-    found = watching.recorder.read("n1", HOUR)
-    assert (found.problem, len(found.flows), since(found)) == ("", 1, 16)
+
+    def anew() -> bool:
+        found = watching.recorder.read("n1", HOUR)
+        return (found.problem, len(found.flows), since(found)) == ("", 1, 16)
+
+    wait_until(anew, "a new file has what was told since")
     assert watching.path.with_name("flows.db.broken").exists()
     watching.recorder.stop(DEADLINE)
 
@@ -311,5 +318,5 @@ def test_what_could_not_be_written_of_it_begins_when_it_can(tmp_path: Path) -> N
     shutil.rmtree(watching.path)
     watching.now += 40
     watching.recorder.put(7, told(1, 5))
-    assert watching.says() == {"a/b": 40}
+    watching.until({"a/b": 40})
     watching.recorder.stop(DEADLINE)

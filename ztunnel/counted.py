@@ -17,8 +17,8 @@ from ztunnel.protocol import Arrival, FlowKey
 from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
-    from ztunnel.decisions import SeriesTable
     from ztunnel.labels import Labels
+    from ztunnel.series import SeriesTable
     from ztunnel.state import State
 
 __all__ = ["OTHER", "ByPolicy", "Counted", "Judged", "Plaintext"]

@@ -19,7 +19,7 @@ from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
 from ztunnel.reasons import FLAGS, NO_FLAG, Reason
 
 if TYPE_CHECKING:
-    from ztunnel.decisions import Counters, Series
+    from ztunnel.series import Counters, Series
     from ztunnel.traces import Exemplar
 
 __all__ = ["Rows", "portions"]

@@ -16,13 +16,14 @@ from ztunnel import address, flow_keys
 from ztunnel import labels as label_sets
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import ARRIVALS
-from ztunnel.decisions import Decisions, Key, Peers, Record, SeriesTable
+from ztunnel.decisions import Decisions, Key, Peers, Record
 from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
 from ztunnel.probe import is_probe
 from ztunnel.protocol import Arrival, FlowKey, Service, Workload
 from ztunnel.reasons import Reason
 from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse, Route, Tunnel, Way
 from ztunnel.same_node import admit, is_direct
+from ztunnel.series import SeriesTable
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike

@@ -33,7 +33,7 @@ from ztunnel.audit import AuditLog
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
 from ztunnel.counted import Counted
-from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record, SeriesTable
+from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record
 from ztunnel.events import Events
 from ztunnel.flows import FlowTable
 from ztunnel.identities import Identities, Proven
@@ -45,6 +45,7 @@ from ztunnel.recheck import Recheck
 from ztunnel.route import Balance, Refuse, Route, route
 from ztunnel.route import Tunnel as TunnelRoute
 from ztunnel.same_node import Join
+from ztunnel.series import SeriesTable
 from ztunnel.state import EMPTY, Change, State, StateError, apply, is_large
 from ztunnel.traces import Tracer
 

@@ -30,10 +30,10 @@ from ztunnel._core import PodCounters, Stats
 from ztunnel.audit import Counts
 from ztunnel.authorize import Client
 from ztunnel.counted import ByPolicy, Judged, Plaintext
-from ztunnel.decisions import Counters, Series
 from ztunnel.istio_text import Rows
 from ztunnel.labels import Labels
 from ztunnel.reasons import Reason
+from ztunnel.series import Counters, Series
 from ztunnel.stats import Picture, render
 from ztunnel.stats_families import OWN_HELP
 

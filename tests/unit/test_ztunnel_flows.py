@@ -14,7 +14,7 @@ from support.tunnel_rig import HTTPBIN, SLEEP, Rig, chain_of
 from ztunnel import flow_keys, labels
 from ztunnel import flows as tables
 from ztunnel._core import SeriesCounters
-from ztunnel.decisions import Numbers, SeriesTable
+from ztunnel.decisions import Numbers
 from ztunnel.flow_messages import MAX_NAME
 from ztunnel.protocol import (
     Arrival,
@@ -27,6 +27,7 @@ from ztunnel.protocol import (
     ServicePort,
 )
 from ztunnel.reasons import Reason
+from ztunnel.series import SeriesTable
 
 CALLER = identity("httpbin")
 POD = SLEEP.uid

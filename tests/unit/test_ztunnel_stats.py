@@ -17,8 +17,8 @@ from support.fake_core import FakeCore
 from support.mesh_state import identity, service, workload
 from support.prometheus import check_metrics
 from ztunnel import istio_text, labels
-from ztunnel.decisions import Counters
 from ztunnel.labels import Labels
+from ztunnel.series import Counters
 from ztunnel.stats import render
 from ztunnel.traces import Exemplar
 

@@ -31,6 +31,7 @@ from ztunnel.protocol import (
     Removal,
 )
 from ztunnel.reasons import Reason
+from ztunnel.series import SeriesTable
 
 PEER_IDLE = Deadlines().idle + Deadlines().ping_interval + tunnel.PEER_MARGIN
 
@@ -233,7 +234,7 @@ def test_one_label_set_has_one_series(rig: Rig) -> None:
 
 def test_beyond_the_limit_unused_series_give_way_and_then_all_share_one() -> None:
     core = FakeCore()
-    table = tables.SeriesTable(core, tables.Numbers(), lambda: 0.0, limit=2)
+    table = SeriesTable(core, tables.Numbers(), lambda: 0.0, limit=2)
     sets = [labels.make("source", str(number), None, None, None) for number in range(4)]
     first, second = table.acquire(sets[0]), table.acquire(sets[1])
     table.release(first)

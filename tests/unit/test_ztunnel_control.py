@@ -40,9 +40,15 @@ class Recorder:
         return self.pods
 
 
+may_answer = asyncio.Event()
+"""What a question that waits waits for."""
+
+
 async def answer(what: str, args: Mapping[str, str]) -> bytes:
-    if what != "status":
+    if what not in {"status", "connections"}:
         raise KeyError(what)
+    if "wait" in args:
+        await may_answer.wait()
     return b'{"args":"%s"}' % ",".join(sorted(args)).encode()
 
 
@@ -193,6 +199,26 @@ def test_a_change_is_acknowledged_only_when_it_is_in_force(private: Path) -> Non
         stage.recorder.may_finish.set()
         assert (await channel.receive())[0] == protocol.Ack(1)
 
+    play(private, scene)
+
+
+def test_a_long_question_keeps_no_change_waiting(private: Path) -> None:
+    async def scene(stage: Stage, _: asyncio.Task[None]) -> None:
+        channel = await stage.agent.greet()
+        await channel.send(protocol.Query(1, "connections", {"wait": ""}))
+        await channel.send(update(1, reset=True))
+        assert (await channel.receive())[0] == protocol.Ack(1)
+        may_answer.set()
+        assert (await channel.receive())[0] == protocol.Answer(1, b'{"args":"wait"}')
+        # One that nobody will answer ends with the conversation.
+        may_answer.clear()
+        await channel.send(protocol.Query(2, "connections", {"wait": ""}))
+        await channel.send(protocol.Query(3, "status"))
+        assert (await channel.receive())[0] == protocol.Answer(3, b'{"args":""}')
+        channel.close()
+        assert (await stage.agent.greet()) is not channel
+
+    may_answer.clear()
     play(private, scene)
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import os
@@ -457,68 +456,3 @@ def test_a_path_longer_than_a_socket_address_works(tmp_path: Path) -> None:
             channel.close()
     finally:
         os.chdir("/")
-
-
-def test_frames_keep_their_own_descriptors_when_they_arrive_together() -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    receiving = Channel(ours)
-
-    async def scene() -> None:
-        with four() as mine:
-            for number, count in enumerate((1, 0, 2)):
-                frame = protocol.encode(protocol.Ack(number), count)
-                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", mine[:count]))]
-                theirs.sendmsg([frame], rights if count else [])
-        for number, count in enumerate((1, 0, 2)):
-            message, came = await receiving.receive()
-            assert message == protocol.Ack(number)
-            assert len(came) == count
-            for each in came:
-                os.close(each)
-
-    before = descriptors()
-    asyncio.run(scene())
-    receiving.close()
-    theirs.close()
-    assert descriptors() == before - 2
-
-
-@pytest.mark.parametrize("announced", [0, 2])
-def test_descriptors_that_do_not_match_the_frame_end_the_channel(announced: int) -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    receiving = Channel(ours)
-
-    async def scene() -> None:
-        with four() as mine:
-            # One came; the second frame finds them mixed up.
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", mine[:1]))]
-            for _ in range(protocol.MAX_FDS + 1):
-                theirs.sendmsg([protocol.encode(protocol.Ack(1), announced)], rights)
-        while True:
-            await receiving.receive()
-
-    before = descriptors()
-    with pytest.raises(protocol.ProtocolError):
-        asyncio.run(scene())
-    receiving.close()
-    theirs.close()
-    assert descriptors() == before - 2
-
-
-def test_descriptors_lost_by_the_kernel_end_the_channel() -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    receiving = Channel(ours)
-
-    async def scene() -> None:
-        with four() as mine:
-            many = array.array("i", mine * protocol.MAX_FDS)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, many)]
-            theirs.sendmsg([protocol.encode(protocol.Ack(1), 1)], rights)
-        await receiving.receive()
-
-    before = descriptors()
-    with pytest.raises(protocol.ProtocolError, match="MSG_CTRUNC"):
-        asyncio.run(scene())
-    receiving.close()
-    theirs.close()
-    assert descriptors() == before - 2

@@ -1,10 +1,9 @@
 """What Prometheus reads: Istio's standard TCP series, and the tunnel's own.
 
 This module owns a scrape: the copy of all counters, and its text. It promises that neither holds
-up the event loop for more than a millisecond or two, however many series there are: the loop turns
-between portions of the copy, and the text is made on a thread, portion by portion, so that it is
-never there as a whole. It may not count anything itself, nor name anything (`istio_text`,
-`stats_families`).
+up the event loop, however many series there are: the loop turns between portions of the copy, and
+the text is made on a thread, portion by portion, so that it is never there as a whole. It may not
+count anything itself, nor name anything (`istio_text`, `stats_families`).
 """
 
 from __future__ import annotations

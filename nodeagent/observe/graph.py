@@ -106,9 +106,9 @@ class _Key(NamedTuple):
 class _Account:
     """What one side has told of an edge, or both put together."""
 
-    def __init__(self, flow: Recorded) -> None:
-        self.first = flow.first
-        self.last = flow.last
+    def __init__(self, first: datetime, last: datetime) -> None:
+        self.first = first
+        self.last = last
         self.carried: Counter[str] = Counter()
         """Connections by arrival."""
         self.ends: Counter[str] = Counter()
@@ -124,7 +124,7 @@ class _Account:
     def add(self, flow: Recorded) -> None:
         self._span(flow.first, flow.last)
         if flow.reason:
-            self._end(flow.reason, flow.connections, refused=not flow.allowed)
+            self._end(flow.reason, flow.connections, judged=not (flow.allowed or flow.outbound))
         else:
             self.carried[flow.arrival] += flow.connections + flow.carried
         self.received += flow.received
@@ -140,15 +140,16 @@ class _Account:
             if reason not in _SEEN_THERE:
                 self._end(reason, count)
                 self._span(source.first, source.last)
+        self.identity = self.identity or source.identity
         self.services.update(source.services)
 
     def _span(self, first: datetime, last: datetime) -> None:
         self.first = min(self.first, first)
         self.last = max(self.last, last)
 
-    def _end(self, reason: str, count: int, *, refused: bool = False) -> None:
+    def _end(self, reason: str, count: int, *, judged: bool = False) -> None:
         self.ends[reason] += count
-        if refused or reason in _REFUSALS:
+        if judged or reason in _REFUSALS:
             self.refused += count
 
     @property
@@ -169,7 +170,7 @@ class _Side:
     def add(self, key: _Key, flow: Recorded) -> _Account:
         account = self.accounts.get(key)
         if account is None:
-            account = self.accounts[key] = _Account(flow)
+            account = self.accounts[key] = _Account(flow.first, flow.last)
         account.add(flow)
         return account
 
@@ -245,29 +246,16 @@ def _edges(
     services = _services(place, {key.destination for key in (*there, *here)})
     made: list[Edge] = []
     for key in there.keys() | here.keys():
-        account, reporter = there.get(key), Reporter.DESTINATION
-        source = here.get(key)
-        if account is None:
-            assert source is not None  # noqa: S101 - it is a key of one of them
-            reporter = Reporter.SOURCE
-            account = source if key.destination not in ours else _failures_of(source)
+        account, source = there.get(key), here.get(key)
+        reporter = Reporter.DESTINATION if account is not None else Reporter.SOURCE
+        if source is not None and key.destination not in ours:
+            account = source
         elif source is not None:
+            account = account or _Account(source.first, source.last)
             account.add_failures(source)
-        if account is not None:
+        if account is not None and (account.carried or account.ends):
             made.append(_edge(key, account, reporter, place, services))
     return made
-
-
-def _failures_of(source: _Account) -> _Account | None:
-    """Return what the source alone knows of a call to a pod that tells by itself; None: nothing."""
-    ends = {reason: count for reason, count in source.ends.items() if reason not in _SEEN_THERE}
-    if not ends:
-        return None
-    source.carried.clear()
-    source.ends = Counter(ends)
-    source.refused = sum(count for reason, count in ends.items() if reason in _REFUSALS)
-    source.received = source.sent = 0
-    return source
 
 
 def _edge(

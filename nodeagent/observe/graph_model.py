@@ -109,6 +109,8 @@ class Vertex(msgspec.Struct, frozen=True, kw_only=True):
 class Edge(msgspec.Struct, frozen=True, kw_only=True):
     """Who called whom at which port of the workload; there is one edge for each such three.
 
+    Who comes in plaintext is known by his address alone: `source_identity` is empty then.
+
     `connections` were open in the window, begun in it or before. `refused` were turned away by a
     judgement, `failed` came to nothing otherwise; `reasons` says why, of both. `protected_share` is
     mutual TLS's part of what was carried, None of nothing. Bytes are those that the source sent and

@@ -248,6 +248,14 @@ def test_what_the_other_node_denied_is_refused() -> None:
     assert (edge.refused, edge.failed) == (4, 0)
 
 
+def test_what_found_no_endpoint_failed_and_nobody_refused_it() -> None:
+    edge = edge_of(
+        called(destination="", service="api.example.com", allowed=False, reason="no_endpoints"),
+        called(destination="", service="api.example.com", allowed=False, reason="self_call"),
+    )
+    assert (edge.refused, edge.failed) == (1, 1)
+
+
 def test_what_was_open_before_the_window_counts_and_so_locks() -> None:
     edge = edge_of(plaintext(connections=0, carried=1), told(connections=9))
     assert edge.padlock is Padlock.SOME

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -281,16 +279,6 @@ def test_what_is_quoted_ends_where_it_ends() -> None:
     assert _quoted('a"b\\') == '"a\\"b\\\\"'
     # "\N" in a label would be the node's name.
     assert _quoted("\\N") == '"\\\\N"'
-
-
-@pytest.mark.skipif(shutil.which("dot") is None, reason="Graphviz is not installed")
-def test_graphviz_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile = edge('a"; x [label="', "b\\", connections={"plaintext": 1})
-    result, _ = invoke(monkeypatch, graph_of(*EDGES, hostile), "-o", "dot")
-    drawn = subprocess.run(
-        ["dot", "-Tplain"], input=result.stdout, capture_output=True, text=True, check=True
-    ).stdout
-    assert sum(line.startswith("edge ") for line in drawn.splitlines()) == len(EDGES) + 1
 
 
 def test_one_picture_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:

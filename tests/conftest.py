@@ -1,9 +1,9 @@
 """Rules for every test: what needs privileges, and that CI skips none of it.
 
-This module owns the privileged-skip rule and nothing else; namespaces and daemons for tests are in
-tests/support. Without privileges a privileged test is skipped, and with
-NODEAGENT_REQUIRE_PRIVILEGED=1 any skip of one, for whatever reason, is a failure: a machine that
-cannot run it proves nothing.
+This module owns the privileged-skip rule, and that no generated example has a deadline: a machine
+that is busy proves nothing either. Namespaces and daemons for tests are in tests/support. Without
+privileges a privileged test is skipped, and with NODEAGENT_REQUIRE_PRIVILEGED=1 any skip of one,
+for whatever reason, is a failure: a machine that cannot run it proves nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 PRIVILEGED_MARKERS: Final = ("netns", "interop")
 """Markers of tests that make network namespaces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -243,6 +244,44 @@ def test_browser_is_usable_at_five_hundred_workloads(browser: Browser, site: pag
     assert browser.run(OPERATIONS) == done + 1
     browser.one("#search").send_keys("service-499")
     assert 0 < len(browser.rows()) < 10
+
+
+def test_browser_draws_who_calls_itself_and_leaves_out_half_lines(
+    browser: Browser, site: page.Site
+) -> None:
+    site.picture.edges += [
+        picture.edge("sentences/age", "sentences/age", mutual_tls=3),
+        picture.edge("nobody/knows", "sentences/age", plaintext=1),
+    ]
+    browser.open(site)
+    lines = browser.drawn()
+    assert "nobody/knows > sentences/age" not in lines
+    itself = lines["sentences/age > sentences/age"]
+    zoom = browser.run("return document.getElementById('drawing').drawing.cy.zoom()")
+    seen = browser.run(
+        "const d = document.getElementById('drawing').drawing, b = d.box.getBoundingClientRect();"
+        "const p = d.cy.getElementById('v sentences/age').renderedPosition();"
+        "return [b.x + p.x, b.y + p.y]"
+    )
+    # Its padlock lies beside the workload, and not in it.
+    assert math.hypot(itself["x"] - seen[0], itself["y"] - seen[1]) > 17 * zoom
+    # The table has both.
+    callers = {row[0] for row in browser.rows() if row[1] == "sentences/age"}
+    assert {"sentences/age", "nobody/knows"} <= callers
+
+
+def test_browser_panel_leads_on_from_what_it_tells_of(browser: Browser, site: page.Site) -> None:
+    """Two workloads with the same caller: each one's link is its own."""
+    browser.open(site)
+    for name in ("sentences/name-v1", "sentences/age"):
+        browser.run("page.choose({kind: 'vertex', id: arguments[0]}, null)", name)
+        assert browser.text("#panel h2") == name
+    link = (
+        "[...document.querySelectorAll('#panel .pairs button')].find(b => b.innerText == 'outside')"
+    )
+    browser.run(f"{link}.click()")
+    browser.wait(lambda: browser.text("#panel h2") == "Connection")
+    assert browser.text("#panel .ends") == "outside calls sentences/age"
 
 
 def test_browser_kinds_without_a_namespace_stand_alone(browser: Browser, site: page.Site) -> None:

@@ -50,6 +50,16 @@ def test_browser_panel_takes_and_returns_the_focus(browser: Browser, site: page.
     assert browser.run("return document.getElementById('panel').hidden")
 
 
+def test_browser_skips_to_the_content(browser: Browser, site: page.Site) -> None:
+    browser.open(site)
+    browser.press(Keys.TAB)
+    assert browser.focused() == "a Skip to the content"
+    browser.press(Keys.ENTER)
+    assert browser.run("return document.activeElement.id") == "main"
+    browser.driver.refresh()
+    browser.wait(lambda: browser.all("tbody tr"))
+
+
 def test_browser_drawing_moves_by_keys(browser: Browser, site: page.Site) -> None:
     browser.open(site)
     view = "const c = document.getElementById('drawing').drawing.cy; return [c.zoom(), c.pan().x]"

@@ -101,10 +101,13 @@ export class Drawing {
   show(vertices, pairs, seconds, bright) {
     const { cy, fitted } = this;
     this.seconds = seconds;
-    this.pairs = new Map(pairs.map((each) => [each.id, each]));
+    // A line needs both its ends: of an answer that was cut short one may be missing.
+    const present = new Set(vertices.map((each) => each.id));
+    const lines = pairs.filter((each) => present.has(each.source) && present.has(each.destination));
+    this.pairs = new Map(lines.map((each) => [each.id, each]));
     const first = this.places.known.size === 0;
-    const moved = this.places.update(vertices, pairs);
-    const wanted = new Map([...this.#nodes(vertices), ...this.#edges(pairs, bright)]
+    const moved = this.places.update(vertices, lines);
+    const wanted = new Map([...this.#nodes(vertices), ...this.#edges(lines, bright)]
       .map((each) => [each.data.id, each]));
     cy.batch(() => {
       const gone = cy.elements().filter((/** @type {any} */ each) => !wanted.has(each.id()));
@@ -113,22 +116,22 @@ export class Drawing {
       gone.nodes(":parent").children().move({ parent: null });
       gone.remove();
       for (const [id, each] of wanted) {
-        const present = cy.getElementById(id);
-        if (present.empty()) {
+        const known = cy.getElementById(id);
+        if (known.empty()) {
           this.operations += 1;
           cy.add(each);
           continue;
         }
         for (const [key, value] of Object.entries(each.data)) {
-          if (present.data(key) === value || ["id", "source", "target", "parent"].includes(key)) continue;
+          if (known.data(key) === value || ["id", "source", "target", "parent"].includes(key)) continue;
           this.operations += 1;
-          present.data(key, value);
+          known.data(key, value);
         }
-        if (each.classes !== present.scratch("_classes")) {
+        if (each.classes !== known.scratch("_classes")) {
           this.operations += 1;
-          present.classes(each.classes);
+          known.classes(each.classes);
         }
-        if (moved && each.position !== undefined) present.position(each.position);
+        if (moved && each.position !== undefined) known.position(each.position);
       }
       for (const [id, each] of wanted) cy.getElementById(id).scratch("_classes", each.classes);
     });
@@ -302,6 +305,8 @@ export class Drawing {
         "target-arrow-shape": "triangle", "arrow-scale": 1.1, "overlay-opacity": 0,
         "min-zoomed-font-size": 8, "loop-direction": "-45deg",
       } },
+      // Who calls itself: a curve through one point would not be seen.
+      { selector: "edge:loop", style: { "curve-style": "bezier", "control-point-step-size": 56 } },
       // Where there are many, only a close look needs words.
       { selector: "edge.busy", style: { "min-zoomed-font-size": 10 } },
       { selector: "edge.many", style: { "min-zoomed-font-size": 12, "curve-style": "straight", opacity: 0.75 } },

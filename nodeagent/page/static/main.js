@@ -39,6 +39,8 @@ class Page {
     this.known = {};
     /** @type {Choice | null} */
     this.choice = null;
+    /** What the panel tells of now: its buttons act for that alone. */
+    this.told = "";
     /** @type {HTMLElement | null} */
     this.opener = null;
     /** @type {number | undefined} */
@@ -65,6 +67,11 @@ class Page {
       if (this.live) void this.refresh();
       else clearTimeout(this.timer);
     });
+    byId("skip").addEventListener("click", (event) => {
+      // The address names the view: it is not to become this anchor.
+      event.preventDefault();
+      byId("main").focus();
+    });
     byId("controls").addEventListener("submit", (event) => event.preventDefault());
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.choice !== null) this.choose(null, null);
@@ -87,10 +94,6 @@ class Page {
   /** Open the view that the address names. @param {boolean} focus */
   route(focus) {
     const [name, query] = location.hash.slice(1).split("?");
-    if (name === "main") {
-      byId("main").focus();
-      return;
-    }
     this.name = Object.hasOwn(this.views, name) ? name : "graph";
     const asked = Number(new URLSearchParams(query).get("window"));
     if (WINDOWS.some(([seconds]) => seconds === asked)) this.view.seconds = asked;
@@ -204,11 +207,14 @@ class Page {
     if (document.body.classList.contains("with-panel") !== (content !== null))
       document.body.classList.toggle("with-panel");
     if (content === null) return;
+    const told = JSON.stringify(choice);
+    if (told !== this.told) this.content.replaceChildren();
+    this.told = told;
     fill(this.heading, visible(title));
     fill(this.content, ...content);
   }
 }
 
 const page = new Page();
-// For tests, as is the drawing on its box.
+// In reach of the console, as is the drawing on its box: a canvas shows nothing of itself.
 /** @type {any} */ (globalThis).page = page;

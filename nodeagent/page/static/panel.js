@@ -187,7 +187,7 @@ export function podContent(pod, status) {
       ["Who may call", lines(pod.authorizations.map((each) =>
         `${each.action} ${each.policy}${each.dry_run ? " (dry run)" : ""}`))],
       ["Addresses", lines(pod.addresses)],
-      ["Namespace", lines([pod.netns])],
+      ["Network namespace", lines([pod.netns])],
       ["Capture", capture(pod)],
       ["Dropped by it", drops.length === 0 ? "" : el("ul", {}, ...drops.map(([reason, number]) =>
         el("li", {}, `${words(reason)}: ${count(number)}`)))],

@@ -76,7 +76,7 @@ export class GraphView {
       return;
     }
     this.drawing = new Drawing(cytoscape, this.box, (choice) => this.choose(choice, null));
-    // For tests: what is drawn cannot be seen in a canvas's elements.
+    // In reach of the console: a canvas shows nothing of itself.
     /** @type {any} */ (this.box).drawing = this.drawing;
     this.#render();
   }

@@ -1,15 +1,17 @@
 """Rules for every test: what needs privileges, and that CI skips none of it.
 
-This module owns the privileged-skip rule, and that no generated example has a deadline: a machine
-that is busy proves nothing either. Namespaces and daemons for tests are in tests/support. Without
-privileges a privileged test is skipped, and with NODEAGENT_REQUIRE_PRIVILEGED=1 any skip of one,
-for whatever reason, is a failure: a machine that cannot run it proves nothing.
+This module owns the privileged-skip rule, that SIGINT ends what tests start, and that no generated
+example has a deadline: a machine that is busy proves nothing either. Namespaces and daemons for
+tests are in tests/support. Without privileges a privileged test is skipped, and with
+NODEAGENT_REQUIRE_PRIVILEGED=1 any skip of one, for whatever reason, is a failure: a machine that
+cannot run it proves nothing.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Final
@@ -19,6 +21,10 @@ import pytest
 
 hypothesis.settings.register_profile("without deadlines", deadline=None)
 hypothesis.settings.load_profile("without deadlines")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So a shell starts what it puts into the background, and every child would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PRIVILEGED_MARKERS: Final = ("netns", "interop")
 """Markers of tests that make network namespaces."""

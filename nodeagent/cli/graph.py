@@ -7,7 +7,7 @@ those of `graph_view`.
 
 from __future__ import annotations
 
-import fnmatch
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -59,7 +59,11 @@ class _Filter(msgspec.Struct, frozen=True):
 
 
 def _matches(end: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(end, pattern) for pattern in patterns)
+    """A `*` is for anything; every other sign is itself."""
+    return any(
+        re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), end, re.DOTALL)
+        for pattern in patterns
+    )
 
 
 @click.command()

@@ -114,11 +114,14 @@ _QUOTED: Final = r'"(?:[^"\\]|\\.)*"'
 _HEAD: Final = re.compile(
     rf'\[(?P<time>[^\]\s]+)\] "(?P<kind>TCP|TLS) (?P<to>[^"]*)" (?P<reason>\S+) '
     rf"(?:(?P<flags>[A-Z_,]+|-) )?(?P<error>{_QUOTED}) (?P<received>\d+) (?P<sent>\d+) (?P<ms>\d+) "
+    r"(?P<rest>.*)",
+    re.DOTALL,
 )
 _AUDIT_HEAD: Final = re.compile(
     rf"(?P<time>\S+) \[\[(?P<node>[^\]\s]*)\]\] WARN "
     rf"(?P<message>(?:SPIFFE (?P<identity>{_QUOTED})|Unknown Identity|\d+)\s"
-    rf"(?P<verdict>AUTHORIZED|UNAUTHORIZED)?.*?)(?= audit_flag: | event=)"
+    rf"(?P<verdict>AUTHORIZED|UNAUTHORIZED)?.*?)(?P<rest> (?:audit_flag: |event=).*)",
+    re.DOTALL,
 )
 _CERTIFICATE: Final = re.compile(r'cert: "(?P<cert>.*?)" (?=audit_flag: "(?:true|false|-)")')
 """Envoy's XFCC has bare quotes in it, where the subject is empty; all others are escaped."""
@@ -126,7 +129,7 @@ _FIELD: Final = re.compile(rf"(?P<key>[A-Za-z][\w.]*)(?:=|: )(?P<value>{_QUOTED}
 
 
 def _of_access_text(text: str) -> Entry | None:
-    head = _HEAD.match(text)
+    head = _HEAD.fullmatch(text)
     when = _time(head["time"]) if head is not None else None
     if head is None or when is None:
         return None
@@ -140,7 +143,7 @@ def _of_access_text(text: str) -> Entry | None:
     }
     own = {"reason": head["reason"], "response_flags": head["flags"] or "-"}
     own["error"] = _unquoted(head["error"])
-    rest = text[head.end() :]
+    rest = head["rest"]
     certificate = _CERTIFICATE.search(rest)
     if certificate is not None:
         bare = certificate["cert"].replace('Subject="";', r"Subject=\"\";")
@@ -151,7 +154,7 @@ def _of_access_text(text: str) -> Entry | None:
 
 
 def _of_audit_text(text: str) -> Entry | None:
-    head = _AUDIT_HEAD.match(text)
+    head = _AUDIT_HEAD.fullmatch(text)
     when = _time(head["time"]) if head is not None else None
     if head is None or when is None:
         return None
@@ -163,7 +166,7 @@ def _of_audit_text(text: str) -> Entry | None:
     policy = re.search(rf"policy=({_QUOTED}|\S+)", head["message"])
     if policy is not None:
         fields["policy"] = _unquoted(policy[1])
-    return Entry(Log.AUDIT, when, fields | _fields(text[head.end() :]))
+    return Entry(Log.AUDIT, when, fields | _fields(head["rest"]))
 
 
 def _fields(text: str) -> dict[str, Any]:

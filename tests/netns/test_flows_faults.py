@@ -69,8 +69,10 @@ def gaps(mesh: Mesh, since: float) -> list[tuple[float, float, str]]:
 
 
 def beginning(mesh: Mesh) -> float:
-    """Return the time, once every gap that is known lies behind it."""
-    wait_until(lambda: all(gap[1] < time.time() for gap in gaps(mesh, 0)), "gaps are over")
+    """Return the time, once every gap that is known lies behind it: two seconds, so that the next
+    one, to the second, is another one.
+    """
+    wait_until(lambda: all(gap[1] + 2 < time.time() for gap in gaps(mesh, 0)), "gaps are over")
     return time.time()
 
 
@@ -87,10 +89,10 @@ def store(mesh: Mesh) -> Path:
 def test_a_killed_ztunnel_loses_no_more_than_it_says(mesh: Mesh, lab: Lab) -> None:
     listener = mesh.listen("far")
     port: int = listener.getsockname()[1]
+    before = beginning(mesh)
     for _ in range(3):
         mesh.visit("client", "far", listener=listener)
     wait_until(lambda: connections(mesh, port) == 3, "three are recorded")
-    before = beginning(mesh)
     mesh.visit("client", "far", listener=listener)
     lab.node(NODE).kill("ztunnel")
     lab.node(NODE).restart("ztunnel")

@@ -30,9 +30,8 @@ from nodeagent.admin.model import (
     UnenforcedReport,
     ZtunnelReport,
 )
-from nodeagent.cli import status_view
+from nodeagent.cli import cli, status_view
 from nodeagent.cli.ending import ExitCode
-from nodeagent.cli.status import status
 from ztunnel import protocol
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -247,8 +246,8 @@ def invoke(tmp_path: Path, answer: Status, *arguments: str) -> Result:
         admin = AdminServer(Backend(answer))
         await admin.serve(listening)
         try:
-            command = ["--run-dir", str(tmp_path), *arguments]
-            return await asyncio.to_thread(CliRunner().invoke, status, command)
+            command = ["status", "--run-dir", str(tmp_path), *arguments]
+            return await asyncio.to_thread(CliRunner().invoke, cli, command)
         finally:
             await admin.close()
 
@@ -312,7 +311,7 @@ def test_documents_are_one_and_carry_the_schema(tmp_path: Path, form: str) -> No
 
 
 def test_unreachable_daemon_has_cause_and_remedy(tmp_path: Path) -> None:
-    result = CliRunner().invoke(status, ["--run-dir", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["status", "--run-dir", str(tmp_path)])
     assert result.exit_code == ExitCode.UNREACHABLE
     assert "does not run here" in result.stderr
     assert "systemctl start" in result.stderr
@@ -320,7 +319,7 @@ def test_unreachable_daemon_has_cause_and_remedy(tmp_path: Path) -> None:
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(tmp_path / "admin.sock"))
     stale.close()
-    result = CliRunner().invoke(status, ["--run-dir", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["status", "--run-dir", str(tmp_path)])
     assert result.exit_code == ExitCode.UNREACHABLE
     assert "stopped without cleaning up" in result.stderr
 
@@ -332,5 +331,5 @@ def test_other_schema_is_not_misread(tmp_path: Path) -> None:
 
 
 def test_wrong_usage() -> None:
-    result = CliRunner().invoke(status, ["--run-dir", "/x", "--settings", "/y"])
+    result = CliRunner().invoke(cli, ["status", "--run-dir", "/x", "--settings", "/y"])
     assert result.exit_code == ExitCode.USAGE

@@ -103,17 +103,19 @@ def rules_of(ruleset: Any, enter: str = "") -> Rules:  # noqa: ANN401 - nft's JS
 
 
 def _names_port(part: dict[str, Any]) -> bool:
-    match = part.get("match")
-    if not isinstance(match, dict):
+    compared = part.get("match")
+    if not isinstance(compared, dict):
         return False
-    left = match.get("left")
+    left = compared.get("left")
     payload = left.get("payload") if isinstance(left, dict) else None
     if not isinstance(payload, dict) or payload.get("field") not in ("dport", "sport"):
         return False
     if payload.get("protocol") not in ("tcp", "th"):
         return False
-    contained = _contains(match.get("right"))
-    return not contained if match.get("op") == "!=" and contained is not None else bool(contained)
+    contained = _contains(compared.get("right"))
+    return (
+        not contained if compared.get("op") == "!=" and contained is not None else bool(contained)
+    )
 
 
 def _contains(right: Any) -> bool | None:  # noqa: ANN401 - nft's JSON

@@ -159,7 +159,8 @@ class _Scan:
         fields = (own, self._port, sequence, 0, 5 << 4, _SYN, _WINDOW)
         if self._family == socket.AF_INET6:
             return _TCP.pack(*fields, 0, 0)
-        pseudo = socket.inet_aton(self._source(address)) + socket.inet_aton(address)
+        ends = (ipaddress.ip_address(end) for end in (self._source(address), address))
+        pseudo = b"".join(end.packed for end in ends)
         pseudo += struct.pack("!BBH", 0, socket.IPPROTO_TCP, _TCP.size)
         return _TCP.pack(*fields, _checksum(pseudo + _TCP.pack(*fields, 0, 0)), 0)
 

@@ -28,6 +28,32 @@ def record(kind: Callable[..., T], *values: object) -> T:
     return kind(values)
 
 
+def carried(**fields: Any) -> Listed:  # noqa: ANN401 - the record's
+    """Return a connection as the core lists it, by default one that nothing is known of yet."""
+    values: dict[str, Any] = {
+        "number": 1,
+        "kind": Kind.OUTBOUND,
+        "state": 3,
+        "pod": 0,
+        "decision": 0,
+        "identity": 0,
+        "source": b"",
+        "source_port": 4000,
+        "destination": b"",
+        "destination_port": 8080,
+        "upstream": b"",
+        "upstream_port": 0,
+        "started_us": 0,
+        "moved_us": 0,
+        "received": 10,
+        "sent": 20,
+        "tls_version": "",
+        "cipher": "",
+        "group": "",
+    }
+    return record(Listed, *(values | fields).values())
+
+
 class Decision(NamedTuple):
     action: str
     series: int = 0

@@ -5,7 +5,11 @@ Owns builders with defaults: a test names only what matters to it.
 
 from __future__ import annotations
 
+from datetime import datetime
+from typing import Any
+
 from nodeagent import api
+from nodeagent.flows import Recorded
 from nodeagent.offline import Offline
 from nodeagent.settings import Settings
 
@@ -53,6 +57,28 @@ def configuration(*documents: str, settings: Settings | None = None) -> Offline:
     found = api.load(text, "mesh.yaml", "n1")
     assert not found.errors, [str(error) for error in found.errors]
     return Offline.of(found.documents, settings or Settings(node="n1"))
+
+
+def flow(first: datetime, last: datetime, **changes: Any) -> Recorded:  # noqa: ANN401 - its fields
+    """Return a recorded caller: shop/web to shop/pay, by mutual TLS, let in."""
+    values: dict[str, Any] = {
+        "identity": web(),
+        "source": "10.1.0.2",
+        "workload": "shop/web",
+        "arrival": "hbone",
+        "destination": "shop/pay",
+        "address": "10.1.0.3",
+        "port": 8080,
+        "allowed": True,
+        "reason": "",
+        "first": first,
+        "last": last,
+        "connections": 1,
+        "most_open": 1,
+        "received": 1,
+        "sent": 1,
+    }
+    return Recorded(**(values | changes))
 
 
 def web(account: str = "web", namespace: str = "shop") -> str:

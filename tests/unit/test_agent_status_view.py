@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 from datetime import UTC, datetime, timedelta, timezone
@@ -14,7 +13,6 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from nodeagent.admin import AdminServer, Configuration
 from nodeagent.admin.model import (
     SCHEMA,
     AuthorizationReport,
@@ -32,7 +30,7 @@ from nodeagent.admin.model import (
 )
 from nodeagent.cli import cli, status_view
 from nodeagent.cli.ending import ExitCode
-from ztunnel import protocol
+from support.admin import Answers, beside
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ID = "spiffe://cluster.local/ns/default/sa/a"
@@ -213,45 +211,8 @@ def test_recording_that_does_not_work_is_a_finding_and_one_that_is_off_is_none()
     assert "/x/flows.db: no room" in found.text
 
 
-class Backend:
-    def __init__(self, answer: Status) -> None:
-        self.answer = answer
-
-    async def status(self) -> Status:
-        return self.answer
-
-    async def missing(self) -> tuple[str, ...]:
-        return self.answer.missing
-
-    def stuck(self) -> str:
-        return ""
-
-    async def metrics(self, *, openmetrics: bool) -> bytes:  # noqa: ARG002 - the interface's
-        return b""
-
-    def resources(self) -> tuple[protocol.Resource, ...]:
-        return ()
-
-    def configuration(self) -> Configuration | None:
-        return None
-
-    async def flows(self, age: int) -> bytes:
-        return b"%d" % age
-
-
 def invoke(tmp_path: Path, answer: Status, *arguments: str) -> Result:
-    async def main() -> Result:
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(tmp_path / "admin.sock"))
-        admin = AdminServer(Backend(answer))
-        await admin.serve(listening)
-        try:
-            command = ["status", "--run-dir", str(tmp_path), *arguments]
-            return await asyncio.to_thread(CliRunner().invoke, cli, command)
-        finally:
-            await admin.close()
-
-    return asyncio.run(main())
+    return beside(tmp_path, Answers(status=answer), "status", *arguments)
 
 
 def living(**changes: Any) -> Status:  # noqa: ANN401 - its fields

@@ -14,30 +14,14 @@ from nodeagent.observe import asdex
 from nodeagent.observe.asdex_metrics import AsdexSeries
 from nodeagent.observe.asdex_model import WEIGHTS, AsdexReport, AsdexWorkload, Check
 from support.whatif import ONLY_WEB, configuration, mesh, policy, strict, web
+from support.whatif import flow as recorded_flow
 
 NOW = datetime(2026, 1, 20, 12, tzinfo=UTC)
 SINCE = NOW - timedelta(hours=1)
 
 
 def flow(**changes: Any) -> Recorded:  # noqa: ANN401 - fields of a flow
-    values: dict[str, Any] = {
-        "identity": web(),
-        "source": "10.1.0.2",
-        "workload": "shop/web",
-        "arrival": "hbone",
-        "destination": "shop/pay",
-        "address": "10.1.0.3",
-        "port": 8080,
-        "allowed": True,
-        "reason": "",
-        "first": SINCE,
-        "last": NOW,
-        "connections": 1,
-        "most_open": 1,
-        "received": 1,
-        "sent": 1,
-    }
-    return Recorded(**(values | changes))
+    return recorded_flow(SINCE, NOW, **changes)
 
 
 def clear(**changes: Any) -> Recorded:  # noqa: ANN401 - as above

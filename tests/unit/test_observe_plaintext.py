@@ -21,6 +21,7 @@ from nodeagent.observe.plaintext_model import (
 from nodeagent.offline import Offline
 from nodeagent.settings import Settings
 from support.whatif import configuration, entry, mesh, policy, strict, web
+from support.whatif import flow as recorded_flow
 
 NOW = datetime(2026, 1, 20, 12, tzinfo=UTC)
 SINCE = NOW - timedelta(days=7)
@@ -29,24 +30,8 @@ NODE = "10.1.0.99"
 
 
 def flow(**changes: Any) -> Recorded:  # noqa: ANN401 - fields of a flow
-    values: dict[str, Any] = {
-        "identity": web(),
-        "source": "10.1.0.2",
-        "workload": "shop/web",
-        "arrival": "hbone",
-        "destination": "shop/pay",
-        "address": "10.1.0.3",
-        "port": 8080,
-        "allowed": True,
-        "reason": "",
-        "first": NOW - timedelta(hours=2),
-        "last": NOW - timedelta(minutes=5),
-        "connections": 3,
-        "most_open": 1,
-        "received": 1,
-        "sent": 1,
-    }
-    return Recorded(**(values | changes))
+    first, last = NOW - timedelta(hours=2), NOW - timedelta(minutes=5)
+    return recorded_flow(first, last, **({"connections": 3} | changes))
 
 
 def clear(source: str = "10.9.9.9", **changes: Any) -> Recorded:  # noqa: ANN401 - as above

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nodeagent import api
-from nodeagent.admin import AdminServer, Configuration, Status
+from nodeagent.admin import Configuration
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
 from nodeagent.cli import cli
 from nodeagent.flow_settings import Keep
 from nodeagent.flows import SCHEMA, FlowStore, Recording, recording
-from ztunnel import protocol
+from support.admin import Answers, beside
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 MESH = """\
@@ -333,33 +331,7 @@ def test_a_reference_that_leads_nowhere_is_said_and_judged_closed(tmp_path: Path
 # --- the running agent --------------------------------------------------------------------------
 
 
-class Backend:
-    def __init__(self, found: Configuration | None, flows: Recording | None) -> None:
-        self.found = found
-        self.recorded = flows
-        self.ages: list[int] = []
-
-    async def status(self) -> Status:
-        raise NotImplementedError
-
-    async def missing(self) -> tuple[str, ...]:
-        return ()
-
-    def stuck(self) -> str:
-        return ""
-
-    async def metrics(self, *, openmetrics: bool) -> bytes:  # noqa: ARG002 - the interface's
-        return b""
-
-    def resources(self) -> tuple[protocol.Resource, ...]:
-        return ()
-
-    def configuration(self) -> Configuration | None:
-        return self.found
-
-    async def flows(self, age: int) -> bytes:
-        self.ages.append(age)
-        return msgspec.json.encode(self.recorded)
+DIFF = ("policy", "diff")
 
 
 def configuration() -> Configuration:
@@ -380,34 +352,19 @@ def configuration() -> Configuration:
     )
 
 
-def of_agent(tmp_path: Path, backend: Backend, *arguments: str) -> Result:
-    async def main() -> Result:
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(tmp_path / "admin.sock"))
-        admin = AdminServer(backend)
-        await admin.serve(listening)
-        try:
-            command = ["policy", "diff", *arguments, "--run-dir", str(tmp_path)]
-            return await asyncio.to_thread(CliRunner().invoke, cli, command)
-        finally:
-            await admin.close()
-
-    return asyncio.run(main())
-
-
 def recorded(tmp_path: Path, *keys: FlowKey, **changes: Any) -> Recording:  # noqa: ANN401 - fields of it
     found = recording(tmp_path / store(tmp_path, *keys, name="r.db"), "n1", time.time(), 3600)
     return msgspec.structs.replace(found, **changes)
 
 
 def test_what_runs_is_compared_and_what_it_has_recorded_replayed(tmp_path: Path, new: str) -> None:
-    backend = Backend(configuration(), recorded(tmp_path, PLAIN, WEB))
-    result = of_agent(tmp_path, backend, "--running", new, "--flows", "--since", "6h")
+    answers = Answers(configuration=configuration(), flows=recorded(tmp_path, PLAIN, WEB))
+    result = beside(tmp_path, answers, *DIFF, "--running", new, "--flows", "--since", "6h")
     assert (result.exit_code, result.stderr) == (1, "")
     assert result.stdout.startswith(
         "WOULD BREAK: 1 recorded caller, 3 connections\n  OLD  in force on n1\n  NEW  new.yaml\n"
     )
-    assert backend.ages == [6 * 3600]
+    assert answers.ages == [6 * 3600]
 
 
 def test_an_agent_that_has_recorded_nothing_proves_nothing(tmp_path: Path, new: str) -> None:
@@ -420,21 +377,24 @@ def test_an_agent_that_has_recorded_nothing_proves_nothing(tmp_path: Path, new: 
         flows=(),
         problem="flows.retention_hours is 0",
     )
-    result = of_agent(tmp_path, Backend(configuration(), nothing), "--running", new, "--flows")
+    answers = Answers(configuration=configuration(), flows=nothing)
+    result = beside(tmp_path, answers, *DIFF, "--running", new, "--flows")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "has recorded nothing: flows.retention_hours is 0" in result.stderr
 
 
 def test_gaps_of_the_recording_are_said(tmp_path: Path, new: str) -> None:
-    backend = Backend(configuration(), recorded(tmp_path, WEB, problem="no room"))
-    result = of_agent(tmp_path, backend, "--running", new, "--flows")
+    answers = Answers(
+        configuration=configuration(), flows=recorded(tmp_path, WEB, problem="no room")
+    )
+    result = beside(tmp_path, answers, *DIFF, "--running", new, "--flows")
     assert result.exit_code == 0
     assert "note: the recording has gaps: no room" in result.stderr
 
 
 def test_of_more_than_fits_an_answer_nothing_is_promised(tmp_path: Path, new: str) -> None:
-    backend = Backend(configuration(), recorded(tmp_path, WEB, truncated=True))
-    result = of_agent(tmp_path, backend, "--running", new, "--flows")
+    answers = Answers(configuration=configuration(), flows=recorded(tmp_path, WEB, truncated=True))
+    result = beside(tmp_path, answers, *DIFF, "--running", new, "--flows")
     assert result.exit_code == 1
     assert "there are more; the last seen were looked at: ask for less time" in result.stdout
 

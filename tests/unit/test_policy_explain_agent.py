@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from pathlib import Path
 
 import msgspec
@@ -11,53 +9,16 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from nodeagent.admin import AdminServer, Configuration, Status
+from nodeagent.admin import AdminServer, Configuration
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
 from nodeagent.cli import cli
+from support.admin import Answers, beside
 from support.resources import read
 from support.shop import CALLERS, MESH, STRICT
-from ztunnel import protocol
-
-
-class Backend:
-    def __init__(self, found: Configuration | None) -> None:
-        self.found = found
-
-    async def status(self) -> Status:
-        raise NotImplementedError
-
-    async def missing(self) -> tuple[str, ...]:
-        return ()
-
-    def stuck(self) -> str:
-        return ""
-
-    async def metrics(self, *, openmetrics: bool) -> bytes:  # noqa: ARG002 - the interface's
-        return b""
-
-    def resources(self) -> tuple[protocol.Resource, ...]:
-        return ()
-
-    def configuration(self) -> Configuration | None:
-        return self.found
-
-    async def flows(self, age: int) -> bytes:
-        return b"%d" % age
 
 
 def of_agent(tmp_path: Path, found: Configuration | None, *arguments: str) -> Result:
-    async def main() -> Result:
-        listening = socket.socket(socket.AF_UNIX)
-        listening.bind(str(tmp_path / "admin.sock"))
-        admin = AdminServer(Backend(found))
-        await admin.serve(listening)
-        try:
-            command = ["policy", *arguments, "--run-dir", str(tmp_path)]
-            return await asyncio.to_thread(CliRunner().invoke, cli, command)
-        finally:
-            await admin.close()
-
-    return asyncio.run(main())
+    return beside(tmp_path, Answers(configuration=found), "policy", *arguments)
 
 
 def configuration(pending: str = "", problems: tuple[str, ...] = ()) -> Configuration:

@@ -8,29 +8,14 @@ from typing import Any
 from nodeagent import whatif
 from nodeagent.flows import SCHEMA, Recorded, Recording
 from support.whatif import DOMAIN, ONLY_WEB, configuration, entry, mesh, policy, strict, web
+from support.whatif import flow as recorded_flow
 
 NOW = datetime(2026, 1, 2, 12, tzinfo=UTC)
 
 
 def flow(**changes: Any) -> Recorded:  # noqa: ANN401 - fields of a flow
-    values: dict[str, Any] = {
-        "identity": web(),
-        "source": "10.1.0.2",
-        "workload": "shop/web",
-        "arrival": "hbone",
-        "destination": "shop/pay",
-        "address": "10.1.0.3",
-        "port": 8080,
-        "allowed": True,
-        "reason": "",
-        "first": NOW - timedelta(hours=2),
-        "last": NOW - timedelta(minutes=1),
-        "connections": 3,
-        "most_open": 1,
-        "received": 1,
-        "sent": 1,
-    }
-    return Recorded(**(values | changes))
+    first, last = NOW - timedelta(hours=2), NOW - timedelta(minutes=1)
+    return recorded_flow(first, last, **({"connections": 3} | changes))
 
 
 PLAIN = {"identity": "", "workload": "", "source": "10.9.9.9", "arrival": "plaintext"}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.certificates import NOW
-from support.fake_core import record
+from support.fake_core import carried
 from support.mesh_state import identity, ip
 from support.tunnel_rig import Rig, chain_of
 from ztunnel import beginnings
@@ -33,27 +33,15 @@ def rig() -> Iterator[Rig]:
 
 def listed(rig: Rig, decision: int, **fields: Any) -> Listed:  # noqa: ANN401 - the record's
     values: dict[str, Any] = {
-        "number": 1,
         "kind": Kind.INBOUND_HBONE,
         "state": OPEN,
         "pod": rig.pod,
         "decision": decision,
-        "identity": 0,
         "source": ip("10.2.0.1"),
-        "source_port": 4000,
         "destination": ip("10.1.0.1"),
-        "destination_port": 8080,
-        "upstream": b"",
-        "upstream_port": 0,
         "started_us": int(rig.now * 1e6) - 3_000_000,
-        "moved_us": 0,
-        "received": 10,
-        "sent": 20,
-        "tls_version": "",
-        "cipher": "",
-        "group": "",
     }
-    return record(Listed, *(values | fields).values())
+    return carried(**(values | fields))
 
 
 class Told:

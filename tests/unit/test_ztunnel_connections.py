@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from support.certificates import NOW
-from support.fake_core import record
+from support.fake_core import carried
 from support.mesh_state import authorization, identity, ip, policy, source
 from support.tunnel_rig import SLEEP, Rig, chain_of, server_shows
 from ztunnel import connections
@@ -41,25 +41,13 @@ def listed(rig: Rig, kind: Kind, decision: int, **fields: Any) -> Listed:  # noq
     values: dict[str, Any] = {
         "number": 64,
         "kind": kind,
-        "state": 3,
         "pod": rig.pod,
         "decision": decision,
-        "identity": 0,
         "source": ip("10.1.0.1"),
-        "source_port": 4000,
         "destination": ip("10.2.0.1"),
-        "destination_port": 8080,
-        "upstream": b"",
-        "upstream_port": 0,
         "started_us": int(rig.now * 1e6) - 3_000_000,
-        "moved_us": 0,
-        "received": 10,
-        "sent": 20,
-        "tls_version": "",
-        "cipher": "",
-        "group": "",
     }
-    return record(Listed, *(values | fields).values())
+    return carried(**(values | fields))
 
 
 def joined(rig: Rig, one: Listed) -> Connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from urllib.parse import quote
 
 import pytest
 
@@ -335,6 +336,36 @@ def test_what_cannot_be_answered_says_what_can(query: str, said: str) -> None:
     with pytest.raises(QueryError) as caught:
         parse(query)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "filter_of_seconds",
+    [
+        "((((.?)(.?)(.?)){30}){30})\\bz",
+        "((((.?)|(.?)|(.?)|(.?)|(.?)){30}){30})\\bz",
+        "(([a-z_.]?[a-z_.]?[a-z_.]?){30}){30}\\bz",
+        "(([a-z_.]?){30}){30}\\bz",
+        "((.?){30}){32}\\bz",
+        "(.?){156}z",
+    ],
+)
+def test_a_filter_that_would_hold_the_loop_is_refused(filter_of_seconds: str) -> None:
+    """Time linear in the text is still times the filter's size: each took up to 2.5 s."""
+    with pytest.raises(QueryError, match=r"filter: .*too large"):
+        parse("filter=" + quote(filter_of_seconds))
+
+
+@pytest.mark.parametrize(
+    "of_a_person",
+    [
+        "^(cluster|listener|http|tls_inspector|server)\\..*(cx|rq)_(total|active|destroy)[a-z_]*$",
+        "(?i)TLS.*found$",
+        "listener\\.\\d+\\.\\d+\\.\\d+\\.\\d+_\\d+\\..*",
+        "\\w{1,63}\\.\\w{1,63}",
+    ],
+)
+def test_a_filter_of_a_person_is_not_too_large(of_a_person: str) -> None:
+    assert render(parse("filter=" + quote(of_a_person)), statistics(Arrived(), 0))
 
 
 def test_no_filter_takes_exponential_time() -> None:

@@ -25,6 +25,7 @@ from nodeagent.capture.model import (
     Enforcement,
     Enrolment,
     Listeners,
+    OlderCaller,
     PodSpec,
 )
 from nodeagent.control import PodDescriptors
@@ -36,6 +37,10 @@ __all__ = ["Owner", "PodKeeper", "PodView", "Seam"]
 
 DROP_SECONDS: Final = 5.0
 """For ztunnel to let go of a pod; then the capture is removed all the same."""
+
+OLDER_AUDITS: Final = 12
+"""From one look for connections that are older than the capture to the next, while there are any: a
+minute on most nodes. A look takes milliseconds, and a node that has just joined has many pods."""
 
 _SOON: Final = frozenset({CaptureReason.ADDRESS_MISSING, CaptureReason.LISTENERS_HELD})
 """What somebody else is about to put right: whoever makes the pod, and ztunnel."""
@@ -87,6 +92,8 @@ class PodView(msgspec.Struct, frozen=True):
     deviations: tuple[str, ...]
     repaired: int
     drops: dict[str, int]
+    older: tuple[OlderCaller, ...] | None = ()
+    """Who is connected since before the capture; None: nobody knows."""
 
 
 class PodKeeper:
@@ -124,6 +131,8 @@ class PodKeeper:
         self._deviations: tuple[str, ...] = ()
         self._repaired = 0
         self._drops: dict[str, int] = {}
+        self._older: tuple[OlderCaller, ...] | None = None
+        self._audits = 0
         self._failures = 0
 
     # --- what the agent says ---------------------------------------------------------------
@@ -190,6 +199,7 @@ class PodKeeper:
             deviations=self._deviations,
             repaired=self._repaired,
             drops=self._drops,
+            older=self._older,
         )
 
     # --- the loop --------------------------------------------------------------------------
@@ -268,6 +278,7 @@ class PodKeeper:
         self._due = None
         log.info("pod enrolled", pod=uid, netns=wanted.netns, addresses=",".join(wanted.addresses))
         self._publish(enrolment)
+        await self._look_for_older(uid)
         await self._clear_left(keep=uid)
         self._audited(tuple(each.detail for each in enrolment.remaining))
 
@@ -300,9 +311,20 @@ class PodKeeper:
             )
         if repair.enrolment is not None:
             self._publish(repair.enrolment)
+        self._audits += 1
+        if self._older != () and self._audits % OLDER_AUDITS == 0:
+            await self._look_for_older(uid)
         counters = await self._capture.counters(uid)
         self._drops = {name: n for name, n in counters.items() if not name.startswith("captured_")}
         self._audited(tuple(each.detail for each in remaining))
+
+    async def _look_for_older(self, uid: str) -> None:
+        """Who was there before is served all the same: not knowing it is no failure of the pod."""
+        try:
+            self._older = await self._capture.older(uid)
+        except CaptureError as error:
+            self._older = None
+            log.warning("cannot see older connections", pod=uid, error=error.detail)
 
     def _audited(self, wrong: tuple[str, ...]) -> None:
         """The capture is there, but for what is `wrong`."""
@@ -321,6 +343,7 @@ class PodKeeper:
         self._enrolled = None
         self._enforced = self._due = None
         self._deviations = ()
+        self._older = None
         self._owner.removed(uid)
         log.info("pod removed", pod=uid)
 

@@ -21,6 +21,7 @@ from nodeagent.admin.model import (
     CertificateReport,
     ConfigReport,
     DrainReport,
+    OlderReport,
     PodReport,
     PodState,
     PortMode,
@@ -345,4 +346,8 @@ def _pod(
         deviations=view.deviations,
         repaired=view.repaired,
         drops=view.drops,
+        older=tuple(
+            OlderReport(source=each.source, port=each.port, connections=each.connections)
+            for each in view.older or ()
+        ),
     )

@@ -19,6 +19,7 @@ __all__ = [
     "AuthorizationReport",
     "CertificateReport",
     "ConfigReport",
+    "OlderReport",
     "PodReport",
     "PodState",
     "PortMode",
@@ -89,6 +90,17 @@ class CertificateReport(msgspec.Struct, frozen=True, kw_only=True):
     failed: int = 0
 
 
+class OlderReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Connections to a pod that are older than its capture; without address: those that are left.
+
+    Nobody has judged them; they end where their port becomes STRICT.
+    """
+
+    source: str
+    port: int
+    connections: int
+
+
 class PodReport(msgspec.Struct, frozen=True, kw_only=True):
     """One bound workload. `repaired` counts deviations that audits have put right since start."""
 
@@ -111,6 +123,8 @@ class PodReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the capture has refused since enrolment, by reason."""
     authorizations: tuple[AuthorizationReport, ...] = ()
     """In the order in which they are asked."""
+    older: tuple[OlderReport, ...] = ()
+    """Who is connected to it since before its capture."""
 
 
 class DrainReport(msgspec.Struct, frozen=True, kw_only=True):

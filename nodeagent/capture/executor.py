@@ -19,7 +19,7 @@ from nodeagent.capture import _libbpf, actions, netlink_read, netlink_write, old
 from nodeagent.capture import plan as planning
 from nodeagent.capture.layout import PORTS, SETTINGS_SIZE, SLOTS, pack_config, pack_settings
 from nodeagent.capture.listeners import PortTakenError, is_listening, open_listener, sock_cookie
-from nodeagent.capture.model import Enforcement
+from nodeagent.capture.model import Enforcement, OlderCaller
 from nodeagent.capture.objects import PodObjects, Record
 from nodeagent.capture.shared import CLOSED
 from nodeagent.capture.sysctls import Sysctls
@@ -30,6 +30,7 @@ from nodeagent.pods.netlink import Rtnetlink
 __all__ = ["PodExecutor"]
 
 IPV6_ON_LO: Final = "ipv6/conf/lo/disable_ipv6"
+CHOSEN_PORTS: Final = "ipv4/ip_local_port_range"
 
 
 class PodExecutor:
@@ -236,6 +237,14 @@ class PodExecutor:
         done = older.cut(frozenset(self._local), self.enforcement.is_strict)
         self._older = done.left > 0
         return done.ended
+
+    def older_callers(self) -> tuple[OlderCaller, ...]:
+        """Return who is connected since before the capture, as of what was read last."""
+        if not self._older:
+            return ()
+        least, most = map(int, self._sysctls.read(CHOSEN_PORTS).split())
+        found, self._older = older.look(frozenset(self._local), range(least, most + 1))
+        return found
 
     def _open(self, slot: int) -> None:
         opened = open_listener(PORTS[slot])

@@ -22,6 +22,7 @@ __all__ = [
     "Enrolment",
     "Finding",
     "Listeners",
+    "OlderCaller",
     "PodSpec",
     "Recovered",
     "Repair",
@@ -128,6 +129,14 @@ class Repair(msgspec.Struct, frozen=True):
     enrolment: Enrolment | None = None
 
 
+class OlderCaller(msgspec.Struct, frozen=True):
+    """Connections to one port of a pod, from one address, that were there before its capture."""
+
+    source: str
+    port: int
+    connections: int
+
+
 class Recovered(msgspec.Struct, frozen=True):
     """A pod that an earlier run enrolled. `alive` is false if its namespace cannot be found."""
 
@@ -174,6 +183,12 @@ class Capture(Protocol):
 
     async def recover(self) -> list[Recovered]:
         """Find the pods of an earlier run; from then on they can be audited, judged and removed."""
+
+    async def older(self, uid: str) -> tuple[OlderCaller, ...]:
+        """Return who is connected to the pod since before its capture (`older.callers`).
+
+        Costs nothing once there is no such connection.
+        """
 
     async def counters(self, uid: str) -> dict[str, int]:
         """Return the pod's counters since its enrolment (see `layout.COUNTERS`)."""

@@ -1,8 +1,9 @@
-"""Connections of a pod that are older than its enrolment: counting them and cutting them.
+"""Connections of a pod that are older than its enrolment: whose they are, and cutting them.
 
 This module owns sock_diag (sock_diag(7)). It promises to cut only connections that the capture has
 marked as older, that leave the pod, and whose local port takes mutual TLS only; both ends then see
-a reset. It may not touch the tunnel's connections. All functions run inside the namespace.
+a reset; and to take no caller for a connection of the pod's own. It may not touch the tunnel's
+connections. All functions run inside the namespace.
 
 Plain netlink and not pyroute2: its DiagSocket neither destroys sockets nor reports errors (0.9).
 """
@@ -14,13 +15,25 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from nodeagent.capture.layout import MARK_OLDER
+from nodeagent.capture.model import OlderCaller
 
-__all__ = ["Connection", "Cut", "connected", "cut", "probe_destroy", "to_cut"]
+__all__ = [
+    "MAX_CALLERS",
+    "Connection",
+    "Cut",
+    "callers",
+    "connected",
+    "cut",
+    "look",
+    "probe_destroy",
+    "to_cut",
+]
 
 NETLINK_SOCK_DIAG: Final = 4
 SOCK_DIAG_BY_FAMILY: Final = 20
@@ -34,6 +47,12 @@ INET_DIAG_MARK: Final = 15
 
 MADE: Final = sum(1 << state for state in (1, 4, 5, 8, 9, 11))
 """ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING (include/net/tcp_states.h)."""
+
+LISTEN: Final = 1 << 10
+"""The state of a socket that waits for callers (likewise)."""
+
+MAX_CALLERS: Final = 200
+"""Of one pod that are told one by one, those with the most connections: more than anybody reads."""
 
 RECEIVE_SIZE: Final = 256 * 1024
 """Bytes of one receive: the kernel fills at most 32 KiB of a dump into one message."""
@@ -85,10 +104,54 @@ def to_cut(
 def _must_end(
     connection: Connection, own: frozenset[str], is_strict: Callable[[int], bool]
 ) -> bool:
+    return _leaves(connection, own) and is_strict(connection.local_port)
+
+
+def _leaves(connection: Connection, own: frozenset[str]) -> bool:
+    """Return whether it is an older one, and not from the pod to itself."""
     if connection.mark != MARK_OLDER or connection.remote in own:
         return False
-    inside = ipaddress.ip_address(connection.remote).is_loopback
-    return not inside and is_strict(connection.local_port)
+    return not ipaddress.ip_address(connection.remote).is_loopback
+
+
+def callers(
+    connections: Iterable[Connection],
+    own: frozenset[str],
+    served: Collection[int],
+    chosen: range,
+) -> tuple[OlderCaller, ...]:
+    """Return who called the pod before it was captured, and is connected still. Pure.
+
+    `served` are the ports that somebody listens on, `chosen` those from which the kernel takes one
+    for whoever calls out: a connection from such a port that nobody serves is the pod's own call.
+    The last entry stands for those that find no room, without address and port.
+    """
+    found = Counter(
+        (each.remote, each.local_port)
+        for each in connections
+        if _leaves(each, own) and (each.local_port in served or each.local_port not in chosen)
+    )
+    told = [OlderCaller(*key, connections=count) for key, count in found.most_common(MAX_CALLERS)]
+    rest = found.total() - sum(each.connections for each in told)
+    return (*told, OlderCaller("", 0, connections=rest)) if rest else tuple(told)
+
+
+def look(own: frozenset[str], chosen: range) -> tuple[tuple[OlderCaller, ...], bool]:
+    """Return `callers`, and whether there is any older connection. Raises OSError.
+
+    The kernel goes through every connection of the machine for it: milliseconds.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
+        sock.bind((0, 0))
+        found = list(_all(sock, MADE))
+        served = {each.local_port for each in _all(sock, LISTEN)}
+    there = any(each.mark == MARK_OLDER for each in found)
+    return callers(found, own, served, chosen), there
+
+
+def _all(sock: socket.socket, states: int) -> Iterator[Connection]:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        yield from _dump(sock, family, states)
 
 
 def cut(own: frozenset[str], is_strict: Callable[[int], bool]) -> Cut:
@@ -98,7 +161,7 @@ def cut(own: frozenset[str], is_strict: Callable[[int], bool]) -> Cut:
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as sock:
         sock.bind((0, 0))
-        found = [c for family in (socket.AF_INET, socket.AF_INET6) for c in _dump(sock, family)]
+        found = list(_all(sock, MADE))
         ended = 0
         for connection in to_cut(found, own, is_strict):
             ended += _destroy(sock, connection)
@@ -106,8 +169,10 @@ def cut(own: frozenset[str], is_strict: Callable[[int], bool]) -> Cut:
         return Cut(ended, older - ended)
 
 
-def _send(sock: socket.socket, kind: int, flags: int, family: int, key: bytes) -> None:
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, MADE, key)
+def _send(
+    sock: socket.socket, kind: int, flags: int, family: int, key: bytes, states: int = MADE
+) -> None:
+    body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, states, key)
     length = _HEADER.size + len(body)
     sock.send(_HEADER.pack(length, kind, NLM_F_REQUEST | flags, 0, 0) + body)
 
@@ -126,8 +191,8 @@ def _error(body: bytes) -> int:
     return -int(struct.unpack_from("=i", body)[0]) if len(body) >= 4 else 0  # noqa: PLR2004 - an int
 
 
-def _dump(sock: socket.socket, family: int) -> Iterator[Connection]:
-    _send(sock, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, bytes(48))
+def _dump(sock: socket.socket, family: int, states: int) -> Iterator[Connection]:
+    _send(sock, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, bytes(48), states)
     for kind, body in _messages(sock):
         if kind in (NLMSG_DONE, NLMSG_ERROR):
             code = _error(body)

@@ -32,6 +32,7 @@ from nodeagent.capture.model import (
     Enrolment,
     Finding,
     Listeners,
+    OlderCaller,
     PodSpec,
     Recovered,
     Repair,
@@ -141,6 +142,11 @@ class SkLookupCapture:
             )
             objects.close()
         return recovered
+
+    async def older(self, uid: str) -> tuple[OlderCaller, ...]:
+        async with self._locked(uid):
+            pod = self._known(uid)
+            return await self._inside(pod, pod.older_callers)
 
     async def counters(self, uid: str) -> dict[str, int]:
         async with self._locked(uid):

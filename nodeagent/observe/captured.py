@@ -1,8 +1,8 @@
 """Which workloads are captured, so that nobody calls them unseen: pure.
 
 This module owns that question, asked again and again. It promises that a workload is in the answer
-only while its pod is captured, or is on the way from one pod to the next: no pod, no caller. It may
-not ask anybody.
+only while its pod is captured, or is on the way from one pod to the next: no pod, no caller; and
+only once nobody is connected any more who was before the capture. It may not ask anybody.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def captured(before: Mapping[str, str], views: Mapping[str, PodView]) -> dict[st
     found: dict[str, str] = {}
     for workload, view in views.items():
         if view.enrolled is not None and view.state in _CAPTURED:
-            found[workload] = view.enrolled.uid
+            if view.older == ():
+                found[workload] = view.enrolled.uid
         elif workload in before and view.state in _CHANGING:
             found[workload] = before[workload]
     return found

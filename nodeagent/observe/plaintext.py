@@ -2,8 +2,8 @@
 
 This module owns the verdict. It promises that a caller is judged by the tunnel's own rules, with
 the modes of now and with STRICT, exactly as `nodeagent policy diff` judges it; that "safe" is said
-only where every caller of the whole time is known; and that what cannot be told never counts as
-safe. Pure.
+only where every caller of the whole time is known, those among them who are connected since before
+the capture; and that what cannot be told never counts as safe. Pure.
 
 STRICT here is the mode of the workload. A port that has a mode of its own keeps it, as it would
 after the change of a namespace's or workload's mode.
@@ -12,7 +12,7 @@ after the change of a namespace's or workload's mode.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -31,7 +31,7 @@ from nodeagent.observe.plaintext_model import (
     Verdict,
     worst,
 )
-from nodeagent.offline import Offline
+from nodeagent.offline import Offline, pack
 from ztunnel.protocol import Mode
 
 __all__ = ["MAX_CALLERS", "build", "known_since"]
@@ -43,6 +43,12 @@ _CAPTURED: Final = frozenset({PodState.ENROLLED, PodState.DEGRADED, PodState.WAI
 """States in which nobody is let in unseen."""
 
 _ORDER: Final = tuple(Effect)
+
+_OLDER: Final = (
+    "connected since before the capture, and cut by STRICT; end that connection to see whether it "
+    "comes back with an identity"
+)
+"""Of a workload of the mesh: its next call may be a tunnel's."""
 
 _DISABLED: Final = "not asked for its identity: the mode is DISABLE; make it PERMISSIVE first"
 
@@ -120,6 +126,32 @@ class _Judge:
     def key(self, flow: Recorded) -> _Key:
         return _Key(self._kind(flow), flow.workload, flow.source, flow.port, self._judged(flow))
 
+    def older(self, pod: PodReport, recording: Recording) -> Iterator[tuple[_Key, Recorded]]:
+        """Yield who is connected since before the capture, as if it had called now."""
+        for each in pod.older:
+            there = self._off.workload_at(pack(each.source)) if each.source else None
+            flow = Recorded(
+                identity="",
+                source=each.source,
+                workload=there.uid if there is not None else "",
+                arrival="plaintext",
+                destination=pod.workload,
+                address="",
+                port=each.port,
+                allowed=True,
+                reason="",
+                first=recording.since,
+                last=recording.time,
+                connections=each.connections,
+                most_open=each.connections,
+                received=0,
+                sent=0,
+            )
+            key = self.key(flow)
+            if key.judged.effect is Effect.BREAKS and self._off.judged(flow.workload):
+                key = key._replace(judged=_Judged(Effect.NOT_KNOWN, _OLDER))
+            yield key, flow
+
     def _kind(self, flow: Recorded) -> Origin:
         if flow.is_folded:
             return Origin.UNKNOWN
@@ -168,6 +200,8 @@ def _workload(
             with_identity += _connections(flow) if flow.allowed else 0
         else:
             callers.setdefault(judge.key(flow), []).append(flow)
+    for key, flow in judge.older(pod, recording) if pod is not None else ():
+        callers.setdefault(key, []).append(flow)
     entries = [_caller(key, found) for key, found in callers.items()]
     entries.sort(key=lambda each: (_ORDER.index(each.effect), -each.connections, each.source))
     since = known_since(recording, uid)
@@ -246,7 +280,9 @@ def _reasons(
     if recording.truncated:
         yield Verdict.NOT_KNOWN, "more was recorded than was looked at: ask for less time"
     if since is None:
-        why = recording.problem or "its callers are not recorded without a gap now"
+        why = "connections from before its capture are open, and were never judged"
+        if not pod.older:
+            why = recording.problem or "its callers are not recorded without a gap now"
         yield Verdict.NOT_KNOWN, why
     elif since > recording.since:
         yield (

@@ -185,3 +185,27 @@ def test_each_callers_part_in_the_score_is_told(mesh: Mesh) -> None:
     assert scores[PODS["client"]] == 0.45
     text = mesh.lab.node(mesh.node_of("client")).metrics("nodeagent")
     assert 'nodeagent_asdex{namespace="shop",workload="shop/client"} 0.45' in text
+
+
+def test_who_is_connected_since_before_the_capture_is_a_caller_and_breaks(mesh: Mesh) -> None:
+    """Nobody has let it in, and STRICT ends it: a pool of connections that lives for weeks."""
+    listener = mesh.listen("twin")
+    sock, app, port = mesh.call("outsider", "twin", listener=listener)
+    mesh.lab.enrol(PODS["twin"])
+    mesh.defer(lambda: mesh.lab.enrol(PODS["twin"], enrolled=False))
+
+    def look() -> tuple[int, Found] | None:
+        result = asked(mesh, "twin", "-o", "json", "--since", "1s")
+        if result.exit_code == 2:
+            return None  # not of this node yet
+        report = json.loads(result.stdout)
+        return (result.exit_code, report) if breaking(report) else None
+
+    code, report = wait_until(look, "the caller is in the report") or (0, {})
+    assert (code, report["verdict"]) == (1, "not safe")
+    assert breaking(report) == {("outside", mesh.address("outsider"), port)}
+    mesh.carries(sock, app)
+    mesh.policy("twin", strict("twin"), mode="STRICT")
+    with pytest.raises(ConnectionError):
+        sock.recv(1)
+    mesh.refuses("outsider", mesh.address("twin"), port, b"?")

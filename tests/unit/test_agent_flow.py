@@ -23,6 +23,7 @@ from nodeagent.capture.model import (
     Enrolment,
     Finding,
     Listeners,
+    OlderCaller,
     PodSpec,
     Recovered,
     Repair,
@@ -104,6 +105,9 @@ class FakeCapture:
 
     async def recover(self) -> list[Recovered]:
         return [Recovered(uid, COOKIE, "/x", alive=True, listening=True) for uid in self.earlier]
+
+    async def older(self, uid: str) -> tuple[OlderCaller, ...]:
+        return ()
 
     async def counters(self, uid: str) -> dict[str, int]:
         return {}

@@ -21,12 +21,13 @@ from nodeagent.capture.model import (
     Enrolment,
     Finding,
     Listeners,
+    OlderCaller,
     PodSpec,
     Recovered,
     Repair,
 )
 from nodeagent.control import PodDescriptors
-from nodeagent.podkeeper import PodKeeper
+from nodeagent.podkeeper import OLDER_AUDITS, PodKeeper
 from nodeagent.pods import NetnsHandle
 from nodeagent.reconcile import Closed, Wanted
 from ztunnel import protocol
@@ -57,6 +58,7 @@ class World:
         self.adopted: list[Listeners | None] = []
         self.offer: Listeners | None = None
         self.enforcement: Enforcement | None = None
+        self.older_callers: tuple[OlderCaller, ...] | CaptureError = ()
         self.failures = 0
         self.task: asyncio.Task[None] | None = None
         self.repairs: list[str] = []
@@ -114,6 +116,11 @@ class World:
 
     async def recover(self) -> list[Recovered]:
         return []
+
+    async def older(self, uid: str) -> tuple[OlderCaller, ...]:
+        if isinstance(self.older_callers, CaptureError):
+            raise self.older_callers
+        return self.older_callers
 
     async def counters(self, uid: str) -> dict[str, int]:
         return {"captured_outbound": 5, "egress_bypass": 2}
@@ -316,6 +323,31 @@ def test_repairs_are_counted_and_new_listeners_published(monkeypatch: pytest.Mon
         assert f"put {UID}" in world.events
         assert world.keeper.view.state is PodState.ENROLLED
         assert world.keeper.view.repaired == 2
+
+    run(test)
+
+
+def test_older_callers_are_looked_for_until_there_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reconcile, "AUDIT_SECONDS", 0.001)
+
+    async def test(world: World) -> None:
+        there = OlderCaller("10.0.0.9", 80, 2)
+        world.older_callers = CaptureError(UID, CaptureReason.KERNEL, "no sock_diag")
+        world.keeper.want(wanted())
+        world.keeper.appeared(handle())
+        await world.state(PodState.ENROLLED)
+        assert world.keeper.view.older is None
+        world.older_callers = (there,)
+        await world.until(lambda: world.keeper.view.older == (there,))
+        world.older_callers = ()
+        await world.until(lambda: world.keeper.view.older == ())
+        # Only a new capture has older connections again.
+        world.older_callers = (there,)
+        done = world.events.count("repair") + 3 * OLDER_AUDITS
+        await world.until(lambda: world.events.count("repair") >= done)
+        assert world.keeper.view.older == ()
 
     run(test)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from nodeagent.admin.model import PodState
+from nodeagent.capture.model import OlderCaller
 from nodeagent.observe.captured import captured, taken_over
 from nodeagent.podkeeper import PodView
 from nodeagent.reconcile import Enrolled
 
 
-def view(state: PodState, uid: str = "") -> PodView:
+def view(state: PodState, uid: str = "", older: tuple[OlderCaller, ...] | None = ()) -> PodView:
     enrolled = Enrolled(uid, 1, ()) if uid else None
-    return PodView(None, state, 0.0, enrolled, "", (), 0, {})
+    return PodView(None, state, 0.0, enrolled, "", (), 0, {}, older)
 
 
 @pytest.mark.parametrize("state", [PodState.ENROLLED, PodState.DEGRADED])
@@ -31,6 +32,14 @@ def test_between_two_pods_a_workload_stays_and_none_comes(state: PodState) -> No
 def test_who_may_be_open_is_not_in_it(state: PodState) -> None:
     assert captured({"a/b": "a/b@1"}, {"a/b": view(state)}) == {}
     assert captured({"a/b": "a/b@1"}, {"a/b": view(state, "a/b@1")}) == {}
+
+
+@pytest.mark.parametrize("older", [None, (OlderCaller("10.0.0.9", 80, 1),)])
+def test_while_somebody_unseen_may_be_connected_it_is_not_in_it(
+    older: tuple[OlderCaller, ...] | None,
+) -> None:
+    found = {"a/b": view(PodState.ENROLLED, "a/b@1", older)}
+    assert captured({}, found) == captured({"a/b": "a/b@1"}, found) == {}
 
 
 def test_who_is_bound_no_more_is_not_in_it() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import pytest
 
 from nodeagent import whatif
-from nodeagent.admin.model import PodReport, PodState, PortMode
+from nodeagent.admin.model import OlderReport, PodReport, PodState, PortMode
 from nodeagent.flows import SCHEMA, Gap, Recorded, Recording
 from nodeagent.observe import plaintext
 from nodeagent.observe.plaintext_model import (
@@ -61,6 +62,7 @@ def build(
     *flows: Recorded,
     settings: Settings | None = None,
     state: PodState = PodState.ENROLLED,
+    older: tuple[OlderReport, ...] = (),
     **changes: Any,  # noqa: ANN401 - fields of a recording
 ) -> PlaintextReport:
     off = configuration(*documents, settings=settings)
@@ -74,7 +76,8 @@ def build(
         "complete": BEFORE,
         "watched": {"shop/pay": BEFORE, "shop/web": BEFORE},
     }
-    pods = [pod("shop/pay", off, state), pod("shop/web", off)]
+    called = msgspec.structs.replace(pod("shop/pay", off, state), older=older)
+    pods = [called, pod("shop/web", off)]
     return plaintext.build(Recording(**(values | changes)), pods, {NODE}, off)
 
 
@@ -185,6 +188,34 @@ def test_of_what_is_gone_the_callers_may_call_its_successor() -> None:
     )
     # Who called it with an identity does not matter.
     assert len(build(mesh(), flow(destination="shop/old-pay")).workloads) == 2
+
+
+def older(source: str, port: int = 8080) -> OlderReport:
+    return OlderReport(source=source, port=port, connections=2)
+
+
+@pytest.mark.parametrize(
+    "source, effect",
+    [
+        ("10.9.9.9", Effect.BREAKS),
+        # A workload of the mesh has an identity, and may show it when it calls again.
+        ("10.1.0.2", Effect.NOT_KNOWN),
+        ("", Effect.NOT_KNOWN),
+    ],
+)
+def test_who_is_connected_since_before_the_capture_is_a_caller(source: str, effect: Effect) -> None:
+    found = build(mesh(), older=(older(source, 8080 if source else 0),))
+    (caller,) = pay(found).callers
+    assert (caller.effect, caller.connections, caller.last) == (effect, 2, NOW)
+    assert found.verdict is (Verdict.NOT_SAFE if effect is Effect.BREAKS else Verdict.NOT_KNOWN)
+
+
+def test_on_a_port_that_stays_permissive_older_connections_stay() -> None:
+    ports = ", portLevelMtls: {8080: {mode: PERMISSIVE}}, selector: {matchLabels: {app: pay}}"
+    documents = [*mesh(), strict("shop", "PERMISSIVE", ports)]
+    found = build(documents, older=(older("10.9.9.9"),))
+    assert [each.effect for each in pay(found).callers] == [Effect.STAYS]
+    assert build(documents, older=(older("10.9.9.9", 9090),)).verdict is Verdict.NOT_SAFE
 
 
 # --- what is not known --------------------------------------------------------------------------

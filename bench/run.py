@@ -35,6 +35,7 @@ from meshbench import (
     held,
     host,
     observe,
+    opened,
     policy,
     report,
     scrape,
@@ -54,7 +55,7 @@ ROUNDS: Final = 5
 TIMING: Final = Timing(bulk=4, requests=4, connections=4)
 QUICK_ROUNDS: Final = 2
 QUICK_TIMING: Final = Timing(bulk=3, requests=3, connections=3)
-OWN: Final = ("enrolment", "policy", "observe")
+OWN: Final = ("enrolment", "policy", "observe", "scrape")
 """Scenarios of ours alone, each in a lab of its own, in the first round."""
 NOT_MEASURED: Final = 1
 TARGET_MISSED: Final = 3
@@ -100,10 +101,11 @@ class Bench:
                         number, subject, scenario.name, partial(scenario.measure, bed, self._timing)
                     )
         if "ours" in names and number == 1:
-            works = {
+            works: dict[str, Callable[[], dict[str, float]]] = {
                 "enrolment": partial(enrolment.measure, self._tools, self._timing.connections),
                 "policy": partial(policy.measure, self._tools),
                 "observe": partial(observe.measure, self._tools, self._timing),
+                "scrape": lambda: opened.measure(self._tools, self._timing) | scrape.measure(),
             }
             for name in filter(self._wants, OWN):
                 self._measure(number, "ours", name, works[name])
@@ -160,9 +162,9 @@ def _method(timing: Timing) -> dict[str, Any]:
         f"one process; {edit.EDITS} edits of one file beside {enormous.WORKLOADS} workloads and "
         f"{enormous.POLICIES} policies, until a caller meets the new verdict",
         "observe": f"{observe.WINDOWS} windows each of two labs in turn: everything off, and "
-        f"everything on, asked for /metrics and /stats every {observe.ASK_SECONDS} s; a scrape of "
-        f"{observe.IDLE} open connections by ztunnel's own CPU; one of {scrape.LINES} series of "
-        f"{scrape.PODS} pods in one process",
+        f"everything on, asked for /metrics and /stats every {observe.ASK_SECONDS} s",
+        "scrape": f"{opened.OPEN} open connections of {opened.PAIRS} pairs of pods, by ztunnel's "
+        f"own CPU; {scrape.LINES} series of {scrape.PODS} pods in one process",
         "rounds": {one.name: sorted(one.rounds) or "all" for one in SCENARIOS}
         | {name: [1] for name in OWN},
         "cipher": f"AES-128-GCM, {cipher.CHUNK_BYTES} bytes at a time, once sealed, once opened",

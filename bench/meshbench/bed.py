@@ -116,12 +116,15 @@ def spec(
     tools: Path,
     *,
     extra_pods: int = 0,
+    pairs: int = 0,
     settings: Callable[[str], Mapping[str, Any]] = lambda _node: {},
     arguments: tuple[str, ...] = (),
 ) -> LabSpec:
     """Return the lab's description; `extra_pods` more on node-1, which the mesh does not know.
 
-    `settings` are further ones of a node, `arguments` further ones of each ztunnel.
+    `pairs` are so many more callers on node-1 ("caller-0", …), and on node-2 as many servers
+    ("called-0", …). `settings` are further ones of a node, `arguments` further ones of each
+    ztunnel.
     """
     serve = App(name="serve", command=(str(tools / "serve"), str(HTTP_PORT)), ready=HTTP_PORT)
     echo = (str(tools / "serve"), str(ECHO_PORT), "echo")
@@ -139,6 +142,8 @@ def spec(
         pod("server", "node-2"),
         pod("outside", "node-2", mesh=False),
         *(Pod(name=f"extra-{index}", node="node-1", mesh=False) for index in range(extra_pods)),
+        *(Pod(name=f"caller-{index}", node="node-1") for index in range(pairs)),
+        *(Pod(name=f"called-{index}", node="node-2", apps=(serve,)) for index in range(pairs)),
     )
     workers = ("--workers", str(WORKERS), *arguments)
     nodes = tuple(

@@ -108,9 +108,10 @@ class Steps:
 
 
 @contextlib.contextmanager
-def stepping(bed: Bed, name: str, *arguments: str) -> Iterator[Steps]:
+def stepping(bed: Bed, name: str, *arguments: str, pod: str = "client") -> Iterator[Steps]:
+    """Start a load program in a pod, and end it."""
     process: subprocess.Popen[Any] = bed.popen(
-        "client",
+        pod,
         [str(bed.tools / name), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What it costs to be observed: everything on against everything off, and what a scrape takes.
+"""What it costs to be observed: everything on against everything off.
 
 This module owns that one scenario. It promises two labs side by side, alike but for what observes,
 measured in turn within each window, so that what disturbs the machine disturbs both. It is ours
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import http.server
 import os
-import resource
 import statistics
 import tempfile
 import threading
@@ -26,22 +25,18 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 
-from meshbench import held, host, parse, scrape
+from meshbench import host, parse
 from meshbench.bed import Bed, FailedError, ready, spec, tune
 from meshbench.scenarios import PARALLEL, Timing
 from nodeagent.lab import Lab, namespaces
 
-__all__ = ["ASK_SECONDS", "IDLE", "WINDOWS", "measure"]
+__all__ = ["ASK_SECONDS", "WINDOWS", "Values", "asking", "bed_of", "measure", "sound", "watched"]
 
 WINDOWS: Final = 3
 ASK_SECONDS: Final = 2.0
 TRACES_PORT: Final = 4318
 """The port that OpenTelemetry names for OTLP over HTTP."""
 SAMPLE: Final = 100
-IDLE: Final = min(15_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2 - 1000)
-"""Connections that are open while a scrape is measured. A pod of a tunnel gets no more than half of
-the descriptors, and has one for each."""
-SCRAPES: Final = 10
 
 PAGES: Final = ((15020, "/metrics"), (15000, "/metrics"), (15020, "/stats"))
 
@@ -49,37 +44,50 @@ Values = dict[str, float]
 
 
 def measure(tools: Path, timing: Timing) -> Values:
-    """Return the medians of on over off, and what scrapes take. Raises FailedError, LabError."""
+    """Return the medians of on over off. Raises FailedError, LabError."""
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-observe-")))
-        off = stack.enter_context(_bed("off", tools, _off, ("--access-log", "/dev/null")))
-        on = stack.enter_context(_bed("on", tools, lambda node: _on(directory, node)))
-        for node in on.lab.nodes:
-            stack.enter_context(_receiver(node.space))
+        off = stack.enter_context(bed_of("off", tools, _off, ("--access-log", "/dev/null")))
+        on = stack.enter_context(watched("on", tools))
         ratios: dict[str, list[float]] = {}
         found: Values = {}
         for window in range(1, WINDOWS + 1):
             plain = _window(off, timing)
-            with _asking(on) as asked:
-                watched = _window(on, timing)
+            with asking(on) as asked:
+                seen = _window(on, timing)
             if not asked():
                 raise FailedError("nobody was answered: nothing was observed")
-            for key, value in watched.items():
+            for key, value in seen.items():
                 ratios.setdefault(key, []).append(value / plain[key])
                 found |= {f"{key}_off_{window}": plain[key], f"{key}_on_{window}": value}
-        found |= {key: statistics.median(values) for key, values in ratios.items()}
-        found |= _open(on, timing)
-    return found | scrape.measure()
+        return found | {key: statistics.median(values) for key, values in ratios.items()}
 
 
 @contextlib.contextmanager
-def _bed(
+def watched(name: str, tools: Path, *, pairs: int = 0) -> Iterator[Bed]:
+    """Build a lab in which all is on, but nobody asks (`asking`)."""
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-observe-")))
+        bed = stack.enter_context(
+            bed_of(name, tools, lambda node: _on(directory, node), pairs=pairs)
+        )
+        for node in bed.lab.nodes:
+            stack.enter_context(_receiver(node.space))
+        yield bed
+
+
+@contextlib.contextmanager
+def bed_of(
     name: str,
     tools: Path,
     settings: Callable[[str], dict[str, Any]],
     arguments: tuple[str, ...] = (),
+    *,
+    pairs: int = 0,
 ) -> Iterator[Bed]:
-    described = spec(f"bench-{name}-{os.getpid()}", tools, settings=settings, arguments=arguments)
+    """Build a lab of ours with these settings."""
+    described = spec(
+        f"bench-{name}-{os.getpid()}", tools, pairs=pairs, settings=settings, arguments=arguments
+    )
     with Lab.up(described) as lab:
         bed = Bed(lab, tools, lab.addresses("server")[0])
         bed.tunnels = {side.name: side.process("ztunnel").pid for side in lab.nodes}
@@ -136,9 +144,9 @@ def _window(bed: Bed, timing: Timing) -> Values:
     bulk = parse.iperf3(bed.run("client", [*argv, "-t", str(timing.bulk)]))
     latency = bed.load("latency", str(timing.requests))
     with host.Meter(bed.tunnels.values()) as meter:
-        connections = _sound(bed.load("connect", str(timing.connections), str(PARALLEL)))
+        connections = sound(bed.load("connect", str(timing.connections), str(PARALLEL)))
     used = meter.used(bed.tunnels.values())
-    first = _sound(bed.load("connect", str(timing.requests), "1"))
+    first = sound(bed.load("connect", str(timing.requests), "1"))
     return {
         "bulk": bulk["gbit_per_second"],
         "latency_p50": latency["p50_ns"],
@@ -150,14 +158,15 @@ def _window(bed: Bed, timing: Timing) -> Values:
     }
 
 
-def _sound(values: Values) -> Values:
+def sound(values: Values) -> Values:
+    """Return what a load program reports. Raises FailedError if a connection failed."""
     if values["errors"]:
         raise FailedError(f"{values['errors']:.0f} connections failed")
     return values
 
 
 @contextlib.contextmanager
-def _asking(bed: Bed, pause: float = ASK_SECONDS) -> Iterator[Callable[[], int]]:
+def asking(bed: Bed, pause: float = ASK_SECONDS) -> Iterator[Callable[[], int]]:
     """Ask for PAGES meanwhile; hand over how many answers there were."""
     over = threading.Event()
     answers: list[int] = []
@@ -176,29 +185,3 @@ def _asking(bed: Bed, pause: float = ASK_SECONDS) -> Iterator[Callable[[], int]]
     finally:
         over.set()
         asker.join()
-
-
-def _open(bed: Bed, timing: Timing) -> Values:
-    """Return what a scrape takes beside open connections, and what it does to new ones."""
-    where = (bed.server, str(bed.http_port), str(IDLE))
-    with held.stepping(bed, "load", "idle", *where) as program:
-        program.wait("ready")
-        node = bed.lab.node("node-1")
-        pid = bed.tunnels[node.name]
-        with host.Meter([pid]) as resting:
-            alone = _sound(bed.load("connect", str(timing.requests), "1"))
-        with host.Meter([pid]) as meter:
-            for _ in range(SCRAPES):
-                node.get("/metrics", 15020)
-        with _asking(bed, 0.0):
-            beside = _sound(bed.load("connect", str(timing.requests), "1"))
-        if program.end(end_of_input=True) != {"held": float(IDLE)}:
-            raise FailedError("a connection was lost beside scrapes")
-    return {
-        "open_connections": float(IDLE),
-        "open_cpu_ms": meter.used([pid]) / SCRAPES * 1000,
-        "open_alone_p99_ns": alone["p99_ns"],
-        "open_scraped_p99_ns": beside["p99_ns"],
-        "scraped_p99": beside["p99_ns"] / alone["p99_ns"],
-        "open_alone_cpu_s": resting.used([pid]),
-    }

@@ -33,7 +33,7 @@ import msgspec
 from ztunnel import labels as label_sets
 from ztunnel.labels import Labels
 from ztunnel.log_writer import File, Writer
-from ztunnel.reasons import NO_FLAG, RESPONSE_FLAGS, Reason
+from ztunnel.reasons import BROKE_LATER, NO_FLAG, RESPONSE_FLAGS, Reason
 
 __all__ = [
     "FIELDS",
@@ -222,18 +222,12 @@ def _keyed(known: _Known, direction: str, destination: str, hbone: str) -> list[
     return fields
 
 
-_BROKE_LATER: Final = frozenset(
-    {Reason.H2_LIMIT, Reason.H2_PROTOCOL, Reason.KEEPALIVE_TIMEOUT, Reason.TRUST_WITHDRAWN}
-)
-"""Ends of an HBONE connection whose handshake was complete."""
-
-
 def _message(reason: Reason, *, handshake: bool, opened: bool) -> str:
     if opened:
         return '"connection opened"'
     if not handshake:
         return '"connection complete"'
-    if reason in _BROKE_LATER:
+    if reason in BROKE_LATER:
         return '"HBONE connection broken"'
     return '"handshake failed"'
 

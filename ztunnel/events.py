@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
-from ztunnel import address, causes, labels, reasons
+from ztunnel import address, causes, labels, reasons, verdict_words
 from ztunnel.access_log import Line, Sink, certificate
 from ztunnel.authorize import Verdict
 from ztunnel.corelike import ARRIVALS, Kind
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from ztunnel.identities import Identities, Proven
     from ztunnel.judge import Judge
     from ztunnel.pods import Pods
-    from ztunnel.policy import DryRun, Match
     from ztunnel.protocol import Workload
     from ztunnel.state import State
     from ztunnel.traces import Tracer
@@ -56,9 +55,6 @@ MAX_EXPLAINED: Final = 1024
 
 MAX_SPELLED: Final = 4096
 """Addresses whose text is kept: those that a node talks to, again and again."""
-
-MAX_UNREAD: Final = 3
-"""Fields of one rule that a line names as not looked at."""
 
 _REASONS: Final = tuple(Reason)
 _FAILURE: Final = tuple(reasons.RESPONSE_FLAGS[each] != reasons.NO_FLAG for each in Reason)
@@ -305,15 +301,23 @@ class Events:
         return [line, _judged(there, record.outcome.verdict)]
 
     def _failed(self, state: State, event: Failed) -> list[Line]:
-        """A handshake that failed: its line has no bytes and no duration."""
+        """A handshake that failed: its line has no bytes and no duration.
+
+        One that a caller began stands for a connection that failed: nothing else here tells of
+        it. The callers' side counts the connections that waited for one.
+        """
         inbound = event.kind == Kind.PEER_CERTIFICATE
-        self.handshake_failures[SERVER if inbound else CLIENT, _REASONS[event.reason]] += 1
+        reason = _REASONS[event.reason]
+        self.handshake_failures[SERVER if inbound else CLIENT, reason] += 1
         detail = self._details.pop((event.kind, event.pod, event.address), "") or event.detail
         if inbound:
             workload = self._owner.pods.workload(event.pod)
-            self._owner.arrivals.handshake_failed(workload, _REASONS[event.reason])
+            self._owner.arrivals.handshake_failed(workload, reason)
+            if reason not in reasons.BROKE_LATER:
+                found = self._handshake_labels(state, event)
+                self._count_early(found, reasons.flag(reason, hbone=False))
             self._audit.failed(
-                _REASONS[event.reason],
+                reason,
                 event.address,
                 lambda: self._handshake_line(state, event, detail),
             )
@@ -324,7 +328,6 @@ class Events:
         reason = _REASONS[event.reason]
         inbound = event.kind == Kind.PEER_CERTIFICATE
         held = self._owner.pods.by_number(event.pod)
-        local = state.workload_of(held.pod) if held is not None else None
         remote = state.workload_at(event.address)
         pod = next(iter(sorted(held.pod.addresses)), b"") if held is not None else b""
         there = address.authority(event.address, event.port)
@@ -348,13 +351,7 @@ class Events:
             source=there if inbound else here,
             destination=f"{_host(pod) if pod else ''}:{HBONE_PORT}" if inbound else there,
             hbone_destination="",
-            labels=labels.make(
-                labels.DESTINATION if inbound else labels.SOURCE,
-                labels.UNKNOWN,
-                remote if inbound else local,
-                local if inbound else remote,
-                None,
-            ),
+            labels=self._handshake_labels(state, event),
             received=0,
             sent=0,
             reason=reason,
@@ -363,6 +360,15 @@ class Events:
             handshake=True,
             flags=reasons.flag(reason, hbone=not inbound),
         )
+
+    def _handshake_labels(self, state: State, event: Failed) -> Labels:
+        held = self._owner.pods.by_number(event.pod)
+        local = state.workload_of(held.pod) if held is not None else None
+        # By its address, for nothing was proved.
+        remote = state.workload_at(event.address)
+        if event.kind == Kind.PEER_CERTIFICATE:
+            return labels.make(labels.DESTINATION, labels.UNKNOWN, remote, local, None)
+        return labels.make(labels.SOURCE, labels.UNKNOWN, local, remote, None)
 
     def _last_end(self, reason: Reason, remote: Workload | None, now: float) -> float | None:
         if remote is None or reason is not Reason.CERT_EXPIRED:
@@ -440,28 +446,9 @@ def _judged(line: Line, verdict: Verdict) -> Line:
     return msgspec.structs.replace(
         line,
         client=verdict.client.value if verdict.client is not None else "",
-        audit_rules=_named(verdict.audits),
-        dry_run=_would(verdict.dry_run) if verdict.dry_run is not None else "",
+        audit_rules=verdict_words.matches(verdict.audits),
+        dry_run=verdict_words.dry_run(verdict.dry_run) if verdict.dry_run is not None else "",
     )
-
-
-def _would(dry_run: DryRun) -> str:
-    outcome = "allowed" if dry_run.allow else "denied"
-    by = f" by {dry_run.origin}" if dry_run.origin else ""
-    audited = f"; audited by {_named(dry_run.audits)}" if dry_run.audits else ""
-    return f"{outcome}{by}{audited}"
-
-
-def _named(audits: Sequence[Match]) -> str:
-    """Return the rules that match, and what of them was not looked at."""
-    return "; ".join(audit.origin + _without(audit.unread) for audit in audits)
-
-
-def _without(unread: Sequence[str]) -> str:
-    if not unread:
-        return ""
-    more = f" and {len(unread) - MAX_UNREAD} more" if len(unread) > MAX_UNREAD else ""
-    return f" without {', '.join(unread[:MAX_UNREAD])}{more}"
 
 
 @functools.lru_cache(maxsize=MAX_SPELLED)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from ztunnel.protocol import Service, Workload
-from ztunnel.spiffe import SpiffeId
 
 __all__ = [
     "DESTINATION",
@@ -124,13 +123,9 @@ def overflow(labels: Labels) -> Labels:
 
 def _side(workload: Workload | None, principal: str) -> tuple[str, ...]:
     if workload is None:
-        return (
-            UNKNOWN,
-            _namespace_of(principal) or UNKNOWN,
-            UNKNOWN,
-            UNKNOWN,
-            principal or UNKNOWN,
-            *(UNKNOWN,) * 5,
+        # A namespace alone, though the identity may name one, makes Kiali drop the edge.
+        return tuple(
+            (principal or UNKNOWN) if name == "principal" else UNKNOWN for name in _WORKLOAD_LABELS
         )
     region, _, rest = workload.locality.partition("/")
     zone = rest.partition("/")[0]
@@ -149,11 +144,6 @@ def _side(workload: Workload | None, principal: str) -> tuple[str, ...]:
         region or UNKNOWN,
         zone or UNKNOWN,
     )
-
-
-def _namespace_of(principal: str) -> str:
-    """Return the namespace that a Kubernetes-style SPIFFE ID names, else nothing."""
-    return (SpiffeId.parse(principal).namespace or "") if principal else ""
 
 
 def service_name(service: Service) -> str:

@@ -11,6 +11,7 @@ import enum
 from typing import Final
 
 __all__ = [
+    "BROKE_LATER",
     "CAUSES",
     "FLAGS",
     "NO_FLAG",
@@ -244,6 +245,11 @@ RESPONSE_FLAGS: Final[dict[Reason, str]] = {reason: flag for reason, (flag, _) i
 
 FLAGS: Final = frozenset(RESPONSE_FLAGS.values())
 """Every value of that label."""
+
+BROKE_LATER: Final = frozenset(
+    {Reason.H2_LIMIT, Reason.H2_PROTOCOL, Reason.KEEPALIVE_TIMEOUT, Reason.TRUST_WITHDRAWN}
+)
+"""Ends of an HBONE connection whose handshake was complete: what it carried is told by itself."""
 
 CAUSES: Final[dict[Reason, str]] = {reason: cause for reason, (_, cause) in _TABLE.items()}
 """Reason to a sentence for the operator; empty where nothing went wrong."""

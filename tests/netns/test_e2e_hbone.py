@@ -246,6 +246,9 @@ def test_a_client_of_a_wrong_identity_is_refused(mesh: Mesh, why: str) -> None:
     make, reasons = REFUSED[why]
     known = len(failures(mesh, "far"))
     before = mesh.count("far", "ztunnel_tls_handshake_failures_total")
+    name = "istio_tcp_connections_failed_total"
+    edge = {"reporter": "destination", "source_workload": "twin", "destination_workload": "far"}
+    failed = mesh.count("far", name, **edge)
     listener = mesh.listen("far")
     with pytest.raises(Gone):  # noqa: PT012 - TLS 1.3 tells a client late
         client = mesh.hbone("twin", "far", make(mesh))
@@ -258,6 +261,7 @@ def test_a_client_of_a_wrong_identity_is_refused(mesh: Mesh, why: str) -> None:
     assert line["error"]
     assert "src.identity" not in line
     mesh.counted("far", "ztunnel_tls_handshake_failures_total", before + 1)
+    assert mesh.count("far", name, **edge) == failed + 1
 
 
 @pytest.mark.parametrize(

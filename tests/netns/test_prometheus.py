@@ -17,7 +17,17 @@ from typing import Final
 import pytest
 
 from nodeagent.lab import Lab
-from support.e2e import HTTP_PORT, Mesh, peer_authentication, running, spec, spiffe, strict, watched
+from support.e2e import (
+    HTTP_PORT,
+    Mesh,
+    authority,
+    peer_authentication,
+    running,
+    spec,
+    spiffe,
+    strict,
+    watched,
+)
 from support.expositions import described, every_series
 from support.netns import DEADLINE, wait_until
 from support.prometheus import DEPLOY, TARGETS, Server, check_metrics
@@ -241,6 +251,29 @@ def test_a_caller_from_outside_is_unknown_and_has_no_padlock(
     )
     assert not is_bad(row)
     assert padlock(prometheus, edge(row)) == 0.0
+
+
+def test_a_caller_with_an_identity_at_an_unknown_address_has_a_padlock(
+    mesh: Mesh, prometheus: Server
+) -> None:
+    """As a gateway or a peer of another cluster: Kiali must not drop the edge."""
+
+    def call() -> None:
+        client = mesh.hbone("outsider", "far", mesh.shown(spiffe("gateway")))
+        stream = client.connect(authority(mesh.address("far"), HTTP_PORT))
+        assert client.status(stream) == 200
+        client.send(stream, b"GET / HTTP/1.0\r\n\r\n")
+        client.receive(stream, 12)
+        client.close()
+
+    selector = 'reporter="destination",connection_security_policy="mutual_tls"'
+    (row,) = seen(
+        call,
+        lambda: between(rates(prometheus, selector, "source_principal"), UNKNOWN, "far"),
+        "the edge from the gateway to far",
+    )
+    assert row["source_principal"] == spiffe("gateway")
+    assert not is_bad(row)
 
 
 def firing(server: Server, alert: str, **labels: str) -> str:

@@ -220,8 +220,10 @@ def test_a_peer_is_named_by_its_proof_and_not_by_its_address(rig: Rig) -> None:
     decision = rig.core.answers[rig.inbound("10.2.0.1", number)]
     line = ended(rig, decision, Kind.INBOUND_HBONE, Reason.CLOSED, destination=ip("10.1.0.1"))
     assert labels.value(line.labels, "source_principal") == identity("someone-else")
+    # Kiali drops an edge whose source has a namespace and no workload.
     assert labels.value(line.labels, "source_workload") == ""
-    assert labels.value(line.labels, "source_workload_namespace") == "default"
+    assert labels.value(line.labels, "source_workload_namespace") == ""
+    assert labels.value(line.labels, "source_cluster") == ""
     assert line.destination == "10.1.0.1:15008"
     assert line.hbone_destination == "10.1.0.1:8080"
 
@@ -258,6 +260,49 @@ def test_a_failed_handshake_is_logged_with_what_was_wrong(rig: Rig) -> None:
     assert identity("httpbin") in line.error
     assert identity("sleep") in line.error
     assert rig.tunnel.events.handshake_failures["client", Reason.IDENTITY_MISMATCH] == 1
+
+
+def refused_by_server(rig: Rig, reason: Reason, address: str) -> None:
+    """A client's handshake with a pod of this node has failed."""
+    number = list(Reason).index(reason)
+    failed = record(Failed, Kind.PEER_CERTIFICATE, rig.pod, 0, ip(address), 40000, number, "")
+    rig.core.report(failed)
+    rig.tunnel.pump()
+
+
+def test_a_client_whose_handshake_failed_is_a_connection_that_failed(rig: Rig) -> None:
+    rig.start()
+    refused_by_server(rig, Reason.CERT_EXPIRED, "10.2.0.1")
+    refused_by_server(rig, Reason.CERT_MISSING, "10.9.0.1")
+    refused_by_server(rig, Reason.CERT_MISSING, "10.9.0.2")
+    counted = {
+        (
+            labels.value(found, "reporter"),
+            labels.value(found, "source_workload"),
+            labels.value(found, "source_principal"),
+            labels.value(found, "destination_workload"),
+            labels.value(found, "connection_security_policy"),
+            flag,
+        ): number
+        for (found, flag), number in rig.tunnel.events.early.items()
+    }
+    assert counted == {
+        # By its address, for it has proved nothing.
+        ("destination", "httpbin", "", "sleep", "", "IDENTITY_ERROR"): 1,
+        ("destination", "", "", "sleep", "", "TLS_FAILURE"): 2,
+    }
+    assert rig.lines[-1].labels in {found for (found, _), _ in rig.tunnel.events.early.items()}
+
+
+@pytest.mark.parametrize(
+    "reason", [Reason.H2_LIMIT, Reason.KEEPALIVE_TIMEOUT, Reason.TRUST_WITHDRAWN, Reason.SHUTDOWN]
+)
+def test_an_hbone_connection_that_ends_later_is_no_further_failure(
+    rig: Rig, reason: Reason
+) -> None:
+    rig.start()
+    refused_by_server(rig, reason, "10.2.0.1")
+    assert dict(rig.tunnel.events.early.items()) == {}
 
 
 def test_a_dial_that_times_out_names_port_15008(rig: Rig) -> None:

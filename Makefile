@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # What a bare Debian 12 lacks. Building: python3-venv to llvm. Running and the lab: iproute2 to
 # openssl. Tests and bench: the rest (systemd for systemd-analyze, which needs no running systemd).
 SYSTEM_PACKAGES := python3-venv python3-dev gcc pkg-config libnghttp2-dev libbpf-dev clang llvm \
-	iproute2 nftables procps curl openssl \
+	iproute2 iptables nftables procps curl openssl \
 	clang-format libclang-rt-14-dev systemd tcpdump iperf3 wrk netcat-openbsd \
 	chromium chromium-driver fonts-dejavu-core fish zsh mandoc python3-bpfcc
 # For the page's library. Not by their packages' names: what has npm from elsewhere keeps it.

@@ -11,17 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.capture import _libbpf
-from nodeagent.capture.actions import PREFERENCES
+from nodeagent.capture.actions import DIRECTIONS, FILTER_NAME, PREFERENCES
 from nodeagent.capture.layout import TABLE, V4, V6
 from nodeagent.capture.model import Finding
-from nodeagent.capture.netlink_read import read_rules
+from nodeagent.capture.netlink_read import read_clsact, read_filters, read_rules
 from nodeagent.capture.objects import PodObjects, Record
 from nodeagent.capture.plan import wanted_rules
 from nodeagent.capture.probe import probe
 from nodeagent.capture.shared import NodeObjects
+from nodeagent.pods.interfaces import collect_interfaces
 from nodeagent.pods.netlink import Rtnetlink
 
-__all__ = ["Record", "features", "foreign_rules", "pinned_pods", "program_name", "programs"]
+__all__ = [
+    "Record",
+    "features",
+    "foreign_rules",
+    "pinned_pods",
+    "program_name",
+    "programs",
+    "unguarded",
+]
 
 
 def features(bpf_dir: Path) -> list[Finding]:
@@ -78,6 +87,25 @@ def program_name(number: int) -> str:
         return _libbpf.program_name(number)
     except OSError:
         return ""
+
+
+def unguarded() -> list[str]:
+    """Return the devices of the calling thread's namespace where no guard of a capture drops what
+    goes around the tunnel, each with the direction. Raises OSError.
+    """
+    with Rtnetlink() as route:
+        devices = collect_interfaces(route).devices
+        guards = {
+            (each.device, each.direction)
+            for each in read_filters(route, read_clsact(route))
+            if each.is_in_place and each.name == FILTER_NAME
+        }
+    return [
+        f"{device.name} ({direction})"
+        for device in devices
+        for direction in DIRECTIONS
+        if (device.index, direction) not in guards
+    ]
 
 
 def foreign_rules() -> tuple[list[str], list[str]]:

@@ -83,21 +83,39 @@ def _kernel(facts: Facts) -> Iterator[Finding]:
 def _daemons(facts: Facts) -> Iterator[Finding]:
     status = facts.agent.status
     if status is None:
-        held = f" (process {facts.nodeagent.pid} holds its lock)" if facts.nodeagent else ""
+        daemon = facts.nodeagent
+        runs = f"process {daemon.pid} holds its lock, and cannot be asked: " if daemon else ""
         yield finding(
             "NA2001",
-            f"{facts.agent.cause}{held}; ztunnel goes on with the last state, and what is "
-            "captured stays captured",
-            facts.agent.remedy,
+            f"{runs}{facts.agent.cause}{_stopped(daemon)}; ztunnel goes on with the last state, "
+            "and what is captured stays captured",
+            "restart it: no connection notices" if daemon else facts.agent.remedy,
+            *_go_on(daemon),
             "systemctl restart nodeagent",
             JOURNAL.format("nodeagent"),
             affects=(NODE, "nodeagent"),
+        )
+    elif facts.control_socket:
+        yield finding(
+            "NA2007",
+            f"{facts.control_socket} is gone: the ztunnel that runs goes on, and one that is "
+            "started does not find nodeagent",
+            "restart nodeagent, which makes it anew; no connection notices",
+            "systemctl restart nodeagent",
         )
     yield from _ztunnel(facts, status)
     yield from _releases(facts, status)
     for daemon in (facts.nodeagent, facts.ztunnel):
         if daemon is not None:
             yield from _descriptors(daemon)
+
+
+def _stopped(daemon: Daemon | None) -> str:
+    return "; it is stopped, by a signal or a debugger" if daemon and daemon.stopped else ""
+
+
+def _go_on(daemon: Daemon | None) -> list[str]:
+    return [f"kill -CONT {daemon.pid}"] if daemon and daemon.stopped else []
 
 
 def _ztunnel(facts: Facts, status: Status | None) -> Iterator[Finding]:
@@ -112,6 +130,8 @@ def _ztunnel(facts: Facts, status: Status | None) -> Iterator[Finding]:
         )
         return
     if status is None:
+        if facts.tunnel_silent:
+            yield from _not_ready(["it does not answer on the port of its metrics"], facts.ztunnel)
         return
     seam = status.ztunnel
     if not seam.connected:
@@ -133,26 +153,29 @@ def _ztunnel(facts: Facts, status: Status | None) -> Iterator[Finding]:
             "in force until then",
             JOURNAL.format("ztunnel"),
         )
-    yield from _ready(seam.own, seam.error)
+    yield from _not_ready(_lacks(seam.own, seam.error), facts.ztunnel)
 
 
-def _ready(own: dict[str, Any] | None, error: str) -> Iterator[Finding]:
+def _lacks(own: dict[str, Any] | None, error: str) -> list[str]:
     checks = own.get("ready") if own is not None else None
     lacks = [
         f"{name}: {problem}"
         for name, problem in (checks.items() if isinstance(checks, dict) else ())
         if problem
     ]
-    if error:
-        lacks.append(error)
-    if lacks:
-        yield finding(
-            "NA2003",
-            "; ".join(lacks[:MOST_NAMED]),
-            "look what its log says; a reload replaces it without losing a connection",
-            JOURNAL.format("ztunnel"),
-            "systemctl reload ztunnel",
-        )
+    return [*lacks, error] if error else lacks
+
+
+def _not_ready(lacks: list[str], daemon: Daemon | None) -> Iterator[Finding]:
+    if not lacks:
+        return
+    text = "; ".join(lacks[:MOST_NAMED])
+    if daemon is not None and daemon.stopped:
+        remedy, commands = "let it go on; see who stopped it", _go_on(daemon)
+    else:
+        remedy = "look what its log says; a reload replaces it without losing a connection"
+        commands = [JOURNAL.format("ztunnel"), "systemctl reload ztunnel"]
+    yield finding("NA2003", text + _stopped(daemon), remedy, *commands)
 
 
 def _releases(facts: Facts, status: Status | None) -> Iterator[Finding]:

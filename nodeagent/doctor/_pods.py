@@ -7,15 +7,22 @@ the facts.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address
 from typing import Final
 
 from nodeagent.admin.model import PodReport, PodState
+from nodeagent.capture.layout import MARK_TUNNEL
 from nodeagent.doctor._make import finding
 from nodeagent.doctor.facts import Drop, Facts, Outcome, Peer, PodLook, Probe, ProbeOutcome
 from nodeagent.doctor.model import NODE, Finding
 
 __all__ = ["judge"]
+
+NEARLY_ALL: Final = 0.9
+"""Of the connections that conntrack has room for: what is left goes in seconds."""
+
+V4: Final = 4
 
 MOST_NAMED: Final = 5
 """Addresses or rules that one finding names."""
@@ -31,7 +38,8 @@ def judge(facts: Facts) -> Iterator[Finding]:
         if look is not None and not look.problem:
             yield from _inside(look)
     yield from _drops(facts.node_drops, (NODE,))
-    yield from _peers(facts.peers)
+    yield from _forwarding(facts)
+    yield from _peers(facts.peers, {look.workload: look.netns for look in facts.pods})
     if facts.counts is not None and facts.counts.blocked:
         yield finding(
             "NA5006",
@@ -119,6 +127,15 @@ def _inside(look: PodLook) -> Iterator[Finding]:
         )
     yield from _drops(look.drops, affects)
     yield from _probes(look)
+    if look.unguarded:
+        yield finding(
+            "NA3002",
+            f"nothing drops what goes around the tunnel: {', '.join(look.unguarded[:MOST_NAMED])}",
+            "nodeagent puts it back within seconds; while it is down its next start does",
+            f"{enter(look.netns)} tc filter show dev {shlex.quote(_device(look.unguarded))} egress",
+            "systemctl restart nodeagent",
+            affects=affects,
+        )
     silent = [address for address, said in look.hbone.items() if said is not Outcome.ANSWERED]
     if silent:
         said = ", ".join(f"{address} {look.hbone[address]}" for address in silent[:MOST_NAMED])
@@ -130,6 +147,10 @@ def _inside(look: PodLook) -> Iterator[Finding]:
             "nft list ruleset",
             affects=affects,
         )
+
+
+def _device(unguarded: Iterable[str]) -> str:
+    return next(iter(unguarded)).partition(" ")[0]
 
 
 def _foreign(look: PodLook) -> Iterator[Finding]:
@@ -173,6 +194,7 @@ def _probes(look: PodLook) -> Iterator[Finding]:
             "nodeagent puts right what it finds missing within seconds; this it cannot, or not yet",
             f"{enter(look.netns)} ip rule show",
             f"{enter(look.netns)} ip route show table 100",
+            f"{enter(look.netns)} nft list ruleset",
             "journalctl -u nodeagent --since -15min --no-pager",
             affects=[look.workload],
         )
@@ -197,13 +219,38 @@ def _drops(drops: Iterable[Drop], affects: Iterable[str]) -> Iterator[Finding]:
 # --- other nodes ---------------------------------------------------------------------------------
 
 
-def _peers(peers: Iterable[Peer]) -> Iterator[Finding]:
+def _forwarding(facts: Facts) -> Iterator[Finding]:
+    """What of this node's own keeps its pods from reaching other nodes, where they do not."""
+    network = facts.network
+    lost = [each for each in facts.peers if each.outcome is Outcome.SILENT]
+    for version in sorted({ip_address(each.address).version for each in lost}):
+        if not network.forwards.get(version, True):
+            name = "net.ipv4.ip_forward" if version == V4 else "net.ipv6.conf.all.forwarding"
+            yield finding(
+                "NA5007",
+                f"{name} is 0, and pods of other nodes do not answer",
+                "switch it on, and see who switches it off: a file of sysctl.d, or another program",
+                f"sysctl -w {name}=1",
+                f"grep -rs {name} /etc/sysctl.conf /etc/sysctl.d /usr/lib/sysctl.d",
+            )
+    if network.tracked > NEARLY_ALL * network.tracked_most > 0:
+        yield finding(
+            "NA5008",
+            f"{network.tracked} of {network.tracked_most} connections are tracked: what begins "
+            "beyond that is dropped, whoever begins it",
+            "raise the limit, or see who has so many",
+            f"sysctl -w net.netfilter.nf_conntrack_max={2 * network.tracked_most}",
+        )
+
+
+def _peers(peers: Iterable[Peer], spaces: Mapping[str, str]) -> Iterator[Finding]:
     nodes: dict[str, list[Peer]] = {}
     for peer in peers:
         nodes.setdefault(peer.node or peer.address, []).append(peer)
     for node, seen in sorted(nodes.items()):
         refused = [peer for peer in seen if peer.outcome is Outcome.REFUSED]
-        blocked = [peer for peer in seen if peer.outcome in (Outcome.SILENT, Outcome.UNREACHABLE)]
+        blocked = [peer for peer in seen if peer.outcome is Outcome.SILENT]
+        no_way = [peer for peer in seen if peer.outcome is Outcome.UNREACHABLE]
         if refused:
             yield finding(
                 "NA5004",
@@ -211,6 +258,16 @@ def _peers(peers: Iterable[Peer]) -> Iterator[Finding]:
                 "start the agent there; without it those pods cannot be called through the mesh",
                 "nodeagent doctor  # on that node",
                 affects=[node],
+            )
+        if no_way:
+            least = no_way[0]
+            inside = enter(spaces.get(least.seen_from, ""))
+            yield finding(
+                "NA5002",
+                f"{node}: {_named(no_way)}: the pod has no route to it",
+                "give the pod its routes back; they are the network's own, not the agent's",
+                f"{inside} ip route get {least.address} mark {MARK_TUNNEL:#x}",
+                affects=[node, *sorted({peer.seen_from for peer in no_way})],
             )
         if blocked:
             least = blocked[0]

@@ -44,10 +44,11 @@ CODES: Final[Mapping[str, Code]] = {
     "NA2004": Code("Parts of different releases run", _WARNING),
     "NA2005": Code("ztunnel does not have the newest state", _ERROR, ("NA2002", "NA2004")),
     "NA2006": Code("A daemon is short of file descriptors", _WARNING),
+    "NA2007": Code("The socket by which ztunnel finds nodeagent is gone", _WARNING, ("NA2001",)),
     "NA3001": Code(
         "A pod is not captured", _ERROR, ("NA1001", "NA1003", "NA3005", "NA3006", "NA3003")
     ),
-    "NA3002": Code("A pod's capture is damaged", _ERROR, ("NA3005", "NA3006")),
+    "NA3002": Code("A pod's capture is damaged", _ERROR, ("NA1001", "NA3005", "NA3006")),
     "NA3003": Code("A pod's network namespace cannot be found", _ERROR),
     "NA3004": Code(
         "A pod's connections do not reach the tunnel",
@@ -74,17 +75,21 @@ CODES: Final[Mapping[str, Code]] = {
         ("NA4001", "NA4003", "NA4004", "NA4005", "NA7001"),
     ),
     "NA4003": Code("A certificate of the CA has ended or is about to", _ERROR, ("NA4004",)),
-    "NA4004": Code("The CA's files cannot be used", _ERROR),
+    "NA4004": Code("The CA's files cannot be used", _ERROR, ("NA6001", "NA7004")),
     "NA4005": Code("The clock and the certificates disagree", _ERROR),
     "NA4006": Code("Nothing keeps the clock right", _WARNING, ("NA4005",)),
     "NA5001": Code("Another program has a port of the agent on this node", _ERROR),
-    "NA5002": Code("Port 15008 of another node's pods does not answer", _ERROR, ("NA5003",)),
+    "NA5002": Code(
+        "Port 15008 of another node's pods does not answer", _ERROR, ("NA5003", "NA5007", "NA5008")
+    ),
     "NA5003": Code("A packet filter drops port 15008", _ERROR),
     "NA5004": Code("Nobody listens on port 15008 of another node's pods", _ERROR),
     "NA5005": Code("Another mesh's agent runs on this node", _WARNING, ("NA3006",)),
     "NA5006": Code(
         "Connections to port 15008 have timed out", _WARNING, ("NA5002", "NA5003", "NA5004")
     ),
+    "NA5007": Code("This node does not forward packets", _ERROR),
+    "NA5008": Code("Connection tracking has no room, or nearly", _ERROR),
     "NA6001": Code("The settings cannot be used", _ERROR),
     "NA6002": Code("Documents of the mesh are refused", _ERROR),
     "NA6003": Code("Documents in force refer to what does not exist", _ERROR),

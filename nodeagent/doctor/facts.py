@@ -27,6 +27,7 @@ __all__ = [
     "Facts",
     "Feature",
     "Loose",
+    "Network",
     "Outcome",
     "Peer",
     "PodLook",
@@ -62,12 +63,13 @@ class Agent(msgspec.Struct, frozen=True):
 
 
 class Daemon(msgspec.Struct, frozen=True):
-    """A running process of ours; 0 descriptors: not known."""
+    """A running process of ours; 0 descriptors: not known. `stopped`: by a signal or a debugger."""
 
     name: str
     pid: int
     descriptors: int = 0
     descriptors_most: int = 0
+    stopped: bool = False
 
 
 class PortHolder(msgspec.Struct, frozen=True):
@@ -141,6 +143,10 @@ class PodLook(msgspec.Struct, frozen=True, kw_only=True):
     drops: tuple[Drop, ...] = ()
     foreign: tuple[str, ...] = ()
     """What others have put here that turns connections: rules and redirects, in words."""
+    unguarded: tuple[str, ...] = ()
+    """Devices of a captured pod where nothing drops what goes around the tunnel."""
+    unseen: tuple[str, ...] = ()
+    """Which of its packet filters could not be read, and why."""
     rules_before: tuple[str, ...] = ()
     """Routing rules of others that come before the capture's, in words."""
     programs: tuple[SocketProgram, ...] = ()
@@ -155,6 +161,16 @@ class Peer(msgspec.Struct, frozen=True):
     address: str
     seen_from: str
     outcome: Outcome
+
+
+class Network(msgspec.Struct, frozen=True):
+    """The node's. `forwards`: by version of IP; `tracked`: connections that conntrack has, of
+    `tracked_most`, 0 where the kernel has none.
+    """
+
+    forwards: dict[int, bool] = {}
+    tracked: int = 0
+    tracked_most: int = 0
 
 
 class Clock(msgspec.Struct, frozen=True):
@@ -245,7 +261,12 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     nodeagent: Daemon | None = None
     ztunnel: Daemon | None = None
     counts: TunnelCounts | None = None
+    tunnel_silent: bool = False
+    """ztunnel runs, takes a connection to its metrics, and says nothing."""
+    control_socket: str = ""
+    """The file by which ztunnel finds the agent, if it is gone."""
     node_ports: tuple[PortHolder, ...] = ()
+    network: Network = Network()
     node_drops: tuple[Drop, ...] = ()
     pods: tuple[PodLook, ...] = ()
     peers: tuple[Peer, ...] = ()

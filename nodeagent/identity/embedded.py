@@ -127,6 +127,17 @@ class EmbeddedCa:
                 yield {self._trust_domain: last}
             await asyncio.sleep(self._poll_seconds)
 
+    def check(self) -> None:
+        """Raise ProviderError if the CA in the directory cannot be used, now or once it is time
+        for the next intermediate. Changes nothing where there is a CA.
+        """
+        with Vault(self._directory) as vault:
+            if vault.stamp(_ROOT) is None:
+                return
+            roots = self._load_roots(vault, 0)
+            self._load_intermediate(vault, roots)
+            self._load_root_key(vault, roots)
+
     def _sign(self, state: _State, spiffe_id: SpiffeId) -> Svid:
         key = certificates.new_key()
         leaf = certificates.make_leaf(
@@ -251,25 +262,32 @@ class EmbeddedCa:
     def _make_intermediate(
         self, vault: Vault, roots: list[x509.Certificate], now: int
     ) -> certificates.Signer:
-        content = vault.read(_ROOT_KEY)
-        if content is None:
+        signer = self._load_root_key(vault, roots)
+        if signer is None:
             raise self._wrong(
                 _ROOT_KEY, "is absent, and a new intermediate is due: bring the root's key back"
             )
-        root_key = self._parse_key(_ROOT_KEY, content)
-        # Of several roots the one whose key lies here signs.
-        matching = [root for root in roots if root.public_key() == root_key.public_key()]
-        if not matching:
-            raise self._wrong(_ROOT_KEY, f"is the key of no root in {_ROOT}")
-        root = max(matching, key=lambda each: each.not_valid_after_utc)
-        if now >= int(root.not_valid_after_utc.timestamp()):
+        if now >= signer.not_after:
             raise self._wrong(_ROOT, "has expired: add a new root, see docs/identity.md")
         key = certificates.new_key()
-        signer = certificates.Signer(root, root_key)
         certificate = certificates.make_intermediate(signer, self._trust_domain, key, now)
         vault.replace(_INTERMEDIATE, _pem_key(key) + _pem(certificate))
         _log.info("ca_intermediate_made", directory=str(self._directory))
         return certificates.Signer(certificate, key)
+
+    def _load_root_key(
+        self, vault: Vault, roots: list[x509.Certificate]
+    ) -> certificates.Signer | None:
+        """Of several roots the one whose key lies here signs; None without a key."""
+        content = vault.read(_ROOT_KEY)
+        if content is None:
+            return None
+        key = self._parse_key(_ROOT_KEY, content)
+        matching = [root for root in roots if root.public_key() == key.public_key()]
+        if not matching:
+            raise self._wrong(_ROOT_KEY, f"is the key of no root in {_ROOT}")
+        root = max(matching, key=lambda each: each.not_valid_after_utc)
+        return certificates.Signer(root, key)
 
     def _check_domain(self, name: str, certificate: x509.Certificate) -> None:
         # A root that was brought from elsewhere may have no SPIFFE ID.

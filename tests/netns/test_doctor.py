@@ -136,6 +136,45 @@ def test_a_filter_in_a_pod_is_named_and_its_remedy_opens_the_port(lab: Lab) -> N
         assert codes(report(lab)) == []
 
 
+def test_a_rule_of_iptables_legacy_is_named_and_its_remedy_takes_it_out(lab: Lab) -> None:
+    """The kernel has both interfaces side by side, and nft lists its own."""
+    rule = "-A INPUT -p tcp -m multiport --dports 80,15005:15010 -j REJECT"
+    enter = ["nsenter", f"--net={lab.namespace('shop/near')}", "iptables-legacy", "-w"]
+    subprocess.run([*enter, *rule.split()], check=True, timeout=20)
+    found = report(lab)
+    assert codes(found) == ["NA5003"]
+    assert found["findings"][0]["affects"] == ["shop/near"]
+    run_remedy(found["findings"][0])
+    assert codes(report(lab)) == []
+
+
+@pytest.mark.parametrize("program", ["iptables-legacy", "iptables-nft"])
+def test_a_sidecars_redirect_is_told_and_a_name_servers_is_not(lab: Lab, program: str) -> None:
+    enter = ["nsenter", f"--net={lab.namespace('shop/near')}", program, "-w", "-t", "nat"]
+    names = "-A OUTPUT -d 127.0.0.11/32 -p tcp --dport 53 -j DNAT --to-destination 127.0.0.11:4053"
+    sidecar = "-A PREROUTING -p tcp -j REDIRECT --to-ports 15006"
+    try:
+        subprocess.run([*enter, *names.split()], check=True, timeout=20)
+        assert codes(report(lab)) == []
+        subprocess.run([*enter, *sidecar.split()], check=True, timeout=20)
+        found = report(lab)
+        assert codes(found) == ["NA3006"]
+        assert found["findings"][0]["affects"] == ["shop/near"]
+    finally:
+        subprocess.run([*enter, "-F"], check=True, timeout=20)
+
+
+def test_a_node_that_does_not_forward_is_the_cause(lab: Lab) -> None:
+    sysctl = ["nsenter", f"--net={lab.namespace('node-1')}", "sysctl", "-qw"]
+    subprocess.run([*sysctl, "net.ipv4.ip_forward=0"], check=True, timeout=20)
+    try:
+        found = report(lab)
+        assert codes(found) == ["NA5007"]
+        assert hidden(found) == {("NA5007", "NA5002")}
+    finally:
+        subprocess.run([*sysctl, "net.ipv4.ip_forward=1"], check=True, timeout=20)
+
+
 def test_another_nodes_blocked_port_is_seen_from_here(lab: Lab) -> None:
     """As a NetworkPolicy does it: on the other node, where no rule can be read from here."""
     with filtered(lab.namespace("node-2"), "forward"):
@@ -188,6 +227,36 @@ def test_rules_taken_away_are_found_by_the_probe(lab: Lab) -> None:
     assert "IPv6" not in found["findings"][1]["text"]
     agent.restart("nodeagent")
     wait_until(lambda: codes(report(lab)) == [], "the new agent has put it right", UNTIL_WELL)
+
+
+def test_a_missing_guard_is_told_while_nobody_puts_it_back(lab: Lab) -> None:
+    """Both daemons stand still, as in a debugger: each is named, with what lets it go on."""
+    node = lab.node("node-1")
+    enter = ["nsenter", f"--net={lab.namespace('shop/near')}", "tc"]
+    node.kill("nodeagent", signal.SIGSTOP)
+    node.kill("ztunnel", signal.SIGSTOP)
+    try:
+        subprocess.run([*enter, "qdisc", "del", "dev", "eth0", "clsact"], check=True, timeout=20)
+        found = report(lab)
+        assert codes(found) == ["NA2001", "NA2003", "NA3002"]
+        assert "eth0 (egress), eth0 (ingress)" in found["findings"][2]["text"]
+        assert ("NA2003", "NA3007") in hidden(found)
+        for each in found["findings"][:2]:
+            run_remedy(each)
+    finally:
+        node.kill("nodeagent", signal.SIGCONT)
+        node.kill("ztunnel", signal.SIGCONT)
+    wait_until(lambda: codes(report(lab)) == [], "both go on", UNTIL_WELL)
+
+
+def test_a_removed_socket_is_told_before_a_tunnel_needs_it(lab: Lab) -> None:
+    socket_file = lab.layout.node_directory("node-1") / "run" / "ztunnel.sock"
+    kept = socket_file.with_suffix(".kept")
+    socket_file.rename(kept)
+    try:
+        assert codes(report(lab)) == ["NA2007"]
+    finally:
+        kept.rename(socket_file)
 
 
 def test_a_dead_tunnel_explains_silent_pods(lab: Lab) -> None:

@@ -36,6 +36,7 @@ from nodeagent.doctor.facts import (
     Facts,
     Feature,
     Loose,
+    Network,
     Outcome,
     Peer,
     PodLook,
@@ -173,7 +174,10 @@ PROVOKED: Final[Mapping[str, tuple[Facts, ...]]] = {
     ),
     "NA1002": (facts(features=(Feature("sock_destroy", False, "no", "older connections"),)),),
     "NA1003": (facts(policy_routing="Operation not supported"),),
-    "NA2001": (facts(agent=DOWN),),
+    "NA2001": (
+        facts(agent=DOWN),
+        facts(agent=DOWN, control_socket="/run/nodeagent/ztunnel.sock"),
+    ),
     "NA2002": (
         facts(ztunnel=None, agent=Agent(msgspec.structs.replace(
             STATUS, ztunnel=ZtunnelReport(connected=False)))),
@@ -183,6 +187,7 @@ PROVOKED: Final[Mapping[str, tuple[Facts, ...]]] = {
     "NA2003": (
         tunnel(own=OWN | {"ready": {"workers": "worker 1 has not turned for 8 s"}}),
         tunnel(own=None, error="it did not answer within 3 s"),
+        facts(agent=DOWN, counts=None, tunnel_silent=True),
     ),
     "NA2004": (
         facts(release="2.0"),
@@ -194,8 +199,13 @@ PROVOKED: Final[Mapping[str, tuple[Facts, ...]]] = {
         facts(ztunnel=Daemon("ztunnel", 20, 10, 1024)),
         facts(nodeagent=Daemon("nodeagent", 10, 65000, 65536)),
     ),
+    "NA2007": (facts(control_socket="/run/nodeagent/ztunnel.sock"),),
     "NA3001": (pod(PodState.FAILED, error="verifier says no"),),
-    "NA3002": (pod(PodState.DEGRADED, deviations=("rule 101 is missing",)),),
+    "NA3002": (
+        pod(PodState.DEGRADED, deviations=("rule 101 is missing",)),
+        look(unguarded=("eth0 (egress)",)),
+        facts(agent=DOWN, pods=(msgspec.structs.replace(LOOK, unguarded=("eth0 (egress)",)),)),
+    ),
     "NA3003": (
         pod(PodState.WAITING),
         facts(agent=DOWN, pods=(PodLook(workload=WEB, netns="web", problem="gone", gone=True),)),
@@ -244,6 +254,13 @@ PROVOKED: Final[Mapping[str, tuple[Facts, ...]]] = {
     "NA5004": (facts(peers=(Peer("shop/db", "node-2", "10.0.1.2", WEB, Outcome.REFUSED),)),),
     "NA5005": (facts(strangers=(Stranger("Istio's ztunnel", 99),)),),
     "NA5006": (facts(counts=TunnelCounts(release="1.0", blocked=4)),),
+    "NA5007": (
+        facts(
+            peers=(Peer("shop/db", "node-2", "10.0.1.2", WEB, Outcome.SILENT),),
+            network=Network({4: False, 6: True}),
+        ),
+    ),
+    "NA5008": (facts(network=Network({4: True}, 250_000, 262_144)),),
     "NA6001": (facts(settings_problem="nodeagent.yaml:3: unknown field"),),
     "NA6002": (config(problems=(PROBLEM,)), config(problems=(PROBLEM,) * 9)),
     "NA6003": (config(unresolved=(PROBLEM,)),),
@@ -323,6 +340,40 @@ def test_a_port_that_ztunnel_lacks_does_not_explain_nodeagent() -> None:
     assert codes(report) == {"NA2001", "NA5001"}
     mine = (PortHolder(15000, 99, "nginx", ours=False),)
     assert codes(judge(facts(agent=DOWN, node_ports=mine))) == {"NA5001"}
+
+
+def test_a_node_that_need_not_forward_is_well() -> None:
+    """Pods may have another way out (macvlan, ipvlan): only where peers are lost it is a cause."""
+    assert judge(facts(network=Network({4: False, 6: False}))).healthy
+    lost = Peer("shop/db", "node-2", "10.0.1.2", WEB, Outcome.SILENT)
+    off = judge(facts(peers=(lost,), network=Network({4: False})))
+    assert (codes(off), [each.cause for each in off.hidden]) == ({"NA5007"}, ["NA5007"])
+    other = judge(facts(peers=(lost,), network=Network({4: True, 6: False})))
+    assert codes(other) == {"NA5002"}
+
+
+def test_a_stopped_daemon_is_told_to_go_on_and_its_silence_is_one_finding() -> None:
+    agent = Daemon("nodeagent", 10, 100, 65536, stopped=True)
+    ztunnel = Daemon("ztunnel", 20, 100, 1048576, stopped=True)
+    report = judge(
+        facts(agent=DOWN, nodeagent=agent, ztunnel=ztunnel, counts=None, tunnel_silent=True,
+              pods=(msgspec.structs.replace(LOOK, probes=SILENT),))
+    )  # fmt: skip
+    found = {each.code: each for each in report.findings}
+    assert found.keys() == {"NA2001", "NA2003"}
+    assert "process 10 holds its lock" in found["NA2001"].text
+    assert found["NA2001"].commands[0] == "kill -CONT 10"
+    assert "it is stopped" in found["NA2003"].text
+    assert found["NA2003"].commands == ("kill -CONT 20",)
+    assert [(each.cause, each.finding.code) for each in report.hidden] == [("NA2003", "NA3007")]
+
+
+def test_a_pod_without_a_route_is_not_called_filtered() -> None:
+    lost = Peer("shop/db", "node-2", "10.0.1.2", WEB, Outcome.UNREACHABLE)
+    (found,) = judge(facts(peers=(lost,))).findings
+    assert found.code == "NA5002"
+    assert "no route" in found.text
+    assert found.commands == ("ip netns exec web ip route get 10.0.1.2 mark 0x539",)
 
 
 def test_of_a_chain_of_causes_the_first_is_named() -> None:

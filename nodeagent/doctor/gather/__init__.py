@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import http.client
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from nodeagent.doctor.facts import (
     Clock,
     Facts,
     Feature,
+    Network,
     Outcome,
     Peer,
     PodLook,
@@ -68,10 +69,17 @@ class _Looker:
         """Return what `function` does; None, with the error noted, where it fails."""
         try:
             return function()
-        except (OSError, ValueError, http.client.HTTPException, filters.FilterError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error)
             self.unexamined.append(Unexamined(what, why))
             return None
+
+    def filters_unseen(self, whose: str, problems: Iterable[str]) -> None:
+        """Note which packet filters could not be read: what all lack once, and not by pod."""
+        noted = {each.why for each in self.unexamined}
+        self.unexamined += [
+            Unexamined(f"packet filter of {whose}", why) for why in problems if why not in noted
+        ]
 
 
 def gather(
@@ -97,13 +105,22 @@ def gather(
     ports = (*TUNNEL_PORTS, int(settings.admin_address.rpartition(":")[2]))
     sockets = looker.try_to("ports", lambda: at_home(lambda: processes.listening(ports))) or {}
     counts: TunnelCounts | None = None
+    tunnel_silent = False
     if tunnel_pid:
-        counts = looker.try_to("ztunnel's metrics", lambda: at_home(tunnel.counts))
+        try:
+            counts = looker.try_to("ztunnel's metrics", lambda: at_home(tunnel.counts))
+        except tunnel.SilentError:
+            tunnel_silent = True
     features = looker.try_to(
         "kernel features", lambda: at_home(lambda: inspect.features(settings.bpf_dir))
     )
     rules = looker.try_to("the node's packet filter", lambda: at_home(lambda: filters.rules("")))
+    if rules is not None:
+        looker.filters_unseen("the node", rules.problems)
     looks, peers = _pods(settings, asked, ours, known, looker, at_home)
+    for look in looks:
+        looker.filters_unseen(look.workload, look.unseen)
+    control_socket = settings.run_dir / CONTROL_SOCKET
     return Facts(
         now=datetime.now(UTC),
         node=settings.node,
@@ -121,7 +138,10 @@ def gather(
         nodeagent=processes.described("nodeagent", agent_pid),
         ztunnel=processes.described("ztunnel", tunnel_pid),
         counts=counts,
+        tunnel_silent=tunnel_silent,
+        control_socket="" if control_socket.exists() else str(control_socket),
         node_ports=processes.holders(sockets, known, ours),
+        network=looker.try_to("forwarding", lambda: at_home(host.network)) or Network(),
         node_drops=rules.drops if rules is not None else (),
         pods=tuple(looks),
         peers=tuple(peers),

@@ -1,7 +1,7 @@
 """The node itself: clock, disks, who may read what, and the embedded CA's certificates.
 
-This module owns reading them. It promises to read no key: of files that hold one it looks at the
-owner and the mode, and takes certificates out of PEM without keeping the rest. It changes nothing.
+This module owns reading them. It promises to change nothing, and to keep no key: whether those of
+the CA fit their certificates the CA's own code says.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from typing import Final
 
 from cryptography import x509
 
-from nodeagent.doctor.facts import Authority, CaCertificate, Clock, Disk, Loose
+from nodeagent.doctor.facts import Authority, CaCertificate, Clock, Disk, Loose, Network
+from nodeagent.identity import EmbeddedCa, ProviderError
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET
 from nodeagent.settings import Settings
 
-__all__ = ["authority", "clock", "disks", "loose"]
+__all__ = ["authority", "clock", "disks", "loose", "network"]
+
+FORWARDING: Final = {4: "ipv4/ip_forward", 6: "ipv6/conf/all/forwarding"}
+TRACKED: Final = ("netfilter/nf_conntrack_count", "netfilter/nf_conntrack_max")
 
 MAX_PEM_BYTES: Final = 256 * 1024
 """Of a file of the CA: what the CA itself reads."""
@@ -55,6 +59,25 @@ def clock() -> Clock:
     if _libc.adjtimex(ctypes.byref(found)) < 0:
         return Clock()
     return Clock(not found.status & _STA_UNSYNC, found.maxerror / _MICROSECONDS)
+
+
+def network() -> Network:
+    """Return whether the calling thread's namespace forwards, and how full its conntrack is."""
+    forwards = {
+        version: text == "1"
+        for version, name in FORWARDING.items()
+        if (text := _sysctl(name)) is not None
+    }
+    tracked, most = (int(_sysctl(name) or 0) for name in TRACKED)
+    return Network(forwards, tracked, most)
+
+
+def _sysctl(name: str) -> str | None:
+    """Return a value of /proc/sys/net of the calling thread's namespace, None without it."""
+    try:
+        return Path("/proc/sys/net", name).read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return None
 
 
 def disks(settings: Settings) -> tuple[Disk, ...]:
@@ -135,9 +158,24 @@ def authority(settings: Settings) -> Authority:
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is damaged or cut short"
             problem = problem or f"{path.name} cannot be read: {reason}"
+    problem = problem or _unusable(settings)
     return Authority(
         str(directory), True, tuple(found), (directory / "root-key.pem").exists(), problem
     )
+
+
+def _unusable(settings: Settings) -> str:
+    ca = EmbeddedCa(
+        settings.ca_dir,
+        settings.trust_domain,
+        ttl_seconds=settings.svid_ttl_seconds,
+        permitted=lambda _: False,
+    )
+    try:
+        ca.check()
+    except ProviderError as error:
+        return error.detail
+    return ""
 
 
 def _certificates(kind: str, path: Path) -> Iterable[CaCertificate]:

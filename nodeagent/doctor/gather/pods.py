@@ -7,7 +7,6 @@ in any namespace.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import shlex
 import time
@@ -67,6 +66,7 @@ class _Inside(msgspec.Struct, frozen=True):
     probes: tuple[Probe, ...]
     sockets: dict[int, list[int]]
     filters: filters.Rules
+    unguarded: list[str]
     rules: tuple[list[str], list[str]]
     reached: dict[str, Outcome]
 
@@ -147,6 +147,8 @@ def _visit(
             holders=holders,
             drops=seen.filters.drops,
             foreign=(*seen.rules[0], *seen.filters.redirects),
+            unguarded=tuple(seen.unguarded),
+            unseen=seen.filters.problems,
             rules_before=tuple(seen.rules[1]),
             programs=programs,
         ),
@@ -160,13 +162,11 @@ def _visit(
 
 def _inside(pod: Known, path: str, peers: Sequence[str]) -> _Inside:
     versions = sorted({ipaddress.ip_address(each).version for each in pod.addresses})
-    found = filters.Rules()
-    with contextlib.suppress(filters.FilterError):
-        found = filters.rules(f"nsenter --net={shlex.quote(path)} ")
     return _Inside(
         probes=through_tunnel(versions) if pod.captured else (),
         sockets=processes.listening(PORTS),
-        filters=found,
+        filters=filters.rules(f"nsenter --net={shlex.quote(path)} "),
+        unguarded=inspect.unguarded() if pod.captured else [],
         rules=inspect.foreign_rules(),
         reached=half_open(peers, HBONE_PORT, MARK_TUNNEL) if peers else {},
     )

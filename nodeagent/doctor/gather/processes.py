@@ -35,6 +35,9 @@ MOST_ARGUMENTS: Final = 4096
 LISTEN: Final = "0A"
 """TCP_LISTEN of include/net/tcp_states.h, as /proc/net/tcp has it."""
 
+STOPPED: Final = ("T", "t")
+"""States in which a process does nothing until somebody lets it go on."""
+
 STRANGERS: Final[Mapping[str, str]] = {
     "pilot-agent": "Istio's sidecar",
     "install-cni": "Istio's CNI node agent",
@@ -86,8 +89,14 @@ def described(name: str, pid: int) -> Daemon | None:
             if line.startswith("Max open files")
         )
         count = sum(1 for _ in os.scandir(directory / "fd"))
-        return Daemon(name, pid, count, int(limit))
+        return Daemon(name, pid, count, int(limit), _stopped(directory))
     return Daemon(name, pid)
+
+
+def _stopped(process: Path) -> bool:
+    # Behind the name, which may hold anything (proc_pid_stat(5)).
+    state = (process / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    return state.split()[0] in STOPPED
 
 
 def tunnel_of(control_socket: Path, running: Iterable[Process]) -> int:

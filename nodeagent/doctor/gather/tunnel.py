@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nodeagent.doctor.facts import TunnelCounts
 
-__all__ = ["counts", "counts_of"]
+__all__ = ["SilentError", "counts", "counts_of"]
 
 HOST: Final = "127.0.0.1"
 PORT: Final = 15020
@@ -34,8 +34,12 @@ _OWN: Final = (
 )
 
 
+class SilentError(Exception):
+    """It takes a connection and says nothing."""
+
+
 def counts() -> TunnelCounts:
-    """Ask ztunnel. Raises OSError and http.client.HTTPException."""
+    """Ask ztunnel. Raises OSError, http.client.HTTPException and SilentError."""
     connection = http.client.HTTPConnection(HOST, PORT, timeout=SECONDS)
     try:
         connection.request("GET", "/metrics")
@@ -43,6 +47,8 @@ def counts() -> TunnelCounts:
         body = answer.read(MOST)
         if answer.status != http.HTTPStatus.OK:
             raise http.client.HTTPException(f"it answered {answer.status}")
+    except TimeoutError:
+        raise SilentError from None
     finally:
         connection.close()
     return counts_of(body.decode("utf-8", "replace").splitlines())

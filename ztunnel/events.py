@@ -332,7 +332,7 @@ class Events:
         pod = next(iter(sorted(held.pod.addresses)), b"") if held is not None else b""
         there = address.authority(event.address, event.port)
         here = address.text(pod)
-        cause = reasons.explain(reason, hbone=not inbound)
+        cause = reasons.explain(reason, hbone=not inbound, handshake=True)
         now = self._wall()
         known = causes.facts(
             causes.Refused(

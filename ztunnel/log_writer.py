@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import queue
 import sys
@@ -77,6 +78,13 @@ class MessageTooLongError(Exception):
     pass
 
 
+_OPEN_PROBLEMS: Final = {
+    errno.ELOOP: "a symbolic link, which is not followed: name the file (- is standard output)",
+    errno.ENXIO: "a FIFO that nobody reads, or a socket: start its reader first, or name a file",
+}
+"""What the system's words hide, when a file is opened as `File` does it."""
+
+
 class File:
     """A file that is appended to, or standard output (STDOUT). A link is not followed."""
 
@@ -92,7 +100,11 @@ class File:
         else:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             # A FIFO that nobody reads is an error (open(2)), and no wait for ever.
-            descriptor = os.open(self._path, flags | os.O_NONBLOCK, 0o640)
+            try:
+                descriptor = os.open(self._path, flags | os.O_NONBLOCK, 0o640)
+            except OSError as error:
+                error.strerror = _OPEN_PROBLEMS.get(error.errno or 0, error.strerror)
+                raise
             os.set_blocking(descriptor, True)
         self.close()
         self._descriptor = descriptor

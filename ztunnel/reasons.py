@@ -260,8 +260,19 @@ HBONE_REFUSED_CAUSE: Final = (
 )
 
 
-def explain(reason: Reason, *, hbone: bool) -> str:
-    """Return the likely cause in words. `hbone`: the dial in question went to port 15008."""
+HANDSHAKE_BROKEN_OFF_CAUSE: Final = (
+    "the peer broke off before the HBONE connection was up: a port scan, a health check, or it died"
+)
+
+
+def explain(reason: Reason, *, hbone: bool, handshake: bool = False) -> str:
+    """Return the likely cause in words.
+
+    `hbone`: the dial in question went to port 15008. `handshake`: an HBONE connection ended before
+    it could carry anything.
+    """
+    if handshake and reason is Reason.PEER_LOST:
+        return HANDSHAKE_BROKEN_OFF_CAUSE
     if hbone and reason in (Reason.CONNECT_TIMEOUT, Reason.CONNECT_UNREACHABLE):
         return HBONE_TIMEOUT_CAUSE
     if hbone and reason is Reason.CONNECT_REFUSED:

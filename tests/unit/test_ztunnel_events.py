@@ -305,6 +305,13 @@ def test_an_hbone_connection_that_ends_later_is_no_further_failure(
     assert dict(rig.tunnel.events.early.items()) == {}
 
 
+def test_a_handshake_that_was_broken_off_is_not_said_to_have_carried_anything(rig: Rig) -> None:
+    rig.start()
+    refused_by_server(rig, Reason.PEER_LOST, "10.9.0.1")
+    assert "port scan" in rig.lines[-1].error
+    assert "carried" not in rig.lines[-1].error
+
+
 def test_a_dial_that_times_out_names_port_15008(rig: Rig) -> None:
     rig.start()
     decision = rig.core.answers[rig.outbound("10.2.0.1")]

@@ -23,7 +23,7 @@ __all__ = ["HOME", "READS", "Files", "add_routes", "wants_page"]
 
 HOME: Final = "/ui/"
 
-READS: Final = frozenset({"/status", "/graph", "/asdex", "/report/plaintext"})
+READS: Final = frozenset({"/status", "/graph", "/asdex", "/report/plaintext", "/connections"})
 """What the page asks for, and so all that whoever may see it gets."""
 
 MAX_FILE_BYTES: Final = 4 * 1024 * 1024

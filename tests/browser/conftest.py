@@ -51,7 +51,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chr
 
 
 @pytest.fixture
-def site() -> Iterator[page.Site]:
+def site(browser: Browser) -> Iterator[page.Site]:
+    browser.clock(picture.NOW)
     with page.site() as found:
         picture.sentences(found.picture)
         yield found
@@ -65,7 +66,7 @@ def browser(chromium: webdriver.Chrome) -> Iterator[Browser]:
     found.requested()
     yield found
     complaints, requested = found.complaints(), found.requested()
-    chromium.get("about:blank")
+    found.close()
     assert not complaints
     assert len(requested) == 1, requested
     assert all(each.startswith("http://127.0.0.1:") for each in requested), requested

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ UNSEEN = re.compile("[\u202a-\u202e\u2066-\u2069\x07]")
 def test_browser_works_without_a_mouse(browser: Browser, site: page.Site) -> None:
     browser.open(site)
     passed = browser.tab()
-    assert passed[:6] == [
+    assert passed[:7] == [
         "a Skip to the content",
         "a Graph",
+        "a Connections",
         "a Workloads",
         "a Rollout to STRICT",
         "select Window",
@@ -179,7 +181,7 @@ def test_browser_says_what_is_not_there(browser: Browser) -> None:
         picture.sentences(site.picture)
         browser.open(site)
         assert "This agent has no /graph: it is of an older release" in browser.text("#notices")
-        browser.all("nav a")[1].click()
+        browser.one("nav a[href='#workloads']").click()
         browser.wait(lambda: len(browser.rows()) == 6)
 
 
@@ -192,7 +194,31 @@ def test_browser_says_when_the_agent_is_gone(browser: Browser) -> None:
     browser.wait(lambda: "The agent does not answer" in browser.text("#notices"))
     assert "Shown is what was known at 2026-11-" in browser.text("#notices")
     assert browser.text("#verdict") == "no answer"
+    # Nothing that is old passes for new.
+    assert browser.text("#moment").startswith("Not answered since 2026-11-")
     assert len(browser.rows()) == 10
+
+
+def test_browser_says_when_it_does_not_understand(browser: Browser, site: page.Site) -> None:
+    browser.expected = ["of another shape"]
+    browser.open(site)
+    browser.run("page.view.update = () => { throw new Error('of another shape'); }")
+    browser.refresh()
+    assert browser.text("#notices") == "This page does not understand the answer: reload it."
+    assert browser.text("#moment").startswith("Not answered since")
+    # It goes on asking: the next answer may be another.
+    browser.run("delete page.view.update")
+    asked = browser.run("return page.asked")
+    browser.wait(lambda: browser.run("return page.asked") > asked)
+    browser.wait(lambda: browser.text("#notices") == "")
+
+
+def test_browser_says_that_clocks_differ(browser: Browser, site: page.Site) -> None:
+    browser.open(site)
+    assert "clocks" not in browser.text("#notices")
+    browser.clock(picture.NOW - timedelta(hours=2, seconds=50))
+    browser.driver.refresh()
+    browser.wait(lambda: "this computer’s is 2 h behind the node’s" in browser.text("#notices"))
 
 
 def test_browser_comes_by_a_forwarded_socket(browser: Browser, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -33,6 +34,7 @@ class Browser:
         self.driver = driver
         self.expected: list[str] = []
         """Parts of messages in the console that a test provokes."""
+        self._scripts: list[str] = []
 
     def open(self, site: page.Site | str, path: str = "/ui/") -> None:
         """Open the page of a site, or at an address, and wait until it has shown its answers."""
@@ -133,6 +135,27 @@ class Browser:
             {"name": name.replace("_", "-"), "value": value} for name, value in features.items()
         ]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": values})
+
+    def clock(self, now: datetime) -> None:
+        """Have pages that are opened from now on begin at `now`, until `close`."""
+        source = (
+            f"(begin => {{ const real = Date.now, ahead = begin - real();"
+            f" Date.now = () => real() + ahead; }})({now.timestamp() * 1000})"
+        )
+        self._scripts.append(
+            self.driver.execute_cdp_cmd(
+                "Page.addScriptToEvaluateOnNewDocument", {"source": source}
+            )["identifier"]
+        )
+
+    def close(self) -> None:
+        """Leave the page, and forget its clock."""
+        for each in self._scripts:
+            self.driver.execute_cdp_cmd(
+                "Page.removeScriptToEvaluateOnNewDocument", {"identifier": each}
+            )
+        self._scripts.clear()
+        self.driver.get("about:blank")
 
     def complaints(self) -> list[str]:
         """What the console has said since the last call, but for what is expected."""

@@ -12,13 +12,13 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
 import msgspec
 
-from nodeagent.admin import AdminServer, Configuration, Status, Window
+from nodeagent.admin import AdminServer, Configuration, NoAnswerError, Question, Status, Window
 from nodeagent.page import Files, Gate
 from support.picture import Picture
 from ztunnel import protocol
@@ -63,6 +63,13 @@ class _Backend:
     async def asdex(self, _seconds: int) -> bytes:
         return msgspec.json.encode(self.picture.asdex())
 
+    async def connections(self, query: Mapping[str, str]) -> bytes:
+        self.picture.queries.append(dict(query))
+        wanted = protocol.ConnectionFilter.read(query)
+        if self.picture.mute:
+            raise NoAnswerError(self.picture.mute)
+        return msgspec.json.encode(self.picture.open(wanted))
+
     async def graph(self, seconds: int) -> bytes:
         self.picture.asked.append(seconds)
         return msgspec.json.encode(self.picture.graph(seconds))
@@ -86,7 +93,8 @@ def admin_server(
     }
     if graph:
         windows["/graph"] = Window("who talked to whom", backend.graph)
-    return AdminServer(backend, windows, files=files)
+    questions = {"/connections": Question("what is open", backend.connections)}
+    return AdminServer(backend, windows, questions=questions, files=files)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
+
+import msgspec
 
 from nodeagent.admin import Status
 from nodeagent.admin.model import (
@@ -21,10 +23,13 @@ from nodeagent.admin.model import (
     PodState,
     ZtunnelReport,
 )
+from nodeagent.connections import SCHEMA as CONNECTIONS_SCHEMA
+from nodeagent.connections import Connections
 from nodeagent.observe import asdex_model, plaintext_model
 from nodeagent.observe import graph_model as model
+from ztunnel.protocol import Connection, ConnectionFilter, Direction, Security
 
-__all__ = ["HOSTILE", "NOW", "Picture", "edge", "many", "pod", "sentences", "vertex"]
+__all__ = ["HOSTILE", "NOW", "Picture", "connection", "edge", "many", "pod", "sentences", "vertex"]
 
 NOW: Final = datetime(2026, 11, 21, 21, 0, 0, tzinfo=UTC)
 
@@ -101,6 +106,35 @@ def edge(
         last=NOW - timedelta(seconds=3),
         reporter=model.Reporter.DESTINATION,
     )
+
+
+def connection(number: int, caller: str, callee: str, **changes: Any) -> Connection:  # noqa: ANN401 - its fields
+    """Return one of mutual TLS into `callee`, as many seconds old as its number says."""
+    base = Connection(
+        id=f"7.{number}",
+        pod=callee,
+        direction=Direction.INBOUND,
+        state="open",
+        security=Security.MUTUAL_TLS,
+        source=f"10.0.0.1:{40000 + number}",
+        source_workload=caller,
+        source_identity=identity(caller),
+        destination="10.0.1.1:8080",
+        destination_workload=callee,
+        destination_identity=identity(callee),
+        service=f"{callee.rpartition('/')[2]}.default.svc",
+        hbone="10.0.1.1:15008",
+        tls_version="TLSv1.3",
+        cipher="TLS_AES_128_GCM_SHA256",
+        key_exchange="X25519MLKEM768",
+        policy="sentences/callers",
+        rule="sentences/callers rules[0] (policies.yaml:3)",
+        started=NOW - timedelta(seconds=number),
+        moved=NOW - timedelta(seconds=1),
+        received=4096,
+        sent=2_000_000,
+    )
+    return msgspec.structs.replace(base, **changes)
 
 
 def pod(
@@ -200,6 +234,14 @@ class Picture:
         self.losses: tuple[asdex_model.Loss, ...] = ()
         self.asked: list[int] = []
         """Windows in seconds, as the page has asked for them."""
+        self.connections: list[Connection] = []
+        self.missed = 0
+        self.now = NOW
+        """When the connections were looked at."""
+        self.mute = ""
+        """Why there is no answer to who asks for them."""
+        self.queries: list[dict[str, str]] = []
+        """What was asked of the connections."""
 
     def graph(self, seconds: int) -> model.Graph:
         return model.Graph(
@@ -210,6 +252,17 @@ class Picture:
             complete=self.complete,
             vertices=tuple(self.vertices),
             edges=tuple(self.edges),
+        )
+
+    def open(self, wanted: ConnectionFilter) -> Connections[Connection]:
+        found = [each for each in self.connections if wanted.admits(each)]
+        return Connections(
+            schema=CONNECTIONS_SCHEMA,
+            time=self.now,
+            node="worker-1",
+            total=len(found),
+            missed=self.missed,
+            connections=found[: wanted.limit] if wanted.limit else found,
         )
 
     def asdex(self) -> asdex_model.AsdexReport:
@@ -329,6 +382,47 @@ def sentences(picture: Picture) -> None:
         pod("sentences/name-v2", left=-5),
         pod("monitoring/prometheus", mode="PERMISSIVE"),
         pod("sentences/late", state=PodState.WAITING),
+    ]
+
+    picture.connections = [
+        connection(3, "sentences/frontend", "sentences/age"),
+        connection(
+            44,
+            "",
+            "sentences/name-v1",
+            security=Security.PLAINTEXT,
+            source="198.51.100.7:51000",
+            source_identity="",
+            hbone="",
+            tls_version="",
+            cipher="",
+            key_exchange="",
+            policy="default:allow",
+            rule="",
+        ),
+        connection(
+            310,
+            "sentences/age",
+            "data/postgres",
+            pod="sentences/age",
+            direction=Direction.OUTBOUND,
+            destination="10.0.9.9:5432",
+            service="postgres.data.svc",
+            policy="",
+            rule="",
+        ),
+        connection(
+            7300,
+            "sentences/frontend",
+            "sentences/name-v1",
+            security=Security.DIRECT,
+            hbone="",
+            tls_version="",
+            cipher="",
+            key_exchange="",
+            policy="default:allow",
+            rule="",
+        ),
     ]
 
 

@@ -149,6 +149,7 @@ def test_page_is_for_everybody_on_the_node_and_its_answers_for_root(
         assert get(f"{site.address}/ui/")[0] == 200
         assert get(f"{site.address}/status")[0] == 403
         assert get(f"{site.address}/graph")[0] == 403
+        assert get(f"{site.address}/connections")[0] == 403
 
 
 def test_foreign_names_do_not_reach_the_page() -> None:
@@ -163,12 +164,18 @@ def basic(token: str) -> str:
 
 def test_a_listener_behind_a_token_gives_what_the_page_needs() -> None:
     with page.site(gate=Gate(TOKEN.encode())) as site:
-        for path in ("/", "/ui/", "/status", "/graph", "/metrics", "/ui/main.js"):
+        for path in ("/", "/ui/", "/status", "/graph", "/connections", "/metrics", "/ui/main.js"):
             code, headers, body = get(site.address + path)
             assert code == 401
             assert headers["WWW-Authenticate"].startswith("Basic ")
             assert b"worker-1" not in body
-        for path in ("/ui/", "/ui/main.js", "/status", "/graph?seconds=60"):
+        for path in (
+            "/ui/",
+            "/ui/main.js",
+            "/status",
+            "/graph?seconds=60",
+            "/connections?limit=1",
+        ):
             assert get(site.address + path, Authorization=basic(TOKEN))[0] == 200
         # No more than that: neither the configuration nor who has called in full.
         for path in ("/metrics", "/config_dump", "/configuration", "/flows", "/healthz/ready"):

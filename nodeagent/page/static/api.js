@@ -35,8 +35,15 @@
  *   left_out: number}} AsdexWorkload
  * @typedef {{schema: number, time: string, complete: boolean, score: number | null,
  *   workloads: AsdexWorkload[], problem: string}} Asdex
- * @typedef {{status?: Status, graph?: Graph, plaintext?: Plaintext, asdex?: Asdex}} Answers What was answered;
- *   what was not is missing.
+ * @typedef {{id: string, pod: string, direction: string, state: string, security: string,
+ *   source: string, source_workload: string, source_identity: string, destination: string,
+ *   destination_workload: string, destination_identity: string, service: string, hbone: string,
+ *   tls_version: string, cipher: string, key_exchange: string, policy: string, rule: string,
+ *   started: string, moved: string | null, received: number, sent: number}} Connection
+ * @typedef {{schema: number, time: string, total: number, missed: number,
+ *   connections: Connection[]}} Snapshot
+ * @typedef {{status?: Status, graph?: Graph, plaintext?: Plaintext, asdex?: Asdex,
+ *   connections?: Snapshot}} Answers What was answered; what was not is missing.
  * @typedef {{schema: number, time: string, version: string, node: string, trust_domain: string,
  *   ready: boolean, missing: string[], same_node?: string, pods: Pod[]}} Status
  */

@@ -8,7 +8,7 @@ import { rate, visible, count } from "./text.js";
 /**
  * @typedef {import("./api.js").Vertex} Vertex
  * @typedef {import("./model.js").Pair} Pair
- * @typedef {{kind: "vertex" | "pair" | "rollout", id: string}} Choice
+ * @typedef {{kind: "vertex" | "pair" | "rollout" | "connection", id: string}} Choice
  */
 
 /** Lines above which each is drawn plain: dashes are slow on a canvas. */
@@ -143,7 +143,7 @@ export class Drawing {
    * @param {Choice | null} choice */
   mark(choice) {
     this.cy.elements(":selected").unselect();
-    if (choice === null || choice.kind === "rollout") return;
+    if (choice?.kind !== "pair" && choice?.kind !== "vertex") return;
     const found = this.cy.getElementById(choice.kind === "pair" ? choice.id : `v ${choice.id}`);
     if (found.empty()) return;
     found.select();

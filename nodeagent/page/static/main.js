@@ -1,10 +1,11 @@
 // The page: which view is open, what is asked of the agent and when, and the panel beside it.
 
-import { ask, Unanswered } from "./api.js";
+import { ask } from "./api.js";
 import { byId, el, fill, hide, notice, pill } from "./dom.js";
 import { pairs } from "./model.js";
 import { asdexContent, pairContent, podContent, vertexContent } from "./panel.js";
-import { moment, plural, visible } from "./text.js";
+import { duration, moment, plural, visible } from "./text.js";
+import { ConnectionsView, connectionContent } from "./view_connections.js";
 import { GraphView } from "./view_graph.js";
 import { RolloutView, rolloutContent } from "./view_rollout.js";
 import { WorkloadsView } from "./view_workloads.js";
@@ -23,13 +24,18 @@ const REFRESH_MS = 5_000;
 const SLOW_REFRESH_MS = 30_000;
 const LONG_WINDOW = 6 * 3600;
 
+/** Between two clocks: less is nothing that certificates or a reader would notice. */
+const MAX_SKEW_MS = 60_000;
+
 class Page {
   constructor() {
     /** @type {(choice: Choice | null, from: HTMLElement | null) => void} */
     const choose = (choice, from) => this.choose(choice, from);
-    /** @type {Record<string, GraphView | WorkloadsView | RolloutView>} */
+    this.open = new ConnectionsView(choose);
+    /** @type {Record<string, GraphView | ConnectionsView | WorkloadsView | RolloutView>} */
     this.views = {
       graph: new GraphView(choose),
+      connections: this.open,
       workloads: new WorkloadsView(choose),
       rollout: new RolloutView(choose),
     };
@@ -46,6 +52,10 @@ class Page {
     /** @type {number | undefined} */
     this.timer = undefined;
     this.asked = 0;
+    /** Whether what is shown is old, because nothing came. */
+    this.silent = false;
+    /** Milliseconds that this computer's clock is ahead of the node's. */
+    this.ahead = 0;
     this.panel = byId("panel");
     this.heading = el("h2", { tabindex: -1 });
     this.content = el("div", { class: "content" });
@@ -96,8 +106,11 @@ class Page {
     const [name, query] = location.hash.slice(1).split("?");
     this.name = Object.hasOwn(this.views, name) ? name : "graph";
     const asked = Number(new URLSearchParams(query).get("window"));
-    if (WINDOWS.some(([seconds]) => seconds === asked)) this.view.seconds = asked;
+    if (this.view.seconds > 0 && WINDOWS.some(([seconds]) => seconds === asked)) this.view.seconds = asked;
     this.window.value = String(this.view.seconds);
+    // What is open now has no window.
+    hide(byId("window-label"), this.view.seconds === 0);
+    if (this.view === this.open) this.open.narrow(new URLSearchParams(query));
     byId("view").replaceChildren(this.view.element);
     for (const link of document.querySelectorAll("nav a")) {
       const here = link.getAttribute("href") === `#${this.name}`;
@@ -118,29 +131,48 @@ class Page {
     const answers = await Promise.allSettled(paths.map(([, path]) => ask(path)));
     // What was asked later is the newer answer.
     if (turn !== this.asked) return;
-    /** @type {unknown[]} */
-    const problems = [];
+    /** @type {string[]} */
+    const texts = [];
+    this.silent = false;
     answers.forEach((answer, at) => {
-      if (answer.status === "rejected") problems.push(answer.reason);
-      else this.known = { ...this.known, [paths[at][0]]: answer.value };
+      const name = /** @type {keyof import("./api.js").Answers} */ (paths[at][0]);
+      if (answer.status === "fulfilled") {
+        this.known = { ...this.known, [name]: answer.value };
+        if (name === "status") this.ahead = Date.now() - Date.parse(answer.value.time);
+        return;
+      }
+      const { message, kind } = answer.reason;
+      this.silent ||= kind === "silent";
+      const last = this.known[name]?.time;
+      // When nothing at all answers, it is enough to say so of the first.
+      if (kind !== "silent" || at === 0 || answers[0].status === "fulfilled") texts.push(
+        last === undefined ? message : `${message} Shown is what was known at ${moment(last)}.`);
     });
-    this.#show(problems);
-    const wait = view.seconds >= LONG_WINDOW ? SLOW_REFRESH_MS : REFRESH_MS;
+    try {
+      this.#show(texts);
+    } catch (error) {
+      // Of another release, most likely. What goes on being shown must not pass for new.
+      console.error(error);
+      this.silent = true;
+      this.#tell();
+      fill(byId("notices"), notice("bad", "This page does not understand the answer: reload it."));
+    }
+    const slow = view.seconds >= LONG_WINDOW || (view === this.open && this.open.heavy);
+    const wait = slow ? SLOW_REFRESH_MS : REFRESH_MS;
     if (this.live && !document.hidden)
       this.timer = setTimeout(() => void this.refresh(), wait);
     document.documentElement.dataset.refreshes = String(turn);
   }
 
-  /** @param {unknown[]} problems */
+  /** @param {string[]} problems */
   #show(problems) {
     const { status } = this.known;
-    for (const each of problems) if (!(each instanceof Unanswered)) throw each;
-    const texts = [...new Set(problems.map((each) => /** @type {Unanswered} */ (each).message))];
-    const silent = problems.some((each) => each instanceof Unanswered && each.kind === "silent");
-    fill(byId("notices"), ...texts.map((each) => notice("bad", visible(each),
-      silent && status !== undefined && ` Shown is what was known at ${moment(status.time)}.`)));
+    fill(byId("notices"), ...[...new Set(problems)].map((each) => notice("bad", visible(each))),
+      Math.abs(this.ahead) > MAX_SKEW_MS && notice("warn", "The clocks differ: this computer’s is "
+        + `${duration(Math.abs(this.ahead) / 1000)} ${this.ahead > 0 ? "ahead of" : "behind"} the node’s. `
+        + "Times here are the node’s. If its clock is the wrong one, certificates fail too."));
     fill(byId("node"), status === undefined ? "nodeagent" : visible(status.node));
-    fill(byId("verdict"), silent || status === undefined ? pill("bad", "no answer")
+    fill(byId("verdict"), this.silent || status === undefined ? pill("bad", "no answer")
       : status.ready ? pill("good", "ready")
         : pill("bad", `not ready, ${plural(status.missing.length, "reason")}`));
     this.#tell();
@@ -151,7 +183,8 @@ class Page {
 
   /** Say of when the picture is, and whether it goes on. */
   #tell() {
-    fill(byId("moment"), `${this.live ? "Live" : "Paused"}, ${moment(this.known.status?.time)}`);
+    const state = !this.live ? "Paused" : this.silent ? "Not answered since" : "Live";
+    fill(byId("moment"), `${state}${state.includes(" ") ? "" : ","} ${moment(this.known.status?.time)}`);
   }
 
   /** Open the panel for what was chosen, or close it.
@@ -175,7 +208,7 @@ class Page {
 
   #describe() {
     const { choice } = this;
-    const { graph, plaintext, asdex, status = null } = this.known;
+    const { graph, plaintext, asdex, connections, status = null } = this.known;
     const vertices = new Map((graph?.vertices ?? []).map((each) => [each.id, each]));
     const every = pairs(graph?.edges ?? []);
     const seconds = graph?.window_seconds ?? 1;
@@ -202,6 +235,12 @@ class Page {
       title = choice.id;
       content = workload === undefined ? ["Nothing of it is left in this window."]
         : rolloutContent(workload);
+    }
+    if (choice?.kind === "connection") {
+      const found = connections?.connections.find((each) => each.id === choice.id);
+      title = "Open connection";
+      content = found === undefined || connections === undefined ? ["It has ended."]
+        : connectionContent(found, this.open.rates.get(found.id), connections);
     }
     hide(this.panel, content === null);
     if (document.body.classList.contains("with-panel") !== (content !== null))

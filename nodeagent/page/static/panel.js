@@ -16,7 +16,7 @@ import { carried, kindWord } from "./model.js";
 
 /** A list of names and values; what has no value is left out.
  * @param {[string, Child | Child[]][]} entries */
-function facts(entries) {
+export function facts(entries) {
   const found = entries.filter(([, value]) => (Array.isArray(value) ? value.length > 0
     : value !== null && value !== undefined && value !== ""));
   return el("dl", {}, ...found.flatMap(([name, value]) =>
@@ -24,7 +24,7 @@ function facts(entries) {
 }
 
 /** @param {string[]} names */
-function lines(names) {
+export function lines(names) {
   return names.map((each) => el("div", { class: "name" }, visible(each)));
 }
 
@@ -36,6 +36,7 @@ export function pairContent(pair, vertices, status, seconds, go) {
       ` ${MEANING[pair.state]}.`),
     el("p", { class: "ends" }, jump(pair.source, vertices, go), " calls ",
       jump(pair.destination, vertices, go)),
+    openNow(between(pair, vertices)),
     ...pair.edges.flatMap((edge) => edgeContent(edge, status, seconds)),
   ];
 }
@@ -45,6 +46,26 @@ function jump(id, vertices, go) {
   const vertex = vertices.get(id);
   if (vertex === undefined) return el("span", { class: "name" }, visible(id));
   return el("button", { type: "button", class: "link name", onclick: () => go(id) }, visible(id));
+}
+
+/** The way to the connections that are open now.
+ * @param {Record<string, string>} query */
+function openNow(query) {
+  return el("p", {}, el("a", { href: `#connections?${new URLSearchParams(query)}` }, "Connections open now"));
+}
+
+/** Return what the view of connections is to be asked for a pair's. The agent sorts out one side's:
+ * the callee's where it is of this node, as that is where it was judged.
+ * @param {Pair} pair @param {Map<string, Vertex>} vertices */
+function between(pair, vertices) {
+  const source = vertices.get(pair.source);
+  const destination = vertices.get(pair.destination);
+  return {
+    ...(destination?.local ? { pod: destination.id, direction: "inbound" }
+      : source?.local ? { pod: source.id, direction: "outbound" } : {}),
+    from: source?.kind === "workload" ? source.id : "",
+    to: destination?.kind === "workload" ? destination.id : "",
+  };
 }
 
 /** @param {Edge} edge @param {Status | null} status @param {number} seconds @returns {Node[]} */
@@ -142,6 +163,7 @@ export function vertexContent(vertex, pairs, status, asdex, seconds, go) {
         : "no data"],
       ["Mode", vertex.mode === "" ? "not judged by this node" : vertex.mode],
     ]),
+    ...(vertex.kind === "workload" ? [openNow(vertex.local ? { pod: vertex.id } : { of: vertex.id })] : []),
     ...asdexContent(asdex),
     ...(pod && status ? podContent(pod, status) : []),
     ...list("Called by", callers, (each) => each.source, seconds, go),

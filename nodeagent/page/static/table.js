@@ -8,7 +8,7 @@ import { count } from "./text.js";
  * @template Row
  * @typedef {{title: string, sort: (row: Row) => string | number, cell: (row: Row) =>
  *   import("./dom.js").Child | import("./dom.js").Child[], numeric?: boolean, first?: "desc",
- *   kind?: "wide" | "short"}} Column
+ *   kind?: "wide" | "short" | "identity"}} Column
  */
 
 /** Rows at first: more are a click away, and a page of thousands is slow for a screen reader. */

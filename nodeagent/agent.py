@@ -26,7 +26,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from nodeagent import mesh, reconcile, report
+from nodeagent import mesh, reconcile, status
 from nodeagent.admin import Configuration, Metrics, Status
 from nodeagent.admin.model import PodState
 from nodeagent.api import Document
@@ -41,9 +41,9 @@ from nodeagent.observe.graph import Place
 from nodeagent.podkeeper import PodKeeper, PodView
 from nodeagent.pods import Appeared, Change, NetnsHandle, Unusable
 from nodeagent.progress import Progress
-from nodeagent.report import Facts, Now, OwnStatus
 from nodeagent.settings import Settings, for_tunnel
 from nodeagent.sources import Source, SourceState
+from nodeagent.status import Facts, Now, OwnStatus
 from ztunnel import protocol
 from ztunnel.spiffe import SpiffeId, SpiffeIdError
 
@@ -403,11 +403,11 @@ class Agent:
 
     async def missing(self) -> tuple[str, ...]:
         await self._ask()
-        return report.missing(self._facts())
+        return status.missing(self._facts())
 
     def picture(self) -> Status:
         """Return the status without asking anybody."""
-        return report.build(self._facts(), Now(datetime.now(UTC), time.monotonic()))
+        return status.build(self._facts(), Now(datetime.now(UTC), time.monotonic()))
 
     def place(self) -> Place:
         """Return whom this node knows."""
@@ -420,7 +420,7 @@ class Agent:
 
     def configuration(self) -> Configuration | None:
         """Return what the mesh is made of, as ztunnel was last told; None before the first time."""
-        return report.configuration(self._facts(), self._applied, self._in_force)
+        return status.configuration(self._facts(), self._applied, self._in_force)
 
     def _facts(self) -> Facts:
         return Facts(

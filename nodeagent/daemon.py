@@ -41,10 +41,10 @@ from nodeagent.certificates_report import certificates_report
 from nodeagent.connections import Carried
 from nodeagent.control import QueryError
 from nodeagent.page import AccessError, Gate, read_token, tls_context
-from nodeagent.page_settings import Page as WebPage
 from nodeagent.reports import Reports
 from nodeagent.rundir import ADMIN_SOCKET, CONTROL_SOCKET, RunDirectory
 from nodeagent.sdnotify import ServiceManager
+from nodeagent.settings.page import Page as WebPage
 from ztunnel import protocol
 
 __all__ = ["DaemonError", "serve"]

@@ -32,17 +32,18 @@ import click
 import msgspec
 import structlog
 
-from ztunnel import _core, access_log, envoy_stats, logs, stats, tls
+from ztunnel import _core, logs, tls
 from ztunnel.admin import Asked, Page, Server, health_page, parse_address
-from ztunnel.arrivals import whole
 from ztunnel.audit import AuditLog
-from ztunnel.beginnings import LOOK_SECONDS, Beginnings
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
-from ztunnel.flows import REPORT_SECONDS
 from ztunnel.health import Health
-from ztunnel.listing import Listing
 from ztunnel.log_writer import STDOUT
+from ztunnel.observe import access_log, envoy_stats, stats
+from ztunnel.observe.arrivals import whole
+from ztunnel.observe.beginnings import LOOK_SECONDS, Beginnings
+from ztunnel.observe.flows import REPORT_SECONDS
+from ztunnel.observe.listing import Listing
 from ztunnel.reasons import ReasonsMismatchError
 from ztunnel.reasons import check as check_reasons
 from ztunnel.sdnotify import Notifier

@@ -19,14 +19,14 @@ from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel.identities import Proven
-from ztunnel.labels import Labels
+from ztunnel.observe.labels import Labels
 
 if TYPE_CHECKING:
     from ztunnel.authorize import Verdict
     from ztunnel.corelike import CoreLike
-    from ztunnel.flows import FlowTable, LiveFlow
+    from ztunnel.observe.flows import FlowTable, LiveFlow
+    from ztunnel.observe.series import Series, SeriesTable
     from ztunnel.route import Route
-    from ztunnel.series import Series, SeriesTable
 
 __all__ = [
     "MAX_CACHED",

@@ -19,31 +19,32 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
-from ztunnel import address, causes, labels, reasons, verdict_words
-from ztunnel.access_log import Line, Sink, certificate
+from ztunnel import address, reasons, verdict_words
 from ztunnel.authorize import Verdict
 from ztunnel.corelike import ARRIVALS, Kind
 from ztunnel.decisions import Key
-from ztunnel.labels import Labels
-from ztunnel.log_limit import FailureLines
+from ztunnel.observe import causes, labels
+from ztunnel.observe.access_log import Line, Sink, certificate
+from ztunnel.observe.labels import Labels
+from ztunnel.observe.log_limit import FailureLines
+from ztunnel.observe.tallies import Tally
 from ztunnel.probe import is_probe
 from ztunnel.reasons import Reason
 from ztunnel.route import HandOver, Passthrough, Plain, Refuse, Tunnel
 from ztunnel.state import HBONE_PORT
-from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
     from ztunnel._core import Ended, Failed, Listed, Upcall
-    from ztunnel.arrivals import Arrivals
     from ztunnel.audit import AuditLog
     from ztunnel.corelike import CoreLike
     from ztunnel.decisions import Decisions, Peers, Record
     from ztunnel.identities import Identities, Proven
     from ztunnel.judge import Judge
+    from ztunnel.observe.arrivals import Arrivals
+    from ztunnel.observe.traces import Tracer
     from ztunnel.pods import Pods
     from ztunnel.protocol import Workload
     from ztunnel.state import State
-    from ztunnel.traces import Tracer
 
 __all__ = ["Events", "Side"]
 

@@ -12,24 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ztunnel import address, flow_keys
-from ztunnel import labels as label_sets
+from ztunnel import address
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import ARRIVALS
 from ztunnel.decisions import Decisions, Key, Peers, Record
-from ztunnel.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
+from ztunnel.observe import flow_keys
+from ztunnel.observe import labels as label_sets
+from ztunnel.observe.labels import DESTINATION, MUTUAL_TLS, PLAINTEXT, SOURCE, UNKNOWN, Labels
+from ztunnel.observe.series import SeriesTable
 from ztunnel.probe import is_probe
 from ztunnel.protocol import Arrival, FlowKey, Service, Workload
 from ztunnel.reasons import Reason
 from ztunnel.route import Balance, HandOver, Passthrough, Plain, Refuse, Route, Tunnel, Way
 from ztunnel.same_node import admit, is_direct
-from ztunnel.series import SeriesTable
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike
-    from ztunnel.counted import Counted
-    from ztunnel.flows import FlowTable, LiveFlow
     from ztunnel.identities import Proven
+    from ztunnel.observe.counted import Counted
+    from ztunnel.observe.flows import FlowTable, LiveFlow
     from ztunnel.pods import Held, Pods
     from ztunnel.state import State
 

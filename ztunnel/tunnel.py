@@ -28,16 +28,18 @@ import msgspec
 import structlog
 
 from ztunnel import protocol
-from ztunnel.arrivals import Arrivals
 from ztunnel.audit import AuditLog
 from ztunnel.authorize import Request, Verdict, authorize
 from ztunnel.corelike import Kind
-from ztunnel.counted import Counted
 from ztunnel.decisions import Decisions, Key, Numbers, Peers, Record
 from ztunnel.events import Events
-from ztunnel.flows import FlowTable
 from ztunnel.identities import Identities, Proven
 from ztunnel.judge import NUMBER_OF, Judge
+from ztunnel.observe.arrivals import Arrivals
+from ztunnel.observe.counted import Counted
+from ztunnel.observe.flows import FlowTable
+from ztunnel.observe.series import SeriesTable
+from ztunnel.observe.traces import Tracer
 from ztunnel.pods import Builder, Held, PodError, Pods, PodSockets, build_pair
 from ztunnel.proofs import CertificateRefusedError, check_server, verify
 from ztunnel.reasons import Reason
@@ -45,14 +47,12 @@ from ztunnel.recheck import Recheck
 from ztunnel.route import Balance, Refuse, Route, route
 from ztunnel.route import Tunnel as TunnelRoute
 from ztunnel.same_node import Join
-from ztunnel.series import SeriesTable
 from ztunnel.state import EMPTY, Change, State, StateError, apply, is_large
-from ztunnel.traces import Tracer
 
 if TYPE_CHECKING:
     from ztunnel._core import Upcall
-    from ztunnel.access_log import Sink
     from ztunnel.corelike import CoreLike
+    from ztunnel.observe.access_log import Sink
 
 __all__ = ["START_WAIT", "Tunnel"]
 

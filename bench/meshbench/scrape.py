@@ -18,9 +18,10 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from meshbench.bed import FailedError
-from ztunnel import _core, access_log, daemon, labels, stats, tls
+from ztunnel import _core, daemon, tls
 from ztunnel.admin import Asked, Page, Server
 from ztunnel.control import ControlStatus
+from ztunnel.observe import access_log, labels, stats
 from ztunnel.protocol import Arrival, DataPlane, FlowKey, Workload
 from ztunnel.tunnel import Tunnel
 

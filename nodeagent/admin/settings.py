@@ -11,8 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from nodeagent import audit, trace_settings
-from nodeagent.settings import ReadSettings, Settings
+from nodeagent.settings import ReadSettings, Settings, audit, traces
 from ztunnel.protocol import Receiver, Syslog
 
 __all__ = ["SETTINGS_SCHEMA", "SettingReport", "SettingsReport", "settings_report"]
@@ -77,6 +76,6 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - a setting's
     if isinstance(value, Syslog):
         return audit.receiver(value)
     if isinstance(value, Receiver):
-        return trace_settings.endpoint(value)
+        return traces.endpoint(value)
     # As it comes back from JSON.
     return list(value) if isinstance(value, tuple) else msgspec.to_builtins(value)

@@ -15,7 +15,7 @@ __all__ = ["LATE_SECONDS", "Covered", "Hole", "Span", "covered"]
 
 LATE_SECONDS: Final = 90
 """Without a word of a tunnel, after which it counts as gone: three times as long as it is silent
-when nobody calls (`ztunnel.flows.QUIET_SECONDS`)."""
+when nobody calls (`ztunnel.observe.flows.QUIET_SECONDS`)."""
 
 NOTHING: Final = "nothing was recorded before"
 LOST: Final = "what was reported was not written: no room, a slow disk, or nodeagent was killed"

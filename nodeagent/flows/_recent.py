@@ -37,7 +37,7 @@ all the time, and the last five minutes of 1,000."""
 
 STILL_OPEN_SECONDS: Final = 150
 """For which what was open counts as open without another word: more than twice as long as ztunnel
-takes to say so again (`ztunnel.flows.STILL_OPEN_SECONDS`)."""
+takes to say so again (`ztunnel.observe.flows.STILL_OPEN_SECONDS`)."""
 
 
 _LAST_SECOND: Final = 253_402_300_799

@@ -18,13 +18,13 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 import structlog
 
-from nodeagent.flow_settings import Keep
 from nodeagent.flows._coverage import LATE_SECONDS
 from nodeagent.flows._errors import DamagedError, StoreError
 from nodeagent.flows._model import SCHEMA, Recording
 from nodeagent.flows._reading import recording
 from nodeagent.flows._recent import Recent
 from nodeagent.flows._store import HOUR, FlowStore
+from nodeagent.settings.flows import Keep
 from ztunnel.protocol import Flows
 
 __all__ = ["Recorder", "RecorderStatus"]

@@ -23,9 +23,9 @@ from typing import Final
 
 import structlog
 
-from nodeagent.flow_settings import Keep
 from nodeagent.flows import _spans
 from nodeagent.flows._errors import StoreError, UnusableError, told
+from nodeagent.settings.flows import Keep
 from ztunnel.protocol import Flow, FlowKey, Flows
 
 __all__ = ["BUSY_SECONDS", "CARRIED_BITS", "COLUMNS", "FILE_NAME", "HOUR", "VERSION", "FlowStore"]

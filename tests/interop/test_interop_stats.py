@@ -23,8 +23,8 @@ import pytest
 from support.certificates import authority, workload
 from support.envoy import Credential, binary
 from support.netns import wait_until
-from ztunnel.arrivals import Arrived
-from ztunnel.envoy_stats import QueryError, Stat, parse, render, statistics
+from ztunnel.observe.arrivals import Arrived
+from ztunnel.observe.envoy_stats import QueryError, Stat, parse, render, statistics
 from ztunnel.protocol import Arrival
 
 LISTENER: Final = "listener.0.0.0.0_15006"

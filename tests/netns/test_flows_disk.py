@@ -15,7 +15,7 @@ CHILD = """
 import itertools, json, sys, time
 sys.path[:0] = {path!r}
 from pathlib import Path
-from nodeagent.flow_settings import Keep
+from nodeagent.settings.flows import Keep
 from nodeagent.flows import Recorder, read
 from nodeagent.flows import _recorder
 from support.netns import wait_until

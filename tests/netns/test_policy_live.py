@@ -46,7 +46,7 @@ from support.mesh_state import (
 )
 from support.netns import DEADLINE, wait_until
 from ztunnel import _core, tls
-from ztunnel.access_log import AccessLog, json_line
+from ztunnel.observe.access_log import AccessLog, json_line
 from ztunnel.pods import PodSockets
 from ztunnel.protocol import Action, Credential, Mode, Removal, Resource
 from ztunnel.reasons import Reason

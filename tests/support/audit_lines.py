@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from support.mesh_state import identity, workload
-from ztunnel import labels
-from ztunnel.access_log import Line
 from ztunnel.audit.entry import Entry, Event, of_verdict
 from ztunnel.authorize import Client, Verdict
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import Line
 from ztunnel.protocol import Mode
 from ztunnel.reasons import Reason
 

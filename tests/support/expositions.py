@@ -25,17 +25,17 @@ from nodeagent.observe.asdex_model import AsdexReport, AsdexWorkload
 from support.certificates import NOW
 from support.fake_core import BOUNDS_US, REASONS, FakeCore, record
 from support.mesh_state import identity, service, workload
-from ztunnel import labels
 from ztunnel._core import PodCounters, Stats
 from ztunnel.audit import Counts
 from ztunnel.authorize import Client
-from ztunnel.counted import ByPolicy, Judged, Plaintext
-from ztunnel.istio_text import Rows
-from ztunnel.labels import Labels
+from ztunnel.observe import labels
+from ztunnel.observe.counted import ByPolicy, Judged, Plaintext
+from ztunnel.observe.istio_text import Rows
+from ztunnel.observe.labels import Labels
+from ztunnel.observe.series import Counters, Series
+from ztunnel.observe.stats import Picture, render
+from ztunnel.observe.stats_families import OWN_HELP
 from ztunnel.reasons import Reason
-from ztunnel.series import Counters, Series
-from ztunnel.stats import Picture, render
-from ztunnel.stats_families import OWN_HELP
 
 RULE = "default/httpbin rules[0]"
 SLEEP = workload("sleep", "10.1.0.1", locality="eu/eu-1/a")

@@ -22,9 +22,9 @@ from support.fake_core import FakeCore, record
 from support.mesh_state import SETTINGS, bundle, change, identity, ip, pod, policy, workload
 from ztunnel import tunnel
 from ztunnel._core import Ended
-from ztunnel.access_log import Line
 from ztunnel.audit import AuditLog
 from ztunnel.corelike import Kind
+from ztunnel.observe.access_log import Line
 from ztunnel.pods import Pair, PodSockets
 from ztunnel.protocol import (
     Credential,

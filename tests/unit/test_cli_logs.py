@@ -23,9 +23,9 @@ from nodeagent.cli import cli
 from nodeagent.cli.log_lines import ENDS, REFUSALS, Log, read, sentence
 from support import audit_lines
 from support.recorded import answering
-from ztunnel.access_log import certificate, json_line, text_line
 from ztunnel.audit import forms
 from ztunnel.audit.entry import Event
+from ztunnel.observe.access_log import certificate, json_line, text_line
 from ztunnel.reasons import RESPONSE_FLAGS, Reason
 
 ANSWERS = Path(__file__).parents[1] / "snapshots" / "cli" / "answers" / "fine"

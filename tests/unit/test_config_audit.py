@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from nodeagent.api import ConfigError
-from nodeagent.audit import Section
 from nodeagent.settings import for_tunnel, load_settings
+from nodeagent.settings.audit import Section
 from ztunnel.protocol import (
     AuditForm,
     AuditSettings,

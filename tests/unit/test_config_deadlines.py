@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.deadlines import Section
+from nodeagent.settings.deadlines import Section
 from ztunnel import _core
 from ztunnel.protocol import Deadlines
 from ztunnel.reasons import Reason

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from nodeagent.api import ConfigError
-from nodeagent.flow_settings import Keep, Section
 from nodeagent.settings import load_settings
+from nodeagent.settings.flows import Keep, Section
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "configuration.md"
 CHAPTER: Final = re.compile(r"^### Recorded flows$(.*?)^#", re.MULTILINE | re.DOTALL)

@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.limits import Section
+from nodeagent.settings.limits import Section
 from ztunnel import _core
 from ztunnel.protocol import Limits
 from ztunnel.reasons import Reason

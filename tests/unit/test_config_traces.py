@@ -11,7 +11,7 @@ import pytest
 
 from nodeagent.api import ConfigError
 from nodeagent.settings import for_tunnel, load_settings
-from nodeagent.trace_settings import Section, endpoint
+from nodeagent.settings.traces import Section, endpoint
 from ztunnel.protocol import Receiver, TraceSettings
 
 PAGE: Final = Path(__file__).parents[2] / "docs" / "configuration.md"

@@ -9,7 +9,7 @@ import yaml
 
 from support.expositions import every_series
 from support.prometheus import DEPLOY, ROOT
-from ztunnel.labels import LABEL_NAMES
+from ztunnel.observe.labels import LABEL_NAMES
 
 TEXT: Final = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 SERIES: Final = re.compile(r"`((?:istio|nodeagent|ztunnel|process)_\w+)`")

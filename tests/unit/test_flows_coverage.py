@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nodeagent.flow_settings import Keep
 from nodeagent.flows import FlowStore, Recorder, Recording, _coverage, _spans, recording
 from nodeagent.flows._coverage import CRASHED, DOWN, LOST, NOTHING, SILENT, Covered, Hole, Span
+from nodeagent.settings.flows import Keep
 from support.netns import wait_until
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 

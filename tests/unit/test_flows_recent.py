@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.flow_settings import Keep
 from nodeagent.flows import Recorder, _recent, _recorder
 from nodeagent.flows._recent import RECENT_SECONDS, SLICE_SECONDS, Recent
+from nodeagent.settings.flows import Keep
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 NOW = 1_700_000_000 // 3600 * 3600

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.flow_settings import Keep
 from nodeagent.flows import Recorder, StoreError, _recorder
+from nodeagent.settings.flows import Keep
 from support.netns import wait_until
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from nodeagent.flow_settings import Keep
 from nodeagent.flows import FlowStore, Recorded, StoreError, _store, read
+from nodeagent.settings.flows import Keep
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 
 HOUR = 3600
@@ -440,7 +440,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from nodeagent.flow_settings import Keep
+from nodeagent.settings.flows import Keep
 from nodeagent.flows import FlowStore
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 

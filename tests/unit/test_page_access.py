@@ -11,8 +11,8 @@ import pytest
 from nodeagent.api import ConfigError
 from nodeagent.page import AccessError, Gate, read_token, tls_context
 from nodeagent.page._access import FAILURE_SECONDS, MAX_ADDRESSES, MAX_FAILURES, Verdict
-from nodeagent.page_settings import Page
 from nodeagent.settings import load_settings
+from nodeagent.settings.page import Page
 
 TOKEN = b"0123456789abcdef0123456789abcdef"
 

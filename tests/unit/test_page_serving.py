@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from nodeagent import daemon
 from nodeagent.admin import bounded, server
 from nodeagent.page import Files, Gate, tls_context
-from nodeagent.page_settings import Page
+from nodeagent.settings.page import Page
 from support import certificates, page, picture
 
 TOKEN = "0123456789abcdef0123456789abcdef"

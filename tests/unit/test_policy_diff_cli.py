@@ -15,8 +15,8 @@ from nodeagent import api
 from nodeagent.admin import Configuration
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Documents
 from nodeagent.cli import cli
-from nodeagent.flow_settings import Keep
 from nodeagent.flows import SCHEMA, FlowStore, Recording, recording
+from nodeagent.settings.flows import Keep
 from support.admin import Answers, beside
 from ztunnel.protocol import Arrival, Flow, FlowKey, Flows
 

@@ -26,8 +26,8 @@ LOOSE = {
 
 NORMALISED = {
     "nodeagent/api/values.py",
-    "nodeagent/settings.py",
-    "nodeagent/page_settings.py",
+    "nodeagent/settings/__init__.py",
+    "nodeagent/settings/page.py",
     "nodeagent/capture/older.py",
 }
 """Where `is_loopback` is asked of what is never IPv4-mapped, or refuses where it is."""

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from support.mesh_state import identity, workload
-from ztunnel import labels
-from ztunnel.access_log import (
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import (
     FIELDS,
     AccessLog,
     Form,

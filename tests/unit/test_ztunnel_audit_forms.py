@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from support import rfc5424
 from support.audit_lines import ALLOWED, REFUSED, TIME, entry, journal_fields, line
 from support.mesh_state import identity
-from ztunnel import labels
 from ztunnel.audit import forms, journal, syslog
 from ztunnel.audit.entry import Entry, Event, of_handshake, policy_of
 from ztunnel.audit.forms import LeftOut, Severity, json_line, text_line
 from ztunnel.authorize import NODE_PLAINTEXT, Verdict
+from ztunnel.observe import labels
 from ztunnel.policy import DEFAULT_DENY, DryRun, Match
 from ztunnel.reasons import Reason
 from ztunnel.settings import Facility

@@ -12,12 +12,12 @@ from support.certificates import NOW
 from support.fake_core import carried
 from support.mesh_state import identity, ip
 from support.tunnel_rig import Rig, chain_of
-from ztunnel import beginnings
 from ztunnel._core import Listed
-from ztunnel.access_log import Line
-from ztunnel.beginnings import Beginnings
 from ztunnel.corelike import Kind
-from ztunnel.listing import Listing
+from ztunnel.observe import beginnings
+from ztunnel.observe.access_log import Line
+from ztunnel.observe.beginnings import Beginnings
+from ztunnel.observe.listing import Listing
 
 STATES = ("deciding", "waiting", "connecting", "open")
 OPEN = STATES.index("open")

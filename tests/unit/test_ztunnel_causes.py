@@ -14,10 +14,11 @@ from support.certificates import NOW, authority, workload
 from support.fake_core import record
 from support.mesh_state import identity, ip
 from support.tunnel_rig import HTTPBIN, ROOT, Rig, chain_of, credential
-from ztunnel import causes, tls
+from ztunnel import tls
 from ztunnel._core import Failed
-from ztunnel.causes import Refused, facts, moment
 from ztunnel.corelike import Kind
+from ztunnel.observe import causes
+from ztunnel.observe.causes import Refused, facts, moment
 from ztunnel.reasons import Reason
 from ztunnel.state import Identity
 

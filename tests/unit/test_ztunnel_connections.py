@@ -14,7 +14,6 @@ from support.certificates import NOW
 from support.fake_core import carried
 from support.mesh_state import authorization, identity, ip, policy, source
 from support.tunnel_rig import SLEEP, Rig, chain_of, server_shows
-from ztunnel import connections
 from ztunnel._core import Listed
 from ztunnel.connection_messages import (
     Connection,
@@ -24,7 +23,8 @@ from ztunnel.connection_messages import (
     Security,
 )
 from ztunnel.corelike import Kind
-from ztunnel.listing import Listing
+from ztunnel.observe import connections
+from ztunnel.observe.listing import Listing
 from ztunnel.protocol import Action, Mode
 
 STATES = ("deciding", "waiting", "connecting", "open")
@@ -299,7 +299,7 @@ def test_a_question_that_is_no_question_is_refused(rig: Rig, args: dict[str, str
 def test_a_core_that_says_nothing_keeps_nobody_waiting(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ztunnel.listing.CORE_SECONDS", 0.05)
+    monkeypatch.setattr("ztunnel.observe.listing.CORE_SECONDS", 0.05)
     monkeypatch.setattr(rig.core, "listed", lambda _most: ([], False, 0))
 
     async def ask() -> None:

@@ -12,13 +12,13 @@ import pytest
 from support.fake_core import BOUNDS_US, FakeCore, record
 from support.mesh_state import policy, workload
 from support.tunnel_rig import HTTPBIN, SLEEP, Rig, chain_of
-from ztunnel import labels, stats
 from ztunnel._core import SeriesCounters
-from ztunnel.counted import LOOK_SECONDS, OTHER, ByPolicy, Counted, Plaintext
+from ztunnel.observe import labels, stats
+from ztunnel.observe.counted import LOOK_SECONDS, OTHER, ByPolicy, Counted, Plaintext
+from ztunnel.observe.series import MAX_SERIES
+from ztunnel.observe.tallies import EXPIRY_SECONDS, Tally
 from ztunnel.protocol import Arrival, FlowKey, Mode, Removal
 from ztunnel.reasons import Reason
-from ztunnel.series import MAX_SERIES
-from ztunnel.tallies import EXPIRY_SECONDS, Tally
 
 ACCESS_LOG: Any = SimpleNamespace(written=0, dropped=0)
 CONTROL: Any = SimpleNamespace(connected=True, version=1)

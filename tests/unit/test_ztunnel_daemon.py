@@ -20,9 +20,10 @@ import pytest
 
 from support.mesh_state import SETTINGS
 from support.netns import wait_until
-from ztunnel import _core, access_log, corelike, protocol, successor
+from ztunnel import _core, corelike, protocol, successor
 from ztunnel.channel import Channel
 from ztunnel.corelike import Kind
+from ztunnel.observe import access_log
 from ztunnel.reasons import check
 
 DEADLINE = 60

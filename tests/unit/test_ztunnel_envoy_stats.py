@@ -13,9 +13,9 @@ from support.fake_core import REASONS, FakeCore, record
 from support.mesh_state import ip
 from support.tunnel_rig import POD, SLEEP, Rig, chain_of, credential, ended
 from ztunnel._core import Failed, SeriesCounters
-from ztunnel.arrivals import Arrivals, Arrived, whole
 from ztunnel.corelike import Kind
-from ztunnel.envoy_stats import MAX_FILTER, QueryError, Stat, parse, render, statistics
+from ztunnel.observe.arrivals import Arrivals, Arrived, whole
+from ztunnel.observe.envoy_stats import MAX_FILTER, QueryError, Stat, parse, render, statistics
 from ztunnel.protocol import Arrival, Removal
 from ztunnel.reasons import Reason
 

@@ -16,12 +16,13 @@ from support.tunnel_rig import (
     ended,
     server_shows,
 )
-from ztunnel import _core, labels
+from ztunnel import _core
 from ztunnel._core import Failed
-from ztunnel.access_log import Line, json_line
 from ztunnel.authorize import Client
 from ztunnel.corelike import Kind
-from ztunnel.counted import Judged
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import Line, json_line
+from ztunnel.observe.counted import Judged
 from ztunnel.protocol import (
     Action,
     Endpoint,

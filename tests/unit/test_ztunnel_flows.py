@@ -11,11 +11,12 @@ from support.certificates import NOW
 from support.fake_core import REASONS, FakeCore, record
 from support.mesh_state import identity, policy
 from support.tunnel_rig import HTTPBIN, SLEEP, Rig, chain_of
-from ztunnel import flow_keys, labels
-from ztunnel import flows as tables
 from ztunnel._core import SeriesCounters
 from ztunnel.decisions import Numbers
 from ztunnel.flow_messages import MAX_NAME
+from ztunnel.observe import flow_keys, labels
+from ztunnel.observe import flows as tables
+from ztunnel.observe.series import SeriesTable
 from ztunnel.protocol import (
     Arrival,
     Endpoint,
@@ -27,7 +28,6 @@ from ztunnel.protocol import (
     ServicePort,
 )
 from ztunnel.reasons import Reason
-from ztunnel.series import SeriesTable
 
 CALLER = identity("httpbin")
 POD = SLEEP.uid

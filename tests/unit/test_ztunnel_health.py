@@ -20,11 +20,11 @@ from support.mesh_state import (
     source,
     workload,
 )
-from ztunnel.access_log import Line
 from ztunnel.admin import Check
 from ztunnel.control import Control
 from ztunnel.corelike import Kind
 from ztunnel.health import MAX_LISTED_BYTES, STALL_SECONDS, Health
+from ztunnel.observe.access_log import Line
 from ztunnel.pods import Pair, PodSockets
 from ztunnel.protocol import Action, Credential, Mode, Removal, Resource
 from ztunnel.tunnel import UPCALLS_A_TURN, Tunnel

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ztunnel import log_limit
-from ztunnel.access_log import Line
-from ztunnel.log_limit import WINDOW, FailureLines
+from ztunnel.observe import log_limit
+from ztunnel.observe.access_log import Line
+from ztunnel.observe.log_limit import WINDOW, FailureLines
 from ztunnel.reasons import Reason
 
 KIND = (1, 1, 3)

@@ -26,7 +26,7 @@ from support.mesh_state import (
 )
 from support.tunnel_rig import ROOT, Rig, ended, sockets
 from ztunnel.corelike import Kind
-from ztunnel.labels import value
+from ztunnel.observe.labels import value
 from ztunnel.protocol import (
     Action,
     Attribute,

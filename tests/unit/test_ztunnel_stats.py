@@ -16,11 +16,11 @@ from support.expositions import RULE, by_reason, picture, rows, ztunnel_text
 from support.fake_core import FakeCore
 from support.mesh_state import identity, service, workload
 from support.prometheus import check_metrics
-from ztunnel import istio_text, labels
-from ztunnel.labels import Labels
-from ztunnel.series import Counters
-from ztunnel.stats import render
-from ztunnel.traces import Exemplar
+from ztunnel.observe import istio_text, labels
+from ztunnel.observe.labels import Labels
+from ztunnel.observe.series import Counters
+from ztunnel.observe.stats import render
+from ztunnel.observe.traces import Exemplar
 
 
 @pytest.fixture

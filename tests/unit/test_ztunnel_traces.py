@@ -17,10 +17,11 @@ from support.mesh_state import SETTINGS, identity, ip
 from support.netns import wait_until
 from support.otlp import Receiver, receiver
 from support.tunnel_rig import UNAUDITED, Rig, chain_of, ended
-from ztunnel import protocol, traces
-from ztunnel.access_log import Line, json_line, text_line
+from ztunnel import protocol
 from ztunnel.corelike import Kind
 from ztunnel.log_writer import Cause
+from ztunnel.observe import traces
+from ztunnel.observe.access_log import Line, json_line, text_line
 from ztunnel.reasons import Reason
 from ztunnel.settings import TraceSettings
 

@@ -20,9 +20,11 @@ from support.tunnel_rig import (
     run,
 )
 from ztunnel import decisions as tables
-from ztunnel import labels, tunnel
+from ztunnel import tunnel
 from ztunnel._core import Ended
 from ztunnel.corelike import Kind
+from ztunnel.observe import labels
+from ztunnel.observe.series import SeriesTable
 from ztunnel.protocol import (
     PROBE_ADDRESSES,
     PROBE_PORT,
@@ -31,7 +33,6 @@ from ztunnel.protocol import (
     Removal,
 )
 from ztunnel.reasons import Reason
-from ztunnel.series import SeriesTable
 
 PEER_IDLE = Deadlines().idle + Deadlines().ping_interval + tunnel.PEER_MARGIN
 

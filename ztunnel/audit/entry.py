@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from ztunnel import labels
-from ztunnel.access_log import Line
 from ztunnel.authorize import NODE_PLAINTEXT, Client, Verdict
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import Line
 from ztunnel.policy import DEFAULT_DENY
 from ztunnel.reasons import Reason
 

@@ -27,10 +27,10 @@ from typing import Final
 
 import msgspec
 
-from ztunnel import labels as label_sets
-from ztunnel.access_log import quoted
 from ztunnel.audit.entry import Entry, Event
 from ztunnel.authorize import Verdict
+from ztunnel.observe import labels as label_sets
+from ztunnel.observe.access_log import quoted
 from ztunnel.policy import DryRun, Match
 
 __all__ = [

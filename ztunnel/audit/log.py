@@ -12,13 +12,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from ztunnel import labels
-from ztunnel.access_log import Line as Ended
 from ztunnel.audit.entry import Event, of_handshake, of_verdict
 from ztunnel.audit.forms import LeftOut, Severity, severity_of
 from ztunnel.audit.limit import Bucket
 from ztunnel.audit.outlets import Outlets, Shared
 from ztunnel.authorize import Verdict
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import Line as Ended
 from ztunnel.reasons import Reason
 from ztunnel.settings import AuditForm, AuditSettings, Authorized
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from ztunnel import labels
-from ztunnel.access_log import Line
-from ztunnel.labels import Labels
 from ztunnel.log_writer import Cause, Destination, Writer
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import Line
+from ztunnel.observe.labels import Labels
 from ztunnel.settings import Receiver, TraceSettings
 
 if TYPE_CHECKING:
@@ -172,14 +172,14 @@ class _Later:
         self._made: Destination | None = None
 
     def open(self) -> None:
-        from ztunnel import otlp  # noqa: PLC0415 - seven megabytes, for those alone who trace
+        from ztunnel.observe import otlp  # noqa: PLC0415 - seven megabytes, for those alone who trace
 
         if self._made is None:
             self._made = otlp.Collector(self._endpoint, self._node)
         self._made.open()
 
     def spell(self, span: Span) -> bytes:
-        from ztunnel import otlp  # noqa: PLC0415 - as above
+        from ztunnel.observe import otlp  # noqa: PLC0415 - as above
 
         return otlp.encode(span)
 

@@ -20,21 +20,21 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as OPEN
 from prometheus_client.openmetrics.exposition import generate_latest as encode_openmetrics
 from prometheus_client.process_collector import ProcessCollector
 
-from ztunnel import istio_text
 from ztunnel.audit import Counts
-from ztunnel.counted import ByPolicy, Judged, Plaintext
-from ztunnel.istio_text import Rows
-from ztunnel.labels import Labels
+from ztunnel.observe import istio_text
+from ztunnel.observe.counted import ByPolicy, Judged, Plaintext
+from ztunnel.observe.istio_text import Rows
+from ztunnel.observe.labels import Labels
+from ztunnel.observe.stats_families import Collector
+from ztunnel.observe.traces import Exemplar
 from ztunnel.reasons import Reason
 from ztunnel.same_node import is_direct
-from ztunnel.stats_families import Collector
-from ztunnel.traces import Exemplar
 
 if TYPE_CHECKING:
     from ztunnel._core import PodCounters, Stats
-    from ztunnel.access_log import AccessLog
     from ztunnel.control import ControlStatus
     from ztunnel.corelike import CoreLike
+    from ztunnel.observe.access_log import AccessLog
     from ztunnel.tunnel import Tunnel
 
 __all__ = ["Picture", "render", "take"]

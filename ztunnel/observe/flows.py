@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from ztunnel import protocol
+from ztunnel.observe.series import Counters, Series
 from ztunnel.protocol import Flow, FlowKey
 from ztunnel.reasons import Reason
-from ztunnel.series import Counters, Series
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike

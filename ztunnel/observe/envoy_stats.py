@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 from urllib.parse import parse_qsl
 
-from ztunnel.arrivals import Arrived
+from ztunnel.observe.arrivals import Arrived
 from ztunnel.protocol import Arrival
 from ztunnel.reasons import Reason
 

@@ -14,9 +14,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ztunnel import labels as label_sets
-from ztunnel.labels import Labels
-from ztunnel.tallies import EXPIRY_SECONDS
+from ztunnel.observe import labels as label_sets
+from ztunnel.observe.labels import Labels
+from ztunnel.observe.tallies import EXPIRY_SECONDS
 
 if TYPE_CHECKING:
     from ztunnel.corelike import CoreLike

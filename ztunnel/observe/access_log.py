@@ -30,9 +30,9 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
-from ztunnel import labels as label_sets
-from ztunnel.labels import Labels
 from ztunnel.log_writer import File, Writer
+from ztunnel.observe import labels as label_sets
+from ztunnel.observe.labels import Labels
 from ztunnel.reasons import BROKE_LATER, NO_FLAG, RESPONSE_FLAGS, Reason
 
 __all__ = [

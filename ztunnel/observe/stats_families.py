@@ -24,15 +24,15 @@ from prometheus_client.registry import Collector as CollectorBase
 
 from ztunnel import tls
 from ztunnel.audit.entry import Policy, policy_of
-from ztunnel.counted import OTHER
-from ztunnel.labels import UNKNOWN
+from ztunnel.observe.counted import OTHER
+from ztunnel.observe.labels import UNKNOWN
 from ztunnel.reasons import Reason
 from ztunnel.release import release
 
 if TYPE_CHECKING:
     from ztunnel._core import PodCounters
-    from ztunnel.counted import Judged
-    from ztunnel.stats import Picture
+    from ztunnel.observe.counted import Judged
+    from ztunnel.observe.stats import Picture
 
 __all__ = ["OWN_HELP", "Collector"]
 

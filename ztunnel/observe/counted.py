@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ztunnel import labels as label_sets
 from ztunnel.authorize import Client, Verdict
+from ztunnel.observe import labels as label_sets
+from ztunnel.observe.tallies import Tally
 from ztunnel.protocol import Arrival, FlowKey
-from ztunnel.tallies import Tally
 
 if TYPE_CHECKING:
-    from ztunnel.labels import Labels
-    from ztunnel.series import SeriesTable
+    from ztunnel.observe.labels import Labels
+    from ztunnel.observe.series import SeriesTable
     from ztunnel.state import State
 
 __all__ = ["OTHER", "ByPolicy", "Counted", "Judged", "Plaintext"]

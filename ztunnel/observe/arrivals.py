@@ -19,8 +19,8 @@ from ztunnel.protocol import Arrival, FlowKey
 from ztunnel.reasons import Reason
 
 if TYPE_CHECKING:
-    from ztunnel.flows import FlowTable
-    from ztunnel.series import Counters
+    from ztunnel.observe.flows import FlowTable
+    from ztunnel.observe.series import Counters
 
 __all__ = ["Arrivals", "Arrived", "whole"]
 

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ztunnel import reasons
-from ztunnel.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
+from ztunnel.observe.labels import LABEL_NAMES, MUTUAL_TLS, SOURCE, Labels
 from ztunnel.reasons import FLAGS, NO_FLAG, Reason
 
 if TYPE_CHECKING:
-    from ztunnel.series import Counters, Series
-    from ztunnel.traces import Exemplar
+    from ztunnel.observe.series import Counters, Series
+    from ztunnel.observe.traces import Exemplar
 
 __all__ = ["Rows", "portions"]
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 
-from ztunnel import address, labels
+from ztunnel import address
 from ztunnel.audit.entry import policy_of
 from ztunnel.authorize import Verdict
 from ztunnel.connection_messages import Connection, Direction, Security
 from ztunnel.corelike import Kind
+from ztunnel.observe import labels
 from ztunnel.route import HandOver, Passthrough, Plain, Tunnel
 from ztunnel.state import HBONE_PORT
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from ztunnel.connection_messages import Connection, ConnectionFilter, ConnectionPage
-from ztunnel.connections import Joiner, paged
+from ztunnel.observe.connections import Joiner, paged
 
 if TYPE_CHECKING:
     from ztunnel._core import Listed

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from ztunnel._core import Listed
-    from ztunnel.access_log import Sink
     from ztunnel.events import Events
+    from ztunnel.observe.access_log import Sink
 
 __all__ = ["LOOK_SECONDS", "Beginnings"]
 

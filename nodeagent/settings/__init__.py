@@ -19,10 +19,10 @@ from typing import Annotated, ClassVar, Final, NamedTuple
 
 import msgspec
 
-from nodeagent import audit, deadlines, flow_settings, limits, page_settings, trace_settings
 from nodeagent.api import Check, ConfigError, read_struct_lines, values
-from nodeagent.flow_settings import Keep
-from nodeagent.page_settings import Page
+from nodeagent.settings import audit, deadlines, flows, limits, page, traces
+from nodeagent.settings.flows import Keep
+from nodeagent.settings.page import Page
 from ztunnel import protocol
 from ztunnel.protocol import AuditSettings, Deadlines, Limits, SameNode, TraceSettings
 
@@ -135,9 +135,9 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
     deadlines: deadlines.Section | None = None
     limits: limits.Section | None = None
     audit: audit.Section | None = None
-    flows: flow_settings.Section | None = None
-    page: page_settings.Section | None = None
-    traces: trace_settings.Section | None = None
+    flows: flows.Section | None = None
+    page: page.Section | None = None
+    traces: traces.Section | None = None
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,10 +208,10 @@ def read_settings(path: str | os.PathLike[str]) -> ReadSettings:
     given["deadlines"] = deadlines.resolve(found.deadlines)
     given["limits"] = limits.resolve(found.limits)
     given["audit"] = audit.resolve(found.audit)
-    given["flows"] = flow_settings.resolve(found.flows)
-    given["traces"] = trace_settings.resolve(found.traces)
+    given["flows"] = flows.resolve(found.flows)
+    given["traces"] = traces.resolve(found.traces)
     try:
-        given["page"] = page_settings.resolve(found.page)
+        given["page"] = page.resolve(found.page)
     except ValueError as error:
         places = (at for name, at in lines.items() if name.partition(".")[0] == "page")
         raise ConfigError(file, min(places, default=0), 1, "page", str(error)) from None

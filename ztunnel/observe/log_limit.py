@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from ztunnel.access_log import Line
+from ztunnel.observe.access_log import Line
 from ztunnel.protocol import Limits
 
 __all__ = ["WINDOW", "FailureLines", "Kind"]

@@ -25,17 +25,17 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationSc
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from ztunnel import labels
-from ztunnel.access_log import Line
 from ztunnel.address import authority, pack
+from ztunnel.observe import labels
+from ztunnel.observe.access_log import Line
+from ztunnel.observe.traces import Node, Span
 from ztunnel.reasons import NO_FLAG, RESPONSE_FLAGS
 from ztunnel.release import release
 from ztunnel.settings import Receiver
-from ztunnel.traces import Node, Span
 
 __all__ = ["Collector", "encode"]
 
-_log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.otlp")
+_log: Final[structlog.stdlib.BoundLogger] = structlog.get_logger("ztunnel.observe.otlp")
 
 ANSWER_SECONDS: Final = 10.0
 """For one request, connecting included: OTLP's default."""

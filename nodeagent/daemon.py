@@ -272,9 +272,13 @@ class _Backend:
 
     async def flows(self, age: int) -> bytes:
         recorder = self._agent.parts.flows
-        await self.reports.reported()
+        asked = await self.reports.reported()
         node = self._agent.settings.node
-        return await asyncio.to_thread(lambda: msgspec.json.encode(recorder.read(node, age)))
+
+        def made() -> bytes:
+            return msgspec.json.encode(recorder.read(node, age, asked=asked))
+
+        return await asyncio.to_thread(made)
 
     async def certificates(self) -> bytes:
         agent = self._agent

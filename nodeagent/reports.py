@@ -67,12 +67,12 @@ class Reports:
 
     async def plaintext(self, age: int) -> bytes:
         """Return `/report/plaintext` for the last `age` seconds, as JSON."""
-        await self.reported()
+        asked = await self.reported()
         pods, off = self._agent.picture().pods, await self._off()
         own = self._agent.settings.node_addresses
 
         def made() -> bytes:
-            recording = self._flows.read(self._node, age)
+            recording = self._flows.read(self._node, age, asked=asked)
             return msgspec.json.encode(plaintext.build(recording, pods, own, off))
 
         return await asyncio.to_thread(made)
@@ -92,10 +92,19 @@ class Reports:
                 self._series.show(found)
                 self._scored = time.monotonic()
 
-    async def reported(self) -> None:
-        """Have ztunnel tell what it has counted since its last report."""
-        with contextlib.suppress(QueryError):
+    async def reported(self) -> float:
+        """Have ztunnel tell what it has counted since its last report.
+
+        Returns the time up to which it must have told everything, seconds since the epoch. Whether
+        it has is known by what is recorded then.
+        """
+        asked = time.time()
+        try:
             await self._agent.control.query("report")
+        except QueryError:
+            # Reports count whole seconds: one of this very second was before.
+            return asked + 1
+        return asked
 
     async def _asdex(self, age: int) -> AsdexReport:
         pods, off = self._agent.picture().pods, await self._off()

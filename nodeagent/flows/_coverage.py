@@ -55,14 +55,20 @@ class Covered(NamedTuple):
     down: tuple[Hole, ...]
 
 
-def covered(spans: Iterable[Span], since: int, now: int) -> Covered:
-    """Return what is known of the time from `since` to `now`, seconds since the epoch."""
+def covered(spans: Iterable[Span], since: int, now: int, expected: int | None = None) -> Covered:
+    """Return what is known of the time from `since` to `now`, seconds since the epoch.
+
+    A tunnel that has told nothing since `expected` is silent. It is known when somebody has asked;
+    else it is LATE_SECONDS ago.
+    """
+    if expected is None:
+        expected = now - LATE_SECONDS
     known = sorted(spans, key=lambda span: (span.begin, span.until))
     if not known:
         return Covered(None, (Hole(since, now, NOTHING),), ())
     down: list[Hole] = []
     gaps = [Hole(0, known[0].begin, NOTHING), *_broken(known, now)]
-    for hole in _between(known, now):
+    for hole in _between(known, now, expected):
         (down if hole.cause == DOWN else gaps).append(hole)
     gaps = _merged(gaps)
     last = gaps[-1].until
@@ -93,7 +99,7 @@ def _goes_on(span: Span, other: Span) -> bool:
     return other.process != span.process and other.begin <= span.until < other.until
 
 
-def _between(known: Sequence[Span], now: int) -> Iterator[Hole]:
+def _between(known: Sequence[Span], now: int, expected: int) -> Iterator[Hole]:
     """Yield the times of which no process has told anything."""
     front = known[0]
     for span in known[1:]:
@@ -103,7 +109,7 @@ def _between(known: Sequence[Span], now: int) -> Iterator[Hole]:
             front = span
     if front.ended and now > front.until:
         yield Hole(front.until, now, DOWN)
-    elif now - front.until > LATE_SECONDS:
+    elif not front.ended and front.until < expected:
         yield Hole(front.until, now, SILENT)
 
 

@@ -47,15 +47,25 @@ class _Content(NamedTuple):
     watched: dict[str, datetime]
 
 
-def recording(path: Path, node: str, now: float, age: int, *, outbound: bool = False) -> Recording:
+def recording(
+    path: Path,
+    node: str,
+    now: float,
+    age: int,
+    *,
+    outbound: bool = False,
+    asked: float | None = None,
+) -> Recording:
     """Return what was seen in the last `age` seconds, as it is published. Raises StoreError.
 
     `now` is seconds since the epoch. With `outbound`, what the workloads of the node called is in
-    it, too.
+    it, too. `asked` is when ztunnel was asked to tell everything: if that is not in the file by
+    now, it is not known who calls now.
     """
     since = max(0.0, now - age)
     found = _content(path, since, MAX_READ, outbound=outbound)
-    known = covered(found.spans, int(since), int(now))
+    expected = None if asked is None else int(asked)
+    known = covered(found.spans, int(since), int(now), expected)
     return Recording(
         schema=SCHEMA,
         node=node,

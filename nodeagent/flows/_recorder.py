@@ -179,11 +179,13 @@ class Recorder:
             self._recorded, self._dropped + self._failed, self._bytes, self._problem
         )
 
-    def read(self, node: str, age: int, *, outbound: bool = False) -> Recording:
+    def read(
+        self, node: str, age: int, *, outbound: bool = False, asked: float | None = None
+    ) -> Recording:
         """Return what was seen in the last `age` seconds; on any thread, and never raises.
 
-        With `outbound`, what this node's workloads called is in it, too. Waits a moment for what
-        has been put and is not written yet.
+        `outbound` and `asked` as of `recording`. Waits a moment for what has been put and is not
+        written yet.
         """
         if self._thread.is_alive():
             written = threading.Event()
@@ -192,7 +194,7 @@ class Recorder:
         if not self.enabled:
             return _nothing(node, self._wall(), age, OFF)
         try:
-            found = recording(self.path, node, self._wall(), age, outbound=outbound)
+            found = recording(self.path, node, self._wall(), age, outbound=outbound, asked=asked)
         except StoreError as error:
             if isinstance(error, DamagedError) and self._thread.is_alive():
                 # Who writes may not have met the damage yet.

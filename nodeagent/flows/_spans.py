@@ -2,7 +2,8 @@
 
 This module owns their rows. It promises that a span covers a moment only if every message of its
 process about that moment is in the file: the span ends where one is missing, and with the
-transaction that a message is written in it is lost or kept with it. A workload is watched from when
+transaction that a message is written in it is lost or kept with it; that it covers nothing that has
+not come yet, also where the clock was ahead. A workload is watched from when
 its capture was in force, as far as it is known not to have been out of force since. It may not
 begin or end transactions.
 
@@ -16,6 +17,7 @@ import sqlite3
 from collections.abc import Collection, Mapping
 from typing import Final
 
+from nodeagent.flows._coverage import LATE_SECONDS
 from ztunnel.protocol import Flows
 
 __all__ = ["MAX_SPANS", "TABLES", "forget", "heard", "retain", "watch"]
@@ -40,6 +42,7 @@ _BEGIN: Final = "INSERT INTO span (process, number, begin, until, ended) VALUES 
 
 def heard(connection: sqlite3.Connection, process: int, message: Flows) -> None:
     """Note that `message` has come, behind those that came before it."""
+    _not_yet(connection, message.until)
     found = connection.execute(
         "SELECT id, number, until FROM span WHERE process = ? ORDER BY id DESC LIMIT 1", (process,)
     ).fetchone()
@@ -58,6 +61,18 @@ def heard(connection: sqlite3.Connection, process: int, message: Flows) -> None:
         "DELETE FROM span WHERE id <= (SELECT max(id) FROM span) - ?",
         (MAX_SPANS,),
     )
+
+
+def _not_yet(connection: sqlite3.Connection, now: int) -> None:
+    """Take back what was said of times that have not come: the clock has been put back.
+
+    Else the file would cover them, whoever crashes meanwhile, or know nothing until they come. A
+    tunnel that is late by LATE_SECONDS at most is no clock.
+    """
+    far = now + LATE_SECONDS
+    connection.execute("DELETE FROM span WHERE begin > ?", (far,))
+    connection.execute("UPDATE span SET until = max(begin, ?) WHERE until > ?", (now, far))
+    connection.execute("UPDATE watched SET begin = ? WHERE begin > ?", (now, far))
 
 
 def retain(connection: sqlite3.Connection, pods: Collection[str]) -> None:

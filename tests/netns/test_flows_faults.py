@@ -108,6 +108,19 @@ def test_a_killed_ztunnel_loses_no_more_than_it_says(mesh: Mesh, lab: Lab) -> No
     assert begin <= until <= again + 1
 
 
+def test_a_ztunnel_that_is_gone_is_missed_at_once(mesh: Mesh, lab: Lab) -> None:
+    """Not only after the silence of one whom nobody calls: its last callers are in no report."""
+    settled(mesh)
+    lab.node(NODE).kill("ztunnel")
+    found = recording(mesh)
+    assert (found["complete"], found["gaps"][-1]["cause"]) == (
+        None,
+        "nothing has been reported since",
+    )
+    lab.node(NODE).restart("ztunnel")
+    settled(mesh)
+
+
 def test_a_ztunnel_that_ends_in_good_order_leaves_no_gap(mesh: Mesh, lab: Lab) -> None:
     listener = mesh.listen("far")
     port: int = listener.getsockname()[1]

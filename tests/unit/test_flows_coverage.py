@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sqlite3
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -42,6 +43,18 @@ def test_without_a_word_nothing_is_known() -> None:
     assert covered(since=10) == Covered(None, (Hole(10, 1000, NOTHING),), ())
     silent = Hole(500, 1000, SILENT)
     assert covered((1, 100, 500, False), since=100) == Covered(None, (silent,), ())
+
+
+def test_a_tunnel_that_was_asked_and_has_told_nothing_is_silent() -> None:
+    """It may have crashed a moment ago, or what it told waits for the disk."""
+    spans = [Span(1, 100, 995, ended=False)]
+    assert _coverage.covered(spans, 100, 1000, expected=995) == Covered(100, (), ())
+    silent = Hole(995, 1000, SILENT)
+    assert _coverage.covered(spans, 100, 1000, expected=996) == Covered(None, (silent,), ())
+    # But where it has ended in good order nobody has been let in.
+    ended = [Span(1, 100, 995, ended=True)]
+    down = (Hole(995, 1000, DOWN),)
+    assert _coverage.covered(ended, 100, 1000, expected=1000) == Covered(100, (), down)
 
 
 def test_what_was_lost_on_the_way_is_a_gap() -> None:
@@ -190,6 +203,39 @@ def test_spans_are_bounded_and_the_oldest_give_way(
     assert [int(gap.until.timestamp()) - NOW for gap in found.gaps] == [61, 71, 81]
 
 
+# --- clocks that are wrong ----------------------------------------------------------------------
+
+
+def test_after_the_clock_was_put_back_a_crash_is_a_gap_all_the_same(tmp_path: Path) -> None:
+    store = kept(tmp_path, [(7, told(1, HOUR)), (7, told(2, HOUR + 5))])
+    # An hour back; nothing was lost by that.
+    store.add(7, told(3, 10))
+    assert since(read(tmp_path, 11, age=10)) == 0
+    # It crashes, and another comes before the time at which the first one had been already.
+    store.add(8, Flows((), 1, NOW + 60, NOW + 60))
+    store.add(8, Flows((), 2, NOW + 60, NOW + 65))
+    store.close()
+    found = read(tmp_path, 66, age=60)
+    (gap,) = found.gaps
+    assert (gap.begin.timestamp() - NOW, gap.until.timestamp() - NOW) == (10, 60)
+    assert (gap.cause, since(found)) == (CRASHED, 60)
+
+
+def test_a_clock_that_was_far_ahead_costs_what_it_dropped_and_no_more(tmp_path: Path) -> None:
+    store = kept(tmp_path, [(7, told(1, 5))])
+    ahead = 90 * 24 * HOUR
+    store.watch({"shop/db": "shop/db@1"}, None, NOW + ahead)
+    store.add(7, told(2, ahead))
+    store.prune(NOW + ahead)
+    # Right again: it is known since then, and not only in three months.
+    store.add(7, told(3, 20))
+    store.add(7, told(4, 25))
+    store.close()
+    found = read(tmp_path, 30)
+    assert since(found) == 21
+    assert found.watched == {"shop/db": datetime.fromtimestamp(NOW + 20, UTC)}
+
+
 # --- who is captured ----------------------------------------------------------------------------
 
 
@@ -247,6 +293,26 @@ def test_after_a_restart_only_what_was_found_captured_was_so_meanwhile(watching:
     watching.again("a/b@1", "a/d@1")
     watching.recorder.watch({"a/b": "a/b@1", "a/c": "a/c@1", "a/d": "a/d@2"})
     watching.until({"a/b": 0, "a/c": 10, "a/d": 10})
+    watching.recorder.stop(DEADLINE)
+
+
+def test_what_ztunnel_was_asked_for_and_is_not_in_the_file_is_not_known(
+    watching: Watching,
+) -> None:
+    """However short ago the last report is: callers since then are in none."""
+    watching.now += 10
+    watching.recorder.put(7, told(1, 10))
+
+    def complete(asked: float | None) -> bool:
+        found = watching.recorder.read("n1", 5, asked=asked)
+        return found.complete is not None and found.is_complete
+
+    wait_until(lambda: complete(watching.now), "it has answered")
+    watching.now += 5
+    assert complete(None)
+    assert not complete(watching.now)
+    watching.recorder.put(7, told(2, 15))
+    assert complete(watching.now)
     watching.recorder.stop(DEADLINE)
 
 

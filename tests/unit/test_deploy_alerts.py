@@ -33,6 +33,8 @@ def mode(name: str) -> str:
 HEALTHY: Final = {
     f"up{{{AGENT}}}": "1x60",
     f"up{{{TUNNEL}}}": "1x60",
+    f"process_start_time_seconds{{{AGENT}}}": "-86400x60",
+    f"process_start_time_seconds{{{TUNNEL}}}": "-86400x60",
     f"nodeagent_ready{{{AGENT}}}": "1x60",
     f"nodeagent_ztunnel_in_sync{{{AGENT}}}": "1x60",
     f"nodeagent_config_problems{{{AGENT}}}": "0x60",
@@ -51,8 +53,10 @@ HEALTHY: Final = {
     f'ztunnel_audit_sink_up{{{TUNNEL},sink="file"}}': "1x60",
     f'ztunnel_audit_left_out_total{{{TUNNEL},sink="all",cause="rate"}}': "4x60",
     f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="0.01"}}': "0+100x60",
+    f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="0.1"}}': "0+100x60",
     f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="1.0"}}': "0+100x60",
     f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="+Inf"}}': "0+100x60",
+    f"ztunnel_decision_duration_seconds_count{{{TUNNEL}}}": "0+100x60",
     f'ztunnel_worker_last_turn_seconds{{{TUNNEL},worker="0"}}': "0.5x60",
     f"ztunnel_descriptors{{{TUNNEL}}}": "500x60",
     f"ztunnel_descriptors_limit{{{TUNNEL}}}": "1000x60",
@@ -114,6 +118,12 @@ CASES: Final = (
         {f'ztunnel_plaintext_connections_total{{{TUNNEL},{PAIR},verdict="deny"}}': NEW},
     ),
     Case(
+        "PlaintextToStrict",
+        {f'ztunnel_plaintext_connections_total{{{TUNNEL},{PAIR},verdict="deny"}}': "_x36 2x24"}
+        | {f"up{{{TUNNEL}}}": "_x36 1x24"}
+        | {f"process_start_time_seconds{{{TUNNEL}}}": "_x36 1080x24"},
+    ),
+    Case(
         "PlaintextIntoStrict",
         {f'ztunnel_plaintext_connections_total{{{TUNNEL},{PAIR},verdict="allow"}}': "9x30 10x30"},
     ),
@@ -137,7 +147,10 @@ CASES: Final = (
     Case("CallersNotRecorded", {f"nodeagent_flows_failing{{{AGENT}}}": "1x60"}),
     Case(
         "DecisionsSlow",
-        {f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="0.01"}}': "0+90x60"},
+        {
+            f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="{bound}"}}': "0+90x60"
+            for bound in ("0.01", "0.1")
+        },
     ),
     Case("WorkerStalled", {f'ztunnel_worker_last_turn_seconds{{{TUNNEL},worker="0"}}': "9x60"}),
     Case("DescriptorsRunningOut", {f"ztunnel_descriptors{{{TUNNEL}}}": "900x60"}),
@@ -153,6 +166,46 @@ CASES: Final = (
         {f'ztunnel_metric_overflow_total{{{TUNNEL},metric="istio_tcp_connections"}}': "0+1x60"},
     ),
 )
+
+
+EVENTS: Final = {key: "3x60" for key in HEALTHY if "_total{" in key}
+"""What has happened a while ago."""
+
+
+def since(series: dict[str, str], silent: int) -> dict[str, str]:
+    """Return series without their first `silent` samples, every half minute."""
+    return {key: f"_x{silent - 1} {value}" for key, value in series.items()}
+
+
+BLOCKED: Final = (
+    f'istio_tcp_connections_failed_total{{{TUNNEL},reporter="source",'
+    'response_flags="NETWORK_POLICY",destination_workload_namespace="shop",'
+    'destination_workload="pay"}'
+)
+STARTED: Final = {f"process_start_time_seconds{{{each}}}": "1080x60" for each in (AGENT, TUNNEL)}
+"""Two minutes before it is looked."""
+
+QUIET: Final[dict[str, dict[str, str]]] = {
+    "healthy": {},
+    "idle, with nothing counted yet": dict.fromkeys(EVENTS, "0x60"),
+    "just started": since(HEALTHY | dict.fromkeys(EVENTS, "0x60") | STARTED, 37),
+    "just found by Prometheus, with old events": since(HEALTHY | EVENTS, 37),
+    "upgraded: counters begin anew": dict.fromkeys(EVENTS, "9x36 0x24"),
+    "restarted a while after Prometheus last saw it": dict.fromkeys(EVENTS, "9x5 _x30 0x24"),
+    "draining": {f"nodeagent_ztunnel_draining{{{AGENT}}}": "1x60"},
+    "a peer that went, and its callers waited": {BLOCKED: "0x30 2x30"},
+    "now and then a young pod that waits for its state": {
+        f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="{bound}"}}': value
+        for bound, value in (
+            ("0.01", "0x60"),
+            ("0.1", "0x60"),
+            ("1.0", "0+0.2x60"),
+            ("+Inf", "0+0.2x60"),
+        )
+    }
+    | {f"ztunnel_decision_duration_seconds_count{{{TUNNEL}}}": "0+0.2x60"},
+}
+"""Nodes that nobody is to be told of."""
 
 
 def rules() -> list[dict[str, Any]]:
@@ -181,7 +234,7 @@ def case(name: str, series: dict[str, str], alerts: frozenset[str]) -> dict[str,
 
 
 def test_each_alert_is_provoked_alone_and_a_healthy_node_provokes_none(tmp_path: Path) -> None:
-    tests = [case("healthy", {}, frozenset())]
+    tests = [case(name, series, frozenset()) for name, series in QUIET.items()]
     tests += [case(each.alert, each.series, each.also | {each.alert}) for each in CASES]
     file = tmp_path / "alerts_test.yml"
     file.write_text(

@@ -86,6 +86,53 @@ def test_every_query_is_of_series_and_labels_that_exist(file: Path) -> None:
             assert shown <= grouped, query
 
 
+def panel(dashboard: str, title: str) -> str:
+    """Return the query of a panel, as Grafana sends it."""
+    found = read(DEPLOY / "grafana" / f"{dashboard}.json")
+    (query,) = (
+        target["expr"]
+        for each in found["panels"]
+        if each["title"] == title
+        for target in each["targets"]
+    )
+    return filled(query)
+
+
+OPENED: Final = 'istio_tcp_connections_opened_total{{reporter="destination",{}}}'
+PLAIN: Final = OPENED.format('connection_security_policy="none"')
+MUTUAL: Final = OPENED.format('connection_security_policy="mutual_tls"')
+NOT_BEFORE: Final = "nodeagent_workload_svid_not_before_timestamp_seconds"
+EXPIRY: Final = "nodeagent_workload_svid_expiry_timestamp_seconds"
+
+
+@pytest.mark.parametrize(
+    "title, series, shown",
+    [
+        ("Protected share of connections", {PLAIN: "0+1x120"}, 0),
+        ("Protected share of connections", {PLAIN: "0+1x120", MUTUAL: "0+3x120"}, 0.75),
+        # Nothing happened: no share, rather than a division by nothing.
+        ("Protected share of connections", {PLAIN: "5x120"}, None),
+        ("Certificates: least time left", {"nodeagent_svid_expiry_timestamp_seconds": "0x120"}, 0),
+        ("Certificates: share of life left", {NOT_BEFORE: "0x120", EXPIRY: "0x120"}, 0),
+        ("Certificates: share of life left", {NOT_BEFORE: "0x120", EXPIRY: "7200x120"}, 0.5),
+    ],
+)
+def test_what_a_panel_shows(
+    title: str, series: dict[str, str], shown: float | None, tmp_path: Path
+) -> None:
+    expected = [] if shown is None else [{"labels": "{}", "value": shown}]
+    asked = {"expr": panel("mesh-security", title), "eval_time": "1h", "exp_samples": expected}
+    test = {
+        "interval": "30s",
+        "input_series": [{"series": key, "values": value} for key, value in series.items()],
+        "promql_expr_test": [asked],
+    }
+    file = tmp_path / "panel_test.yml"
+    file.write_text(yaml.safe_dump({"tests": [test]}))
+    found = promtool("test", "rules", str(file))
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.stem))
 def test_a_dashboard_can_be_imported_as_it_is(file: Path) -> None:
     found = read(file)

@@ -12,7 +12,16 @@ from click.testing import CliRunner
 from nodeagent.cli import cli
 from nodeagent.lab import Lab
 from nodeagent.observe.graph_model import OUTSIDE, Connections, Edge, Graph, Padlock, Reporter
-from support.e2e import Mesh, peer_authentication, running, spec, spiffe, strict, watched
+from support.e2e import (
+    Mesh,
+    in_the_clear,
+    peer_authentication,
+    running,
+    spec,
+    spiffe,
+    strict,
+    watched,
+)
 from support.netns import wait_until
 
 pytestmark = pytest.mark.netns
@@ -132,8 +141,9 @@ def test_a_peer_without_an_agent_is_a_failure_that_the_caller_tells(mesh: Mesh) 
 
 
 def test_plaintext_to_who_asks_for_it_is_seen_by_both_nodes(mesh: Mesh) -> None:
-    mesh.policy("far", peer_authentication("DISABLE"), mode="DISABLE")
-    mesh.settled("node-1", lambda _: True)
+    mesh.apply(peer_authentication("DISABLE"))
+    for node in ("node-1", "node-2"):
+        mesh.settled(node, in_the_clear)
     port = mesh.visit("client", "far")
     for node in ("node-1", "node-2"):
         found = edge(mesh, node, port, CLIENT, lambda each: each.connections.total >= 1)

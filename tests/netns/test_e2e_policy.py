@@ -15,6 +15,7 @@ from nodeagent.lab import Lab
 from support.e2e import (
     Mesh,
     authority,
+    in_the_clear,
     peer_authentication,
     running,
     spec,
@@ -97,11 +98,7 @@ def disabled(mesh: Mesh, *documents: dict[str, Any]) -> None:
     """Put a DISABLE for `far` in force on its node, and on that of its caller."""
     mesh.apply(*documents)
     for node in ("node-1", "node-2"):
-        mesh.settled(node, _in_clear)
-
-
-def _in_clear(state: dict[str, Any]) -> bool:
-    return any("in the clear" in warning for warning in state["config"]["warnings"])
+        mesh.settled(node, in_the_clear)
 
 
 @FAMILIES
@@ -179,7 +176,7 @@ def test_disable_that_is_taken_back_is_mutual_tls_again(mesh: Mesh) -> None:
     mesh.carries(sock, app)
     mesh.apply(strict())
     for node in ("node-1", "node-2"):
-        mesh.settled(node, lambda state: not _in_clear(state))
+        mesh.settled(node, lambda state: not in_the_clear(state))
     # STRICT cuts what came without an identity, and the next call brings one.
     with pytest.raises(ConnectionResetError):
         sock.recv(1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,9 @@ LOOKS: Final = 8
 LOOK_SECONDS: Final = 0.25
 """A sample is the least of several looks: a renewal, a scrape or a look at the directory that is
 under way holds a descriptor and some memory for a moment."""
+
+MOST_LOOKS: Final = 48
+"""Twelve seconds, for who has grown: memory is given back within ten of the end of a burst."""
 
 MEMORY_SHARE: Final = 0.10
 MEMORY_KB: Final = 3 * 1024
@@ -67,23 +71,28 @@ def _look(pid: int) -> Sample:
     return Sample(pid, memory, len(opened) - pipes, pipes, int(rows["Threads"]))
 
 
-def sample(pids: dict[str, int]) -> dict[str, Sample]:
-    """Return a sample of each process, all taken over the same two seconds. Raises OSError."""
-    seen: dict[str, list[Sample]] = {name: [] for name in pids}
-    for _ in range(LOOKS):
-        for name, pid in pids.items():
-            seen[name].append(_look(pid))
+def sample(
+    pids: dict[str, int], flat: Callable[[dict[str, Sample]], bool] = lambda _: True
+) -> dict[str, Sample]:
+    """Return a sample of each process, all taken over the same seconds: two, more until `flat`.
+
+    Raises OSError.
+    """
+    least = {name: _look(pid) for name, pid in pids.items()}
+    for looks in range(2, MOST_LOOKS + 1):
         time.sleep(LOOK_SECONDS)
-    return {
-        name: Sample(
-            pids[name],
-            min(look.memory for look in looks),
-            min(look.descriptors for look in looks),
-            min(look.pipes for look in looks),
-            min(look.threads for look in looks),
-        )
-        for name, looks in seen.items()
-    }
+        for name, pid in pids.items():
+            look = _look(pid)
+            least[name] = Sample(
+                pid,
+                min(least[name].memory, look.memory),
+                min(least[name].descriptors, look.descriptors),
+                min(least[name].pipes, look.pipes),
+                min(least[name].threads, look.threads),
+            )
+        if looks >= LOOKS and flat(least):
+            break
+    return least
 
 
 def growth(first: Sample, last: Sample, bounds: Bounds) -> list[str]:

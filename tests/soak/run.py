@@ -156,8 +156,8 @@ class _Soak:
             time.sleep(min(1.0, max(0.0, end - time.monotonic())))  # the soak's own rhythm
         self._traffic.pause()
         self._rest()
-        self.report.samples.append(sample(self._pids()))
-        last = self.report.samples[-1]
+        last = sample(self._pids(), lambda found: not any(self._grown(found).values()))
+        self.report.samples.append(last)
         self._say(
             f"round {number + 1}: "
             + ", ".join(f"{name} {_cell(found)}" for name, found in last.items())
@@ -223,15 +223,27 @@ class _Soak:
         names = ("ztunnel_connections", "ztunnel_hbone_connections")
         return all(self._mesh.count(pod, name) == 0 for name in names)
 
-    def _compare(self) -> None:
-        for name, last in self.report.samples[-1].items():
-            same = [each[name] for each in self.report.samples if each[name].pid == last.pid]
-            # The round in which it was started is its warm-up.
-            first = same[1] if len(same) > 2 else same[0]
-            self.report.problems += [
-                f"{name}: {each}" for each in growth(first, last, BOUNDS[name.split()[1]])
+    def _grown(self, last: dict[str, Sample]) -> dict[str, list[str]]:
+        """Return for each daemon in what it has grown since its warm-up, if it was sampled then."""
+        found: dict[str, list[str]] = {}
+        for name, now in last.items():
+            same = [
+                each[name]
+                for each in self.report.samples
+                if each is not last and each[name].pid == now.pid
             ]
-            if len(same) == 1:
+            # The round in which it was started is its warm-up.
+            first = same[1] if len(same) > 1 else (same or [now])[0]
+            found[name] = growth(first, now, BOUNDS[name.split()[1]])
+        return found
+
+    def _compare(self) -> None:
+        *before, last = self.report.samples
+        self.report.problems += [
+            f"{name}: {each}" for name, grown in self._grown(last).items() for each in grown
+        ]
+        for name, now in last.items():
+            if all(each[name].pid != now.pid for each in before):
                 self.report.problems.append(f"{name}: one sample only: nothing is shown by it")
 
 

@@ -45,6 +45,7 @@ from support.netns import DEADLINE, wait_until
 __all__ = [
     "Mesh",
     "authority",
+    "in_the_clear",
     "peer_authentication",
     "read_all",
     "reset",
@@ -407,7 +408,7 @@ class Mesh:
         self.lab.withdraw(name)
         for node in self.lab.nodes:
             if self.ready(node.name, "nodeagent"):
-                self.settled(node.name, lambda state: not _mentions(state, name))
+                self.settled(node.name, lambda state: name not in json.dumps(state))
 
     def withdraw(self, name: str = "tested") -> None:
         self.lab.withdraw(name)
@@ -435,7 +436,7 @@ class Mesh:
         def applied(state: dict[str, Any]) -> bool:
             uid = self._pods[pod]
             row = next(each for each in state["pods"] if each["workload"] == uid)
-            return row["mode"] == mode and _mentions(row, path.name)
+            return row["mode"] == mode and path.name in json.dumps(row)
 
         self.settled(self.node_of(pod), applied)
 
@@ -466,8 +467,9 @@ class Mesh:
         return Server(self.accept(listener)[0], (shown or self.shown()).context(server=True))
 
 
-def _mentions(found: object, word: str) -> bool:
-    return word in json.dumps(found)
+def in_the_clear(state: dict[str, Any]) -> bool:
+    """Return whether a node's state has somebody's traffic in the clear, as DISABLE says."""
+    return any("in the clear" in warning for warning in state["config"]["warnings"])
 
 
 def _port(line: Line) -> int:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["leave_out"]
+__all__ = ["leave_out", "system_ssl"]
 
 _NAMES: Final = ("PROTOCOL_TLS_CLIENT", "PROTOCOL_TLS_SERVER", "SSLContext", "TLSVersion")
 """What prometheus_client's own HTTP server and gateway client name when they are defined."""
@@ -42,3 +42,12 @@ def leave_out() -> None:
     sys.modules["ssl"] = named
     importlib.import_module("prometheus_client")
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as above
+
+
+def system_ssl() -> Any:  # noqa: ANN401 - the module, whose types `leave_out` keeps from importers
+    """Return the module ssl after all, for who sends spans by https: the system's OpenSSL beside
+    the core's, seven megabytes.
+    """
+    if sys.modules.get("ssl") is None:
+        sys.modules.pop("ssl", None)
+    return importlib.import_module("ssl")

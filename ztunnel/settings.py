@@ -148,21 +148,26 @@ class AuditSettings(_Part, frozen=True, kw_only=True, tag="audit"):
 
 
 class Receiver(_Part, frozen=True, tag="receiver"):
-    """Who takes spans by OTLP/HTTP, in clear: an IP address. `path` stands before "/v1/traces"."""
+    """Who takes spans by OTLP/HTTP. `address` is an IP address or a host name; `path` stands before
+    "/v1/traces".
+    """
 
     address: str
     port: int
     path: str = ""
+    tls: bool = False
 
 
 class TraceSettings(_Part, frozen=True, kw_only=True, tag="traces"):
     """Where spans of connections go, and of how many of those that begin on this node.
 
     Without `endpoint` nothing is traced. What a peer traces is traced here too, also if
-    `sample_one_in` is 0: then nothing begins here.
+    `sample_one_in` is 0: then nothing begins here. `ca_file`: who may have issued the receiver's
+    certificate, by PEM; empty for those whom the system trusts.
     """
 
     endpoint: Receiver | None = None
+    ca_file: str = ""
     sample_one_in: int = 100
 
 

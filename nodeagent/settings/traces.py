@@ -24,31 +24,51 @@ MAX_PATH: Final = 200
 MAX_ONE_IN: Final = 1_000_000
 """Connections, of which one is traced: fewer would be none on any node."""
 
+MAX_NAME: Final = 253
+"""Characters of a host name (RFC 1035, 2.3.4)."""
+
 _ENDPOINT: Final = re.compile(
-    r"http://(?:\[([0-9a-f:.]+)\]|([0-9.]+)):([1-9][0-9]{0,4})((?:/[A-Za-z0-9._~-]+)*)/?"
+    r"(https?)://(?:\[([0-9a-f:.]+)\]|([A-Za-z0-9.-]+)):([1-9][0-9]{0,4})"
+    r"((?:/[A-Za-z0-9._~-]+)*)/?"
 )
+_LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+"""Of a host name (RFC 1123, 2.1)."""
 
 
 def _endpoint(value: str) -> Receiver:
     found = _ENDPOINT.fullmatch(value)
-    if found is not None and len(found[4]) <= MAX_PATH:
+    if found is not None and len(found[5]) <= MAX_PATH:
         try:
-            host = ipaddress.ip_address(found[1] or found[2])
-            port = values.port(int(found[3]))
+            host = str(ipaddress.ip_address(found[2])) if found[2] else _host(found[3].lower())
+            return Receiver(host, values.port(int(found[4])), found[5], found[1] == "https")
         except ValueError:
             pass
-        else:
-            return Receiver(str(host), port, found[4])
     raise ValueError(
-        f"{value!r} is no receiver of OTLP/HTTP: write http://ADDRESS:PORT, IPv6 in brackets; "
-        "names are not resolved, and https is for a collector on this machine to speak"
+        f"{value!r} is no receiver of OTLP/HTTP: write http://HOST:PORT or https://HOST:PORT, "
+        "HOST a name or an address, IPv6 in brackets"
     )
+
+
+def _host(text: str) -> str:
+    """Return a name or an IPv4 address. Raises ValueError."""
+    labels = text.split(".")
+    if labels[-1].isdigit():  # no name ends so (RFC 3696, 2)
+        return str(ipaddress.IPv4Address(text))
+    if len(text) > MAX_NAME or not all(map(_LABEL.fullmatch, labels)):
+        raise ValueError("no host name")
+    return text
 
 
 def endpoint(receiver: Receiver) -> str:
     """Return a receiver as the file spells it."""
     host = f"[{receiver.address}]" if ":" in receiver.address else receiver.address
-    return f"http://{host}:{receiver.port}{receiver.path}"
+    return f"http{'s' if receiver.tls else ''}://{host}:{receiver.port}{receiver.path}"
+
+
+def _file(value: str) -> str:
+    if not value.startswith("/"):
+        raise ValueError(f"{value!r} is no absolute path of a file")
+    return value
 
 
 def _one_in(value: int) -> int:
@@ -61,6 +81,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     """The fields as the file spells them."""
 
     endpoint: Annotated[str, Check(_endpoint)] | None = None
+    ca_file: Annotated[str, Check(_file)] | None = None
     sample_one_in: Annotated[int, Check(_one_in)] | None = None
 
 

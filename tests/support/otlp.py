@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.server
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class Receiver:
         """Path and header fields of each."""
         self.spans: list[Span] = []
         self.statuses: list[int] = []
+        self.fields: dict[str, str] = {}
+        """Further header fields of each answer."""
         self.rejects = 0
         self.silent = threading.Event()
         """While set, nothing is answered."""
@@ -89,8 +92,10 @@ def _values(attributes: Any) -> dict[str, Any]:  # noqa: ANN401 - a repeated fie
 
 
 @contextmanager
-def receiver(listening: socket.socket) -> Iterator[Receiver]:
-    """Serve on a socket that is bound, wherever that is; it becomes this server's."""
+def receiver(listening: socket.socket, context: ssl.SSLContext | None = None) -> Iterator[Receiver]:
+    """Serve on a socket that is bound, wherever that is; it becomes this server's. With a
+    `context` it speaks TLS.
+    """
     made = Receiver(listening.getsockname()[1])
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -106,6 +111,8 @@ def receiver(listening: socket.socket) -> Iterator[Receiver]:
             self.send_response(status)
             self.send_header("Content-Type", "application/x-protobuf")
             self.send_header("Content-Length", str(len(answer)))
+            for name, value in made.fields.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(answer)
 
@@ -114,9 +121,11 @@ def receiver(listening: socket.socket) -> Iterator[Receiver]:
 
     server = http.server.ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
     server.socket.close()
-    server.socket = listening
-    server.daemon_threads = True
     listening.listen()
+    server.socket = listening
+    if context is not None:
+        server.socket = context.wrap_socket(listening, server_side=True)
+    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:

@@ -32,7 +32,11 @@ def test_the_page_has_all_fields_with_their_defaults() -> None:
     assert chapter is not None
     rows = dict(ROW.findall(chapter[1]))
     assert tuple(rows) == Section.__struct_fields__ == TraceSettings.__struct_fields__
-    assert rows == {"endpoint": "none", "sample_one_in": f"`{TraceSettings().sample_one_in}`"}
+    assert rows == {
+        "endpoint": "none",
+        "ca_file": "none",
+        "sample_one_in": f"`{TraceSettings().sample_one_in}`",
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,9 @@ def test_the_page_has_all_fields_with_their_defaults() -> None:
         ("http://127.0.0.1:4318", Receiver("127.0.0.1", 4318)),
         ("http://127.0.0.1:4318/", Receiver("127.0.0.1", 4318)),
         ("http://[fd00::1]:80/otlp/node-1", Receiver("fd00::1", 80, "/otlp/node-1")),
+        ("http://collector:4318", Receiver("collector", 4318)),
+        ("https://otlp.example.com:443/x", Receiver("otlp.example.com", 443, "/x", tls=True)),
+        ("https://[fd00::1]:4318", Receiver("fd00::1", 4318, tls=True)),
     ],
 )
 def test_a_receiver_is_read_and_spelled(tmp_path: Path, text: str, expected: Receiver) -> None:
@@ -51,8 +58,16 @@ def test_a_receiver_is_read_and_spelled(tmp_path: Path, text: str, expected: Rec
 @pytest.mark.parametrize(
     "wrong",
     [
-        "https://127.0.0.1:4318",
-        "http://collector:4318",
+        "https://127.0.0.1",
+        "http://10.0.0.256:4318",
+        "http://1.2.3:4318",
+        "http://-collector:4318",
+        "http://a..b:4318",
+        "http://a_b:4318",
+        "http://" + "a" * 64 + ":4318",
+        "http://" + "a." * 126 + "ab:4318",
+        "http://[collector]:4318",
+        "ftp://127.0.0.1:4318",
         "http://127.0.0.1",
         "http://127.0.0.1:0",
         "http://127.0.0.1:65536",
@@ -69,6 +84,12 @@ def test_a_receiver_is_read_and_spelled(tmp_path: Path, text: str, expected: Rec
 def test_what_is_no_receiver_is_refused(tmp_path: Path, wrong: str) -> None:
     with pytest.raises(ConfigError, match=r"traces\.endpoint"):
         load(tmp_path, f"traces: {{endpoint: {msgspec.json.encode(wrong).decode()}}}\n")
+
+
+def test_whose_certificates_are_accepted_is_a_file(tmp_path: Path) -> None:
+    assert load(tmp_path, "traces: {ca_file: /etc/ssl/otlp.pem}\n").ca_file == "/etc/ssl/otlp.pem"
+    with pytest.raises(ConfigError, match=r"traces\.ca_file"):
+        load(tmp_path, "traces: {ca_file: otlp.pem}\n")
 
 
 @pytest.mark.parametrize("value", [0, 1, 100, 1_000_000])

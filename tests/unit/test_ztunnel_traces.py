@@ -93,6 +93,11 @@ def test_a_span_says_what_the_line_says(rig: Rig, collector: Receiver) -> None:
     assert span.message.status.code == Status.STATUS_CODE_UNSET
     assert span.attributes == {
         "network.transport": "tcp",
+        "network.type": "ipv4",
+        "server.address": "10.2.0.1",
+        "server.port": 8080,
+        "client.address": "10.1.0.1",
+        "client.port": 4000,
         "source.address": "10.1.0.1",
         "source.port": 4000,
         "destination.address": "10.2.0.1",
@@ -195,8 +200,8 @@ def test_what_a_receiver_cannot_take_now_comes_again(rig: Rig, collector: Receiv
     assert sum(rig.tunnel.traces.lost.values()) == 0
 
 
-def test_what_a_receiver_refuses_for_good_does_not(
-    rig: Rig, collector: Receiver, capsys: pytest.CaptureFixture[str]
+def test_what_a_receiver_refuses_for_good_does_not_and_is_counted_as_lost(
+    rig: Rig, collector: Receiver
 ) -> None:
     collector.statuses = [400]
     decision = rig.core.answers[rig.outbound("10.2.0.1")]
@@ -205,6 +210,11 @@ def test_what_a_receiver_refuses_for_good_does_not(
     traced(rig, decision, Kind.OUTBOUND)
     spans(collector, 1)
     assert len(collector.requests) == 2
+    wait_until(lambda: rig.tunnel.traces.exported == 1, "it is counted")
+    assert rig.tunnel.traces.refused == 1
+    rig.settings = UNAUDITED
+    rig.start()
+    assert (rig.tunnel.traces.exported, rig.tunnel.traces.refused) == (1, 1)
 
 
 def test_a_part_that_is_refused_is_no_reason_to_send_it_again(
@@ -212,8 +222,9 @@ def test_a_part_that_is_refused_is_no_reason_to_send_it_again(
 ) -> None:
     collector.rejects = 1
     traced(rig, rig.core.answers[rig.outbound("10.2.0.1")], Kind.OUTBOUND)
-    wait_until(lambda: rig.tunnel.traces.exported == 1, "it is over")
+    wait_until(lambda: rig.tunnel.traces.refused == 1, "it is counted")
     assert len(collector.requests) == 1
+    assert rig.tunnel.traces.exported == 0
 
 
 def test_a_receiver_that_hangs_up_gets_it_when_it_is_back(rig: Rig, collector: Receiver) -> None:

@@ -161,7 +161,7 @@ async def take(
             "access_log_left_out_total": tunnel.events.failure_lines.left_out,
             "access_log_dropped_total": access_log.dropped,
             "traces_exported_total": tunnel.traces.exported,
-            "traces_dropped_total": sum(tunnel.traces.lost.values()),
+            "traces_dropped_total": sum(tunnel.traces.lost.values()) + tunnel.traces.refused,
         },
     )
 

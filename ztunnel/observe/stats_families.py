@@ -62,8 +62,8 @@ OWN_HELP: Final[Mapping[str, str]] = {
     "access_log_lines_total": "Access log lines written.",
     "access_log_left_out_total": "Lines of failures left out, for there were too many of a kind.",
     "access_log_dropped_total": "Access log lines lost: queue full, or the file not writable.",
-    "traces_exported_total": "Spans that the receiver of traces has answered for.",
-    "traces_dropped_total": "Spans lost: queue full, or the receiver not reachable.",
+    "traces_exported_total": "Spans that the receiver of traces has taken.",
+    "traces_dropped_total": "Spans lost: queue full, the receiver not reachable, or refused by it.",
 }
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from ztunnel.log_writer import Cause, Destination, Writer
+from ztunnel.log_writer import Cause, Writer
 from ztunnel.observe import labels
 from ztunnel.observe.access_log import Line
 from ztunnel.observe.labels import Labels
@@ -24,6 +24,7 @@ from ztunnel.settings import Receiver, TraceSettings
 if TYPE_CHECKING:
     from ztunnel._core import Ended
     from ztunnel.corelike import CoreLike
+    from ztunnel.observe.otlp import Collector
     from ztunnel.settings import Settings
 
 __all__ = ["Exemplar", "Node", "Span", "Tracer"]
@@ -77,7 +78,9 @@ class Tracer:
         self._settings = TraceSettings()
         self._node: Node | None = None
         self._writer: Writer[Span] | None = None
-        self._written = 0
+        self._receiver: _Later | None = None
+        self._taken = 0
+        self._refused = 0
         self._lost = dict.fromkeys(Cause, 0)
         """What writers before this one had counted."""
         self.exemplars: OrderedDict[Labels, Exemplar] = OrderedDict()
@@ -86,7 +89,12 @@ class Tracer:
     @property
     def exported(self) -> int:
         """Spans that a receiver has taken."""
-        return self._written + (self._writer.written if self._writer is not None else 0)
+        return self._taken + (self._receiver.taken if self._receiver is not None else 0)
+
+    @property
+    def refused(self) -> int:
+        """Spans that a receiver has refused for good."""
+        return self._refused + (self._receiver.refused if self._receiver is not None else 0)
 
     @property
     def lost(self) -> dict[Cause, int]:
@@ -102,25 +110,28 @@ class Tracer:
     def configure(self, settings: Settings) -> None:
         """Trace as the settings say from now on. What waits for another receiver is still sent."""
         wanted, node = settings.traces, Node(settings.node, settings.cluster)
-        if wanted.endpoint != self._settings.endpoint or node != self._node:
+        where = wanted.endpoint, wanted.ca_file, node
+        if where != (self._settings.endpoint, self._settings.ca_file, self._node):
             self._end()
             if wanted.endpoint is not None:
-                self._begin(wanted.endpoint, node)
+                self._begin(_Later(wanted.endpoint, wanted.ca_file, node))
         self._settings, self._node = wanted, node
         parts = _PARTS // wanted.sample_one_in if wanted.sample_one_in else 0
         self._core.set_tracing(wanted.endpoint is not None, parts)
 
-    def _begin(self, endpoint: Receiver, node: Node) -> None:
-        receiver = _Later(endpoint, node)
+    def _begin(self, receiver: _Later) -> None:
+        self._receiver = receiver
         self._writer = Writer("traces", receiver, receiver.spell, MAX_QUEUED, keeps=True)
         self._writer.start()
 
     def _end(self) -> None:
         self.exemplars.clear()
         writer, self._writer = self._writer, None
-        if writer is not None:
+        receiver, self._receiver = self._receiver, None
+        if writer is not None and receiver is not None:
             # Counted as far as it has come: it may be a moment before it has sent the rest.
-            self._written += writer.written
+            self._taken += receiver.taken
+            self._refused += receiver.refused
             for cause, count in writer.lost.items():
                 self._lost[cause] += count
             writer.finish()
@@ -166,16 +177,25 @@ class Tracer:
 class _Later:
     """The receiver, whose protocol is loaded when the writer's thread first opens it."""
 
-    def __init__(self, endpoint: Receiver, node: Node) -> None:
+    def __init__(self, endpoint: Receiver, ca_file: str, node: Node) -> None:
         self._endpoint = endpoint
+        self._ca_file = ca_file
         self._node = node
-        self._made: Destination | None = None
+        self._made: Collector | None = None
+
+    @property
+    def taken(self) -> int:
+        return self._made.taken if self._made is not None else 0
+
+    @property
+    def refused(self) -> int:
+        return self._made.refused if self._made is not None else 0
 
     def open(self) -> None:
         from ztunnel.observe import otlp  # noqa: PLC0415 - seven megabytes, for those alone who trace
 
         if self._made is None:
-            self._made = otlp.Collector(self._endpoint, self._node)
+            self._made = otlp.Collector(self._endpoint, self._ca_file, self._node)
         self._made.open()
 
     def spell(self, span: Span) -> bytes:

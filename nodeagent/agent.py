@@ -283,7 +283,7 @@ class Agent:
             return
         if isinstance(change, Unusable):
             log.warning("pod: no namespace", workload=change.workload, error=change.error)
-            keeper.unusable(change.error)
+            keeper.unusable(change.error, absent=change.absent)
         else:
             keeper.gone()
 
@@ -309,7 +309,7 @@ class Agent:
         late = datetime.now(UTC) - self.started > TAKEN_OVER
         if self._watched is None and not late and not taken_over(self._recovered, views):
             return
-        self._watched = captured(self._watched or {}, views)
+        self._watched = captured(self._watched or {}, views, time.monotonic())
         self.parts.flows.watch(self._watched)
 
     # --- what the parts call back ----------------------------------------------------------

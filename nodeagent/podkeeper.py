@@ -120,6 +120,7 @@ class PodKeeper:
         self._wanted: Wanted | None = None
         self._netns: NetnsHandle | None = None
         self._looked = False
+        self._absent = True
         self._enrolled: Enrolled | None = None
         self._enforced: Closed | None = None
         self._due: Closed | None = None
@@ -151,10 +152,10 @@ class PodKeeper:
         """The binding leads nowhere, or elsewhere, now."""
         self._place(None)
 
-    def unusable(self, error: str) -> None:
-        """The binding leads nowhere for this reason."""
+    def unusable(self, error: str, *, absent: bool) -> None:
+        """The binding leads nowhere for this reason; unless `absent`, a pod may be there."""
         self._error = error
-        self._place(None)
+        self._place(None, absent=absent)
 
     def left(self, uids: tuple[str, ...]) -> None:
         """Name captures of an earlier run; those that are not taken over are removed."""
@@ -252,7 +253,7 @@ class PodKeeper:
             return 0 if self.finished else None
         # Captures of an earlier run stay: the namespace may exist and merely not be readable now.
         if self._looked:
-            self._now(PodState.WAITING)
+            self._now(PodState.WAITING if self._absent else PodState.FAILED)
             self._settle()
         return None
 
@@ -364,10 +365,11 @@ class PodKeeper:
         self._due = None
         log.info("pod enforcement set", pod=uid, older_connections_cut=cut)
 
-    def _place(self, netns: NetnsHandle | None) -> None:
+    def _place(self, netns: NetnsHandle | None, *, absent: bool = True) -> None:
         if self._netns is not None:
             self._netns.close()
         self._netns = netns
+        self._absent = absent
         self._looked = True
         self.wake()
 

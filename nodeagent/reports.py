@@ -66,7 +66,13 @@ class Reports:
         return await asyncio.to_thread(made)
 
     async def plaintext(self, age: int) -> bytes:
-        """Return `/report/plaintext` for the last `age` seconds, as JSON."""
+        """Return `/report/plaintext` for the last `age` seconds, as JSON.
+
+        Raises NoAnswerError where it is not known yet which workloads there are: a report on none
+        says of none that STRICT is not safe.
+        """
+        if not self._agent.loaded.is_set():
+            raise NoAnswerError("no configuration has been loaded yet: ask again")
         asked = await self.reported()
         pods, off = self._agent.picture().pods, await self._off()
         own = self._agent.settings.node_addresses

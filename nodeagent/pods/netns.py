@@ -182,7 +182,8 @@ def open_netns(where: str, visit: Visit = run_inside) -> NetnsHandle:
             where, NetnsReason.MISSING, "does not exist (yet): create it, or correct the binding"
         ) from None
     except OSError as error:
-        reason = NetnsReason.DENIED if error.errno == errno.EACCES else NetnsReason.MISSING
+        gone = error.errno in (errno.ENOTDIR, errno.ENXIO)
+        reason = NetnsReason.MISSING if gone else NetnsReason.DENIED
         raise NetnsError(where, reason, f"cannot be opened: {error.strerror}") from None
     try:
         return _checked(fd, where, path, visit)

@@ -16,7 +16,14 @@ from typing import Final
 
 import msgspec
 
-from nodeagent.pods.netns import NetnsError, NetnsHandle, netns_path, open_netns, pod_uid
+from nodeagent.pods.netns import (
+    NetnsError,
+    NetnsHandle,
+    NetnsReason,
+    netns_path,
+    open_netns,
+    pod_uid,
+)
 from nodeagent.pods.threads import NamespaceThreads
 
 __all__ = ["Appeared", "Change", "Gone", "PodWatcher", "Unusable"]
@@ -40,11 +47,17 @@ class Gone(msgspec.Struct, frozen=True):
     workload: str
 
 
+_ABSENT: Final = frozenset({NetnsReason.MISSING, NetnsReason.NOT_A_NAMESPACE})
+"""The second is so for a moment while a namespace is made."""
+
+
 class Unusable(msgspec.Struct, frozen=True):
     """A binding leads to no usable namespace; said once until the reason changes."""
 
     workload: str
     error: str
+    absent: bool = True
+    """There is no namespace; else there may be one, and a pod in it that is not captured."""
 
 
 Change = Appeared | Gone | Unusable
@@ -123,7 +136,7 @@ class PodWatcher:
             if self._errors.get(workload) == text:
                 return None
             self._errors[workload] = text
-            return Unusable(workload, text)
+            return Unusable(workload, text, absent=error.reason in _ABSENT)
         self._errors.pop(workload, None)
         holder = self._holders.get(netns.cookie)
         if holder is not None:
@@ -139,4 +152,4 @@ class PodWatcher:
         if self._errors.get(workload) == text:
             return None
         self._errors[workload] = text
-        return Unusable(workload, text)
+        return Unusable(workload, text, absent=False)

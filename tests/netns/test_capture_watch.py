@@ -75,7 +75,7 @@ def test_a_namespace_that_comes_later(threads: NamespaceThreads) -> None:
         watcher.set_bindings({"default/a": made.name})
         missing = await following(changes)
         assert isinstance(missing, Unusable)
-        assert "does not exist" in missing.error
+        assert ("does not exist" in missing.error, missing.absent) == (True, True)
         add(made.name)
         appeared = await following(changes)
         assert isinstance(appeared, Appeared)
@@ -99,6 +99,12 @@ def test_two_workloads_in_one_namespace(threads: NamespaceThreads) -> None:
         appeared.netns.close()
         assert isinstance(refused, Unusable)
         assert "already bound to workload default/a" in refused.error
+        assert not refused.absent
+        # The node's own is one that there is.
+        watcher.set_bindings({"default/c": "/proc/self/ns/net"})
+        changed = [await following(changes) for _ in range(2)]
+        (own,) = (each for each in changed if isinstance(each, Unusable))
+        assert ("the node's own" in own.error, own.absent) == (True, False)
         await changes.aclose()  # type: ignore[attr-defined]  # a generator
 
     with namespace("shared") as made:

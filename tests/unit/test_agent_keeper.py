@@ -222,7 +222,7 @@ def test_waits_for_the_namespace_and_says_why() -> None:
     async def test(world: World) -> None:
         world.keeper.left((UID,))
         world.keeper.want(wanted())
-        world.keeper.unusable("does not exist")
+        world.keeper.unusable("does not exist", absent=True)
         await world.keeper.settled.wait()
         assert world.keeper.view.state is PodState.WAITING
         assert world.keeper.view.error == "does not exist"
@@ -323,6 +323,18 @@ def test_repairs_are_counted_and_new_listeners_published(monkeypatch: pytest.Mon
         assert f"put {UID}" in world.events
         assert world.keeper.view.state is PodState.ENROLLED
         assert world.keeper.view.repaired == 2
+
+    run(test)
+
+
+def test_a_namespace_that_cannot_be_used_may_have_a_pod_that_is_open() -> None:
+    async def test(world: World) -> None:
+        world.keeper.want(wanted())
+        world.keeper.unusable("is the node's own", absent=False)
+        await world.state(PodState.FAILED)
+        assert world.keeper.view.error == "is the node's own"
+        world.keeper.unusable("does not exist", absent=True)
+        await world.state(PodState.WAITING)
 
     run(test)
 

@@ -6,14 +6,21 @@ import pytest
 
 from nodeagent.admin.model import PodState
 from nodeagent.capture.model import OlderCaller
-from nodeagent.observe.captured import captured, taken_over
+from nodeagent.observe import captured as asked
+from nodeagent.observe.captured import ENROLLING_SECONDS, taken_over
 from nodeagent.podkeeper import PodView
 from nodeagent.reconcile import Enrolled
+
+NOW = 100.0
+
+
+def captured(before: dict[str, str], views: dict[str, PodView], now: float = NOW) -> dict[str, str]:
+    return asked.captured(before, views, now)
 
 
 def view(state: PodState, uid: str = "", older: tuple[OlderCaller, ...] | None = ()) -> PodView:
     enrolled = Enrolled(uid, 1, ()) if uid else None
-    return PodView(None, state, 0.0, enrolled, "", (), 0, {}, older)
+    return PodView(None, state, NOW, enrolled, "", (), 0, {}, older)
 
 
 @pytest.mark.parametrize("state", [PodState.ENROLLED, PodState.DEGRADED])
@@ -26,6 +33,15 @@ def test_who_is_captured_is_in_it_by_its_pod(state: PodState) -> None:
 def test_between_two_pods_a_workload_stays_and_none_comes(state: PodState) -> None:
     assert captured({"a/b": "a/b@1"}, {"a/b": view(state)}) == {"a/b": "a/b@1"}
     assert captured({}, {"a/b": view(state)}) == {}
+
+
+def test_a_pod_that_takes_long_to_be_captured_is_called_unseen() -> None:
+    found = {"a/b": view(PodState.ENROLLING)}
+    before = {"a/b": "a/b@1"}
+    assert captured(before, found, NOW + ENROLLING_SECONDS) == before
+    assert captured(before, found, NOW + ENROLLING_SECONDS + 1) == {}
+    # Without a pod nobody calls, however long.
+    assert captured(before, {"a/b": view(PodState.WAITING)}, NOW + 9999) == before
 
 
 @pytest.mark.parametrize("state", [PodState.FAILED, PodState.REMOVING])

@@ -13,9 +13,10 @@ program's code.
 from __future__ import annotations
 
 import importlib
-from typing import Final
+from typing import Any, Final
 
 import click
+from click.exceptions import NoSuchCommand
 from click.shell_completion import CompletionItem
 
 from nodeagent.cli.ending import ended_well
@@ -62,6 +63,16 @@ class LazyGroup(click.Group):
             raise TypeError(f"{home} is no click command")
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except NoSuchCommand as error:
+            # click itself knows those alone that are loaded, and suggests from them.
+            known = self.list_commands(ctx)
+            raise NoSuchCommand(error.command_name, possibilities=known, ctx=ctx) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, self.short(ctx, name)) for name in self.list_commands(ctx)])
@@ -85,6 +96,11 @@ class LazyGroup(click.Group):
 
 class _Root(LazyGroup):
     """The command itself."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:  # noqa: ANN401 - click's signature
+        # Its own --help and --version are answered here.
+        with ended_well():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
         with ended_well():

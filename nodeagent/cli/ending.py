@@ -1,9 +1,9 @@
 """How a command ends: the exit codes, and what becomes of one that cannot go on to its answer.
 
-This module owns the exit codes that a script may rely on, and what becomes of an interrupt, and of
-an answer that cannot be written. It promises that neither looks like the answer "no", nor is a
-traceback; and that a character which standard output has no spelling for is escaped. It may not
-know any command.
+This module owns the exit codes that a script may rely on, what is said on standard error, and what
+becomes of an interrupt, and of an answer that cannot be written. It promises that neither looks
+like the answer "no", nor is a traceback; that a character which standard output has no spelling for
+is escaped; and that nothing which is said can steer a terminal. It may not know any command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import IO, Any, Final
 
 import click
 
-__all__ = ["ExitCode", "ended_well"]
+from nodeagent.cli.text import printable_lines
+
+__all__ = ["ExitCode", "ended_well", "say"]
 
 
 class ExitCode(enum.IntEnum):
@@ -59,6 +61,11 @@ class _UnreadError(_InterruptedError):
     exit_code = EXIT_SIGNAL + signal.SIGPIPE
 
 
+def say(text: str) -> None:
+    """Say something on standard error, whoever has written it."""
+    click.echo(printable_lines(text), err=True)
+
+
 @contextlib.contextmanager
 def ended_well() -> Iterator[None]:
     """Turn an interrupt and an error of writing into exit codes of their own."""
@@ -66,6 +73,11 @@ def ended_well() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
+    except click.ClickException as error:
+        # Names of files, and what is written in them, are in many.
+        said = printable_lines(error.message)
+        error.message = said  # type: ignore[misc]  # click only means that nobody changes its sense
+        raise
     except KeyboardInterrupt:
         raise _InterruptedError("interrupted") from None
     except OSError as error:

@@ -22,7 +22,7 @@ import msgspec
 
 from nodeagent.api import ConfigError
 from nodeagent.cli import RefusedInputError
-from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.ending import ExitCode, say
 from nodeagent.cli.output import DOCUMENTS, Answer, Printer, answer, output_option, write_document
 from nodeagent.cli.table import Column, Tone
 from nodeagent.cli.text import moment
@@ -88,10 +88,6 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
 def _describe(what: str) -> LabSpec:
     """Return the exercise of this name, or what the file says."""
     if what in exercises():
@@ -121,7 +117,7 @@ def _chosen(base: Path, name: str) -> Lab:
 @click.group()
 @click.option(
     "--base",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     default=DEFAULT_BASE,
     show_default=True,
     envvar="NODEAGENT_LAB_BASE",
@@ -160,8 +156,8 @@ def up(base: Path, what: str, name: str, no_daemons: bool) -> None:  # noqa: FBT
     if name:
         spec = msgspec.structs.replace(spec, name=name)
     with _interruptible():
-        Lab.up(spec, base=base, daemons=not no_daemons, progress=_say)
-    _say(f"lab {spec.name} is up; its pods: {', '.join(pod.uid for pod in spec.pods)}")
+        Lab.up(spec, base=base, daemons=not no_daemons, progress=say)
+    say(f"lab {spec.name} is up; its pods: {', '.join(pod.uid for pod in spec.pods)}")
 
 
 @lab.command(short_help="Remove labs, whatever is left of them.")
@@ -182,7 +178,7 @@ def down(base: Path, names: tuple[str, ...], every: bool) -> None:  # noqa: FBT0
     if not names and not every and len(known) > 1:
         raise click.UsageError(f"several labs are up: name one, or --all: {', '.join(known)}")
     for name in names or known:
-        _say(f"lab {name} removed" if remove(Store(base, name)) else f"there is no lab {name}")
+        say(f"lab {name} removed" if remove(Store(base, name)) else f"there is no lab {name}")
 
 
 @lab.command(name="exec", short_help="Run a program in a pod.")
@@ -238,7 +234,7 @@ def status(base: Path, name: str, output: str) -> NoReturn:
             _ask(printer, reports[0])
 
     if not reports:
-        _say("no lab is up")
+        say("no lab is up")
     good = all(each.good for each in reports)
     code = ExitCode.FINE if good else ExitCode.FINDING
     answer(lambda: Answer(_Labs(labs=tuple(reports)), show, code), output)
@@ -308,7 +304,7 @@ def enrol(base: Path, pod: str, undo: bool, namespace: str, name: str) -> None: 
     found = _chosen(base, name)
     uid = found.pod(pod, namespace).uid
     found.enrol(uid, enrolled=not undo)
-    _say(f"{uid} is {'released' if undo else 'enrolled'}; it is in force within a second")
+    say(f"{uid} is {'released' if undo else 'enrolled'}; it is in force within a second")
 
 
 @lab.command(short_help="Walk through an exercise, each step checked.")
@@ -337,12 +333,12 @@ def exercise(base: Path, name: str, keep: bool, output: str) -> None:  # noqa: F
     chosen = EXERCISES[name]
     spec = msgspec.structs.replace(chosen.described(), name=f"{name}-{secrets.token_hex(3)}")
     with _interruptible(), contextlib.ExitStack() as ending:
-        made = Lab.up(spec, base=base, progress=_say)
+        made = Lab.up(spec, base=base, progress=say)
         ending.callback(made.down)
         done = chosen(made, lambda text: click.echo(text, err=output in DOCUMENTS)).run()
         if keep:
             ending.pop_all()
-            _say(f"lab {spec.name} is up; to remove it: nodeagent lab down {spec.name}")
+            say(f"lab {spec.name} is up; to remove it: nodeagent lab down {spec.name}")
     if output in DOCUMENTS:
         steps = [
             {"title": step.title, "claims": [claim._asdict() for claim in step.claims]}

@@ -20,10 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Final, NamedTuple
 
-import click
-
 from nodeagent.cli import RefusedInputError
 from nodeagent.cli.config_show import settings_in_force
+from nodeagent.cli.ending import say
 from nodeagent.cli.log_lines import Log, read
 from nodeagent.cli.reach import run_directory
 from nodeagent.cli.status import fetch
@@ -111,7 +110,7 @@ def _with_journal(sources: list[Source], since: datetime | None, *, wanted: bool
         "with --file"
     )
     if wanted and sources:
-        click.echo(f"note: without the audit log: {remedy}", err=True)
+        say(f"note: without the audit log: {remedy}")
     elif wanted:
         raise RefusedInputError(f"the log is not to be had here: {remedy}")
     elif not sources:

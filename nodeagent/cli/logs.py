@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from nodeagent.cli import completion
-from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.ending import ExitCode, say
 from nodeagent.cli.log_lines import Entry, Log, read, sentence
 from nodeagent.cli.log_sources import Source, find, merged, of_files
 from nodeagent.cli.output import Printer, output_option, write_lines
@@ -118,12 +118,11 @@ def logs(
 
 
 def _say_nothing(sources: Sequence[Source]) -> None:
-    click.echo(f"note: no such line in {', '.join(each.name for each in sources)}", err=True)
+    say(f"note: no such line in {', '.join(each.name for each in sources)}")
     if all(each.path is None for each in sources):
-        click.echo(
+        say(
             "note: if ztunnel is no unit of systemd here, its standard output is elsewhere "
-            "(kubectl logs …): save it and read it with --file, or pipe it into --file -",
-            err=True,
+            "(kubectl logs …): save it and read it with --file, or pipe it into --file -"
         )
 
 

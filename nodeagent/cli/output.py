@@ -23,7 +23,7 @@ import click
 import msgspec
 
 from nodeagent.cli import clock, table
-from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.ending import ExitCode, say
 from nodeagent.cli.reach import UnreachableError
 from nodeagent.cli.table import Cell, Column, Segment, Tone
 from nodeagent.cli.text import WIDTH, moment, printable, wrapped
@@ -225,7 +225,7 @@ def _watch(look: Callable[[], Answer], output: str, every: float) -> NoReturn:
             except UnreachableError as error:
                 # The agent may be restarted while somebody watches; said once.
                 if not troubled:
-                    click.echo(f"error: {error}; trying again every {every:g} s", err=True)
+                    say(f"error: {error}; trying again every {every:g} s")
                 troubled = True
             else:
                 troubled = False
@@ -236,7 +236,7 @@ def _frame(found: Answer, *, wide: bool) -> None:
     """Draw over the last frame on a terminal; elsewhere add one more."""
     printer = Printer(wide=wide)
     now = moment(clock.now())
-    if not printer.terminal:
+    if not printer.terminal or _dumb():
         printer.line(f"--- {now}")
         found.show(printer)
         _write(printer.done())
@@ -261,6 +261,11 @@ def _terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+def _dumb() -> bool:
+    """Return whether the terminal understands no escape sequences: an editor's, for example."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def _width() -> int:
     return max(NARROWEST, shutil.get_terminal_size((WIDTH, 24)).columns)
 
@@ -271,6 +276,6 @@ def _colour() -> bool:
         return False
     if os.environ.get("CLICOLOR_FORCE", "0") not in {"", "0"}:
         return True
-    if os.environ.get("CLICOLOR") == "0" or os.environ.get("TERM") == "dumb":
+    if os.environ.get("CLICOLOR") == "0" or _dumb():
         return False
     return _terminal()

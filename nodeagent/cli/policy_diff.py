@@ -20,6 +20,7 @@ import msgspec
 from nodeagent import flows, whatif
 from nodeagent.api import own_conflicts
 from nodeagent.cli import RefusedInputError, clock
+from nodeagent.cli.ending import say
 from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_of, settings_option
 from nodeagent.cli.policy_diff_view import lines
@@ -212,12 +213,12 @@ def _answer(old: Source, new: Source, recording: Recording | None, source: str) 
     if recording is not None:
         replay = whatif.replay(before, after, recording, source)
         if recording.problem:
-            click.echo(f"note: the recording has gaps: {recording.problem}", err=True)
+            say(f"note: the recording has gaps: {recording.problem}")
         # What was before the recording began, the answer says itself.
         elif gaps := [gap for gap in recording.gaps if gap.begin > recording.since]:
             text = f"note: the recording has {many(len(gaps), 'gap')} in this time, the last until "
             last = f"{moment(gaps[-1].until)}: {gaps[-1].cause}; who called then is not known"
-            click.echo(text + last, err=True)
+            say(text + last)
     return DiffReport(
         schema=whatif.DIFF_SCHEMA,
         old=old.name,

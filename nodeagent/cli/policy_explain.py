@@ -15,6 +15,7 @@ import msgspec
 
 from nodeagent import offline
 from nodeagent.cli import RefusedInputError, completion
+from nodeagent.cli.ending import say
 from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_explain_view import lines
@@ -83,7 +84,7 @@ def explain(
         found = _source(files, settings_file, run_dir, trust)
     except UnreachableError as error:
         report(error)
-        click.echo("  or: name the files to answer by, as FILE", err=True)
+        say("  or: name the files to answer by, as FILE")
         sys.exit(EXIT_UNREACHABLE)
     off = found.evaluator()
     try:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-import click
 import msgspec
 
 from nodeagent import offline
 from nodeagent.admin.configuration import CONFIGURATION_SCHEMA, Configuration
 from nodeagent.api import Document, values
 from nodeagent.cli import RefusedInputError
+from nodeagent.cli.ending import say
 from nodeagent.cli.policy import settings_of
 from nodeagent.cli.reach import get, run_directory
 from nodeagent.cli.text import many
@@ -116,6 +116,6 @@ def from_agent(run_dir: Path | None, settings_file: Path | None) -> Source:
 def _say(kind: str, lines: Iterable[str]) -> None:
     every = list(lines)
     for line in every[:_SHOWN]:
-        click.echo(f"{kind}: {line}", err=True)
+        say(f"{kind}: {line}")
     if len(every) > _SHOWN:
-        click.echo(f"{kind}: and {len(every) - _SHOWN} more", err=True)
+        say(f"{kind}: and {len(every) - _SHOWN} more")

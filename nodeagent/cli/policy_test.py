@@ -21,6 +21,7 @@ import msgspec
 from nodeagent import offline
 from nodeagent.api import ConfigError, Mark
 from nodeagent.cli import EXIT_USAGE, RefusedInputError
+from nodeagent.cli.ending import say
 from nodeagent.cli.output import DOCUMENTS, output_option, write_document
 from nodeagent.cli.policy import settings_option
 from nodeagent.cli.policy_source import Source, from_agent, from_files
@@ -96,7 +97,7 @@ def test(
         found = _source(files, run_dir, settings_file, table)
     except UnreachableError as error:
         report(error)
-        click.echo("  or: name the files to test, with --config", err=True)
+        say("  or: name the files to test, with --config")
         sys.exit(EXIT_UNREACHABLE)
     off = found.evaluator()
     results = tuple(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
@@ -19,6 +20,7 @@ import msgspec
 
 from nodeagent.api import ConfigError
 from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.text import printable_lines
 from nodeagent.rundir import ADMIN_SOCKET
 from nodeagent.settings import Settings, load_settings
 
@@ -33,8 +35,14 @@ __all__ = [
 
 EXIT_UNREACHABLE: Final = ExitCode.UNREACHABLE
 
-ANSWER_SECONDS: Final = 10.0
+SILENCE_SECONDS: Final = 10.0
 """The daemon itself waits at most a few seconds for ztunnel's part."""
+
+WHOLE_SECONDS: Final = 60.0
+"""For the answer to its end: the longest, of 256 MB, takes a few seconds on a busy machine."""
+
+SAID_OF_AN_ERROR: Final = 200
+"""Characters of what the daemon says of an error of its own: it says it in a line."""
 
 OTHER_RELEASE: Final = "use the nodeagent command of the daemon's own release"
 
@@ -55,17 +63,33 @@ class UnreachableError(click.ClickException):
         self.remedy = remedy
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"error: {self}\n  do: {self.remedy}", file=file, err=True)
+        text = printable_lines(f"error: {self}\n  do: {self.remedy}")
+        click.echo(text, file=file, err=True)
+
+
+class _PatientSocket(socket.socket):
+    """Waits for each piece of an answer, but not for one piece after the other without end."""
+
+    def __init__(self) -> None:
+        super().__init__(socket.AF_UNIX)
+        self.settimeout(SILENCE_SECONDS)
+        self._end = time.monotonic() + WHOLE_SECONDS
+
+    def recv_into(self, *arguments: Any) -> int:  # noqa: ANN401 - socket's own signature
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(min(left, SILENCE_SECONDS))
+        return super().recv_into(*arguments)
 
 
 class _UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=ANSWER_SECONDS)
+        super().__init__("localhost")
         self._path = path
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(ANSWER_SECONDS)
+        self.sock = _PatientSocket()
         self.sock.connect(os.fspath(self._path))
 
 
@@ -82,25 +106,28 @@ def get(directory: Path, resource: str, kind: type[A], schema: int, most: int) -
     try:
         spoken = msgspec.json.decode(body, type=_SchemaOnly).schema
         if spoken != schema:
-            what = resource.strip("/")
             raise UnreachableError(
-                f"the daemon speaks {what} schema {spoken}, this command {schema}",
+                f"the daemon speaks {_page(resource)} schema {spoken}, this command {schema}",
                 OTHER_RELEASE,
             )
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise UnreachableError(
             f"nodeagent's answer is not understood: {error}",
             OTHER_RELEASE,
         ) from error
 
 
+def _page(resource: str) -> str:
+    return resource.partition("?")[0].strip("/")
+
+
 def _request(path: Path, resource: str, most: int) -> bytes:
     connection = _UnixConnection(path)
     try:
         connection.request("GET", resource)
-        response = connection.getresponse()
-        body = response.read(most + 1)
+        with connection.getresponse() as response:
+            body = response.read(most + 1)
     except FileNotFoundError as error:
         raise UnreachableError(
             f"nodeagent does not run here: no {path}",
@@ -115,7 +142,8 @@ def _request(path: Path, resource: str, most: int) -> bytes:
         ) from error
     except TimeoutError as error:
         raise UnreachableError(
-            f"nodeagent did not answer within {ANSWER_SECONDS:g} s",
+            f"nodeagent did not answer within {SILENCE_SECONDS:g} s, or not to the end "
+            f"within {WHOLE_SECONDS:g} s",
             "journalctl -u nodeagent; systemctl restart nodeagent (connections stay)",
         ) from error
     except (OSError, http.client.HTTPException) as error:
@@ -125,14 +153,19 @@ def _request(path: Path, resource: str, most: int) -> bytes:
     if len(body) > most:
         raise UnreachableError(
             f"nodeagent's answer has more than {most} bytes",
-            "name the files to answer by, if the command takes any",
+            "ask for less, if the command has options for it, or name files to answer by",
+        )
+    if response.length:
+        # http.client says so only of an answer that is read without a bound.
+        raise UnreachableError(
+            f"nodeagent's answer ended {response.length} bytes too early", "journalctl -u nodeagent"
         )
     if response.status == http.HTTPStatus.NOT_FOUND:
-        raise UnreachableError(f"nodeagent knows no {resource}", OTHER_RELEASE)
+        raise UnreachableError(f"nodeagent knows no /{_page(resource)}", OTHER_RELEASE)
     if response.status != http.HTTPStatus.OK:
+        said = body.decode(errors="replace").strip()[:SAID_OF_AN_ERROR]
         raise UnreachableError(
-            f"nodeagent answered {response.status}: {body[:200].decode(errors='replace').strip()}",
-            "journalctl -u nodeagent",
+            f"nodeagent answered {response.status}: {said}", "journalctl -u nodeagent"
         )
     return body
 
@@ -146,7 +179,8 @@ def agent_options(command: F) -> F:
     """Add `--run-dir` and `--settings`, passed as `run_dir` and `settings_file`: which daemon."""
     run_dir = click.option(
         "--run-dir",
-        type=click.Path(path_type=Path),
+        # Who may not look into it is told to be root, as with the default.
+        type=click.Path(path_type=Path, readable=False),
         help=f"The daemon's run directory.  [{Settings().run_dir}]",
     )
     settings = click.option(

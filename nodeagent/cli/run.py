@@ -23,6 +23,7 @@ import structlog
 from nodeagent import build, logs, process
 from nodeagent.admin.settings import SettingsReport, settings_report
 from nodeagent.api import ConfigError
+from nodeagent.cli.ending import say
 from nodeagent.daemon import DaemonError, serve
 from nodeagent.rundir import RunDirectory, RunDirectoryError
 from nodeagent.sdnotify import ServiceManager, StoredDescriptor, stored_descriptors
@@ -130,13 +131,13 @@ async def _uninstall(settings: Settings, *, really: bool) -> int:
         async for pod in built.uninstall(really=really):
             if pod.error:
                 left += 1
-                click.echo(f"error: {pod.error}", err=True)
+                say(f"error: {pod.error}")
             else:
                 click.echo(f"{'removed' if really else 'would remove'} {pod.uid} ({pod.netns})")
     finally:
         await built.close()
     if not really:
-        click.echo("nothing was changed; add --yes to do it", err=True)
+        say("nothing was changed; add --yes to do it")
     return left
 
 
@@ -155,5 +156,5 @@ def _version() -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    say(f"error: {message}")
     sys.exit(FAILED)

@@ -12,7 +12,7 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from nodeagent.cli.text import NONE, printable
+from nodeagent.cli.text import NONE, columns_of, printable
 
 __all__ = ["Cell", "Column", "Segment", "Tone", "layout"]
 
@@ -69,13 +69,13 @@ def layout(
         if len(row) != len(columns):
             raise ValueError(f"{len(row)} cells in a table of {len(columns)} columns")
         made.append([_cell(each) for each in row])
-    widths = [max(len(row[at].text) for row in made) for at in range(len(columns))]
+    widths = [max(columns_of(row[at].text) for row in made) for at in range(len(columns))]
     gap = GAP
     if width is not None and sum(widths) + GAP * (len(widths) - 1) > width:
         if sum(widths) + len(widths) - 1 <= width:
             gap = 1
         else:
-            narrowest = [len(column.heading) for column in columns]
+            narrowest = [columns_of(column.heading) for column in columns]
             _shrink(widths, narrowest, columns, width)
     for row in made:
         yield from _lines(row, columns, widths, gap)
@@ -112,7 +112,7 @@ def _shrink(
 def _lines(
     row: Sequence[Cell], columns: Sequence[Column], widths: Sequence[int], gap: int
 ) -> Iterator[list[Segment]]:
-    if all(len(cell.text) <= width for cell, width in zip(row, widths, strict=True)):
+    if all(columns_of(cell.text) <= width for cell, width in zip(row, widths, strict=True)):
         yield _line(row, columns, widths, gap)
         return
     folded = [_fold(cell.text, width) for cell, width in zip(row, widths, strict=True)]
@@ -130,7 +130,7 @@ def _line(
     segments: list[Segment] = []
     before = ""
     for cell, column, width in zip(row, columns, widths, strict=True):
-        missing = " " * (width - len(cell.text))
+        missing = " " * (width - columns_of(cell.text))
         left, right = (missing, "") if column.right else ("", missing)
         if cell.text:
             segments.append(Segment(before + left, Tone.PLAIN))
@@ -143,13 +143,25 @@ def _line(
 
 def _fold(text: str, width: int) -> list[str]:
     parts = []
-    while len(text) > width:
-        end = width
+    start = 0
+    while (end := _fitting(text, start, width)) < len(text):
         for marks in _BREAKS:
-            near = max(text.rfind(mark, width // 2, width) for mark in marks)
+            near = max(text.rfind(mark, (start + end) // 2, end) for mark in marks)
             if near >= 0:
                 end = near + 1
                 break
-        parts.append(text[:end].rstrip(" "))
-        text = text[end:]
-    return [*parts, text]
+        parts.append(text[start:end].rstrip(" "))
+        start = end
+    return [*parts, text[start:]]
+
+
+def _fitting(text: str, start: int, width: int) -> int:
+    """Return where the longest piece of `text` from `start` on ends that has `width` columns."""
+    if text.isascii():
+        return min(start + width, len(text))
+    taken = 0
+    for end in range(start, len(text)):
+        taken += columns_of(text[end])
+        if taken > width:
+            return end
+    return len(text)

@@ -8,10 +8,22 @@ changes a colour or turns the direction of writing. The time and the time zone c
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from datetime import datetime, tzinfo
 from typing import Final
 
-__all__ = ["NONE", "WIDTH", "duration", "many", "moment", "printable", "size", "wrapped"]
+__all__ = [
+    "NONE",
+    "WIDTH",
+    "columns_of",
+    "duration",
+    "many",
+    "moment",
+    "printable",
+    "printable_lines",
+    "size",
+    "wrapped",
+]
 
 WIDTH: Final = 80
 """Columns of text where nothing says how many there are."""
@@ -26,6 +38,14 @@ _DAY: Final = 24 * _HOUR
 _TWO_UNITS_BELOW: Final = 10
 """Below ten of a unit the next smaller one still matters: "3m20s", but "15m"."""
 
+_MARKS: Final = frozenset({"Mn", "Me"})
+"""Categories: marks without a column of their own."""
+
+_WIDE: Final = frozenset({"W", "F"})
+
+_FROM_RIGHT_TO_LEFT: Final = frozenset({"R", "AL", "AN"})
+"""Classes of UAX #9."""
+
 _KILO: Final = 1000
 _ONE_DIGIT_BELOW: Final = 10
 
@@ -33,12 +53,40 @@ _ONE_DIGIT_BELOW: Final = 10
 def printable(text: str) -> str:
     """Return `text` in one line, whatever is in it: what is not printable is escaped.
 
-    Control characters of a terminal, line feeds, marks that turn the direction of writing, and
-    spaces other than the ordinary one, as Python spells them ("\\x1b", "\\u202e").
+    Control characters of a terminal, line feeds, spaces other than the ordinary one, and what turns
+    the direction of writing, as Python spells them ("\\x1b", "\\u202e"). Letters that are written
+    from right to left do that, too: terminals would show the cells behind them in another order.
     """
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(each if each.isprintable() else _escaped(each) for each in text)
+    return "".join(each if _stands(each) else _escaped(each) for each in text)
+
+
+def printable_lines(text: str) -> str:
+    """Return `text` with its line feeds, and with nothing else that is not printable."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a printable text takes (UAX #11).
+
+    Wide characters of East Asia take two, marks that stand over the one before them none.
+    """
+    if text.isascii():
+        return len(text)
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in _MARKS:
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in _WIDE else 1
+
+
+def _stands(character: str) -> bool:
+    return (
+        character.isprintable() and unicodedata.bidirectional(character) not in _FROM_RIGHT_TO_LEFT
+    )
 
 
 def _escaped(character: str) -> str:

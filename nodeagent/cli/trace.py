@@ -19,7 +19,7 @@ import msgspec
 
 from nodeagent.admin.model import PodReport
 from nodeagent.cli import trace_view
-from nodeagent.cli.ending import ExitCode
+from nodeagent.cli.ending import ExitCode, say
 from nodeagent.cli.reach import agent_options, get, run_directory
 from nodeagent.cli.status import fetch
 from nodeagent.cli.text import many
@@ -119,7 +119,7 @@ def trace(
         program = Program([each.netns for each in traced], lines.take)
     except MissingError as error:
         raise _CannotBeginError(f"{error}\n  do: {error.remedy}") from None
-    click.echo(f"looking at {many(len(traced), 'pod')} for {seconds} s; Ctrl-C ends", err=True)
+    say(f"looking at {many(len(traced), 'pod')} for {seconds} s; Ctrl-C ends")
     try:
         lines.follow(program, seconds)
     finally:
@@ -147,7 +147,7 @@ def _traced(pod: PodReport) -> TracedPod | None:
     try:
         netns = open_netns(pod.netns)
     except NetnsError as error:
-        click.echo(f"{pod.workload} is left out: {error}", err=True)
+        say(f"{pod.workload} is left out: {error}")
         return None
     try:
         return TracedPod(pod.workload, pod.identity, netns.inode, pod.addresses)
@@ -204,4 +204,4 @@ class _Lines:
         said = trace_view.summary(
             self.counts, time.monotonic() - began, self._left_out, program.lost()
         )
-        click.echo(said, err=True)
+        say(said)

@@ -71,11 +71,13 @@ class Store:
 
     @staticmethod
     def names(base: Path) -> list[str]:
-        """Return the names of all labs below `base`, whole or not."""
+        """Return the names of all labs below `base`, whole or not. Raises LabError."""
         try:
             return sorted(entry.name for entry in base.iterdir() if entry.is_dir())
         except FileNotFoundError:
             return []
+        except PermissionError:
+            raise LabError(f"{base}: permission denied: labs are root's") from None
 
     def create(self, state: State) -> None:
         """Make the directory with its record. Raises LabError when there is one already."""
@@ -107,8 +109,10 @@ class Store:
                     f"remove it: nodeagent lab down {self.name}"
                 ) from None
             raise NoSuchLabError(
-                f"there is no lab {self.name}; start one: nodeagent lab up {self.name}"
+                f"there is no lab {self.name}; nodeagent lab status shows those that are up"
             ) from None
+        except PermissionError:
+            raise LabError(f"{self.layout.state}: permission denied: labs are root's") from None
         try:
             state = msgspec.json.decode(data, type=State)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -35,7 +35,7 @@ from nodeagent.cli.output import (
 from nodeagent.cli.reach import UnreachableError
 from nodeagent.cli.since import since_option
 from nodeagent.cli.table import GAP, Cell, Column, Tone, layout
-from nodeagent.cli.text import duration, many, moment, printable, size
+from nodeagent.cli.text import columns_of, duration, many, moment, printable, size
 
 SECONDS = 60
 FORMS = ["table", "wide", "json", "yaml"]
@@ -90,9 +90,22 @@ def test_what_would_steer_a_terminal_is_escaped() -> None:
     assert printable(hostile) == r"a\x1b[2J\nb\r\x07\x9b1m\u202ec\u2028\ud800"
 
 
+def test_letters_from_right_to_left_do_not_reorder_what_stands_behind_them() -> None:
+    assert printable("shop/\u05d0\u05d1 8000") == r"shop/\u05d0\u05d1 8000"
+    assert printable("\u0627\u0664") == r"\u0627\u0664"
+
+
 @given(st.text())
 def test_nothing_that_is_printed_is_unprintable(text: str) -> None:
     assert printable(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    "text,columns",
+    [("web", 3), ("ä", 1), ("a\u0308", 1), ("網站", 4), ("ｗｅｂ", 6), ("🔒", 2), ("", 0)],
+)
+def test_columns_of_a_terminal(text: str, columns: int) -> None:
+    assert columns_of(text) == columns
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -136,6 +149,21 @@ def test_a_table_is_not_folded_for_a_few_columns_of_space() -> None:
     ]
 
 
+def test_wide_characters_and_marks_keep_a_table_in_its_columns() -> None:
+    columns = [Column("FILE"), Column("N", right=True)]
+    rows: list[tuple[Cell | str, ...]] = [("網站.yaml", "1"), ("cafe\u0301.yaml", "22")]
+    assert table(columns, rows, 80) == [
+        "FILE        N",
+        "網站.yaml   1",
+        "cafe\u0301.yaml  22",
+    ]
+    assert table(columns, [("網" * 10, "1")], 14) == [
+        "FILE         N",
+        "網網網網網   1",
+        "網網網網網",
+    ]
+
+
 @given(
     st.lists(st.lists(st.text(max_size=60), min_size=3, max_size=3), max_size=5),
     st.integers(3 * 8 + 2 * GAP, 120),
@@ -143,7 +171,7 @@ def test_a_table_is_not_folded_for_a_few_columns_of_space() -> None:
 def test_no_line_of_a_table_is_wider_than_asked(rows: list[list[str]], width: int) -> None:
     columns = [Column("A"), Column("B", right=True), Column("C")]
     lines = table(columns, [tuple(row) for row in rows], width)
-    assert all(len(line) <= width for line in lines)
+    assert all(columns_of(line) <= width for line in lines)
     assert all(line.isprintable() for line in lines)
     whole = "".join("".join(line.split()) for line in lines)
     for row in rows:
@@ -358,6 +386,21 @@ def test_watching_on_a_terminal_draws_over_the_last_frame() -> None:
     assert process.returncode == 128 + signal.SIGINT
     assert said.count(b"\x1b[H") >= 3
     assert b"Ctrl-C ends" in said
+
+
+def test_watching_on_a_terminal_without_escape_sequences_adds_snapshots() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "dumb"}
+    with subprocess.Popen(
+        watching(), stdout=theirs, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        os.close(theirs)
+        said = read_until(ours, b"look 3")
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=SECONDS)
+    os.close(ours)
+    assert b"\x1b" not in said
+    assert said.count(b"--- 20") >= 3
 
 
 def test_watching_what_was_never_there_ends_at_once() -> None:

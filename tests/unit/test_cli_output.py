@@ -43,6 +43,23 @@ def test_an_answer_that_cannot_be_written(allow: str, output: str) -> None:
     )
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["status", "--help"]])
+def test_help_that_cannot_be_written(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*NODEAGENT, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "Error: the answer cannot be written: No space left on device\n",
+    )
+
+
 @pytest.mark.parametrize("output", ["text", "json"])
 def test_an_answer_that_nobody_reads(allow: str, output: str) -> None:
     reading, writing = os.pipe()

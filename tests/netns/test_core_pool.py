@@ -248,6 +248,31 @@ def test_a_peer_that_closes_before_its_settings_has_failed_like_one_that_refuses
     assert seen() <= 1 + (time.monotonic() - start) / BACKOFF_FIRST
 
 
+@pytest.mark.parametrize("told", ["h2_goaway", "tls_truncated"])
+def test_a_peer_that_allows_no_stream_and_leaves_has_failed_too(
+    lab: Pair, listener: socket.socket, told: str
+) -> None:
+    seen = lab.count_syns(HAND_PORT)
+    start = time.monotonic()
+    for _ in range(20):
+        sock = lab.left.make_socket()
+        with contextlib.suppress(ConnectionResetError):
+            sock.connect((SERVER_V4, PORT))
+            while listener in select.select([listener, sock], [], [], DEADLINE)[0]:
+                server = lab.hand_server(listener, (CONCURRENT_STREAMS, 0))
+                if told == "h2_goaway":
+                    server.goaway(0)
+                    with contextlib.suppress(Gone):
+                        while server.step():
+                            pass
+                server.close()
+            assert sock.recv(1) == b""
+    # Before it is known to allow none, the first one was asked for a stream.
+    assert seen() <= 2 + (time.monotonic() - start) / BACKOFF_FIRST
+    lab.client.wait_ended(20)
+    assert set(lab.client.reasons()) == {told}
+
+
 # --- going away -----------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ struct zt_h2 {
     bool dials; /* counted by the pod */
     bool server, readable, writable, hangup, retiring, pinged;
     bool settled;        /* the peer's SETTINGS have come */
+    bool used;           /* client: a stream has begun on it */
     bool input_end;      /* close_notify, FIN or error: nothing more will come */
     bool receiving;      /* within nghttp2_session_mem_recv: chunks may be gathered */
     bool in_session;     /* nghttp2 is on the stack: do not tear the session down */

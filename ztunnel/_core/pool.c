@@ -156,9 +156,9 @@ void zt_pool_settled(struct zt_h2 *h, bool first) {
 
     pool->limit = zt_session_limit(h);
     pool->known = true;
+    if (pool->limit) pool->failures = 0;
     if (first) {
         pool->dialling--;
-        pool->failures = 0;
         pool->retry_at = 0;
     }
     zt_pool_serve(h->worker, h->peer);
@@ -176,10 +176,12 @@ void zt_pool_lost(struct zt_h2 *h, enum zt_reason reason) {
     pool->total--;
     if (!h->settled) pool->dialling--;
     /* Retired before it was settled: the certificate was rotated while it was dialled. */
-    if (h->settled || h->retiring) {
+    if (h->settled ? h->used || pool->limit || outdated(h) : h->retiring) {
         zt_pool_serve(h->worker, h->peer);
         return;
     }
+    /* Who never allowed a stream and left has failed those that wait, politely or not. */
+    if (reason == ZT_R_IDLE) reason = h->retiring ? ZT_R_H2_GOAWAY : ZT_R_PEER_LOST;
     if (!our_own(reason)) back_off(h->worker, h->peer, pool, reason);
     if (!promising(pool)) fail_waiting(pool, reason);
 }

@@ -9,7 +9,7 @@
  *     once, ZT_POOL_CONNECTIONS in all. A stream that ends serves the next one that waits.
  *   - A dial counts until the peer's SETTINGS have come. One that fails is told to all that wait,
  *     unless an open connection may still serve them; then nobody dials for a while, and who comes
- *     meanwhile is told the same at once.
+ *     meanwhile is told the same at once. One whose peer allows no stream and goes away has failed.
  *   - A connection without streams is closed after a while; soon, while another one has room.
  *   - A CONNECT that a peer cannot have answered is sent anew, ZT_STREAM_RETRIES times: it was
  *     refused unseen (RFC 9113, 8.7), or its connection broke before the answer. No byte of the

@@ -425,6 +425,7 @@ int zt_stream_request(struct zt_h2 *h, struct zt_conn *c) {
     c->stream.id = id;
     zt_list_append(&h->streams, &c->stream.link);
     h->nstreams++;
+    h->used = true;
     c->state = ZT_C_CONNECTING;
     zt_glitch_earn(&h->glitch, 1); /* the peer may refuse it */
     zt_timer_set(c->worker, &c->timer, ZT_D_ANSWER);

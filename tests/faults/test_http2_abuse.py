@@ -113,7 +113,7 @@ def test_rapid_reset(mesh: Mesh) -> None:
             for stream in streams
         ]
         say(at.side, flood)
-        at.refused("h2_limit", "h2_protocol")
+        at.refused("h2_limit", word="reset before they were answered")
 
 
 def test_server_caused_resets(mesh: Mesh) -> None:
@@ -332,6 +332,20 @@ def test_many_window_updates_for_much_data_are_no_flood(mesh: Mesh) -> None:
             assert had
     stream = client.connect(authority(mesh.address("far"), listener.getsockname()[1]))
     assert client.status(stream) == 200
+
+
+def test_answered_streams_that_are_reset_are_no_rapid_reset(mesh: Mesh) -> None:
+    """However quickly: each has cost its sender a connection, and others live beside it."""
+    listener = mesh.listen("far")
+    client = mesh.hbone("twin", "far")
+    to = authority(mesh.address("far"), listener.getsockname()[1])
+    for _ in range(3 * BURST // 100):
+        streams = [client.connect(to) for _ in range(100)]
+        for stream in streams:
+            assert client.status(stream) == 200
+            client.reset(stream)
+            mesh.accept(listener)[0].close()
+    assert client.status(client.connect(to)) == 200
 
 
 def test_an_application_that_resets_all_its_connections_harms_nobody(mesh: Mesh) -> None:

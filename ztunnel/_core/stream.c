@@ -698,6 +698,8 @@ int zt_session_start(struct zt_h2 *h) {
         nghttp2_session_callbacks_set_on_stream_close_callback(cb, on_stream_close);
         nghttp2_option_set_no_auto_window_update(option, 1);
         nghttp2_option_set_no_closed_streams(option, 1);
+        /* Its own would count streams that were answered, too: applications that reset. */
+        nghttp2_option_set_stream_reset_rate_limit(option, UINT64_MAX, UINT64_MAX);
         if (h->server)
             rv = nghttp2_session_server_new2(&h->session, cb, h, option);
         else

@@ -334,6 +334,20 @@ def test_many_window_updates_for_much_data_are_no_flood(mesh: Mesh) -> None:
     assert client.status(stream) == 200
 
 
+def test_small_messages_with_padding_are_no_flood(mesh: Mesh) -> None:
+    """RFC 9113, 10.7: who hides how long a message is pads it, and a keystroke is short."""
+    with attack(mesh, "downstream") as at:
+        message = encoded(Kind.DATA, PADDED, at.stream, b"\x07" + b"x" + bytes(7)) * 100
+        for _ in range(FLOOD // 100):
+            # In pieces that are no frames, so that each byte of a frame comes first in one of them.
+            for begin in range(0, len(message), 101):
+                at.side.tls.send(message[begin : begin + 101])
+            while at.side.has_come():
+                at.side.step()
+        assert isinstance(at.side, Client)
+        assert at.side.status(at.side.connect(at.to)) == 200
+
+
 def test_answered_streams_that_are_reset_are_no_rapid_reset(mesh: Mesh) -> None:
     """However quickly: each has cost its sender a connection, and others live beside it."""
     listener = mesh.listen("far")

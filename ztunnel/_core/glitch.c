@@ -4,7 +4,6 @@
 #define FLAG_END_STREAM 0x1
 #define FLAG_END_HEADERS 0x4
 #define FLAG_PADDED 0x8
-#define MOST_PADDING 256 /* RFC 9113, 6.1: a length of one byte, and so many */
 
 /* RFC 9113, 6. */
 enum {
@@ -62,33 +61,47 @@ bool zt_glitch_one(struct zt_glitch *g, uint64_t now_us) {
     return true;
 }
 
+static uint32_t length_of(const struct zt_glitch *g) {
+    return (uint32_t)g->head[0] << 16 | (uint32_t)g->head[1] << 8 | g->head[2];
+}
+
+/* RFC 9113, 6.1: the payload of padded DATA begins with the length of its padding. */
+static bool padded(const struct zt_glitch *g) {
+    return g->head[3] == DATA && (g->head[4] & FLAG_PADDED) && length_of(g) > 0;
+}
+
+/* How much of the frame is to be seen before it can be judged. */
+static size_t wanted(const struct zt_glitch *g) {
+    return ZT_FRAME_HEADER + (g->have >= ZT_FRAME_HEADER && padded(g));
+}
+
 /* Whether the frame at hand does work for a stream, or ends one in good order. */
-static bool useful(uint8_t type, uint8_t flags, uint32_t length) {
+static bool useful(const struct zt_glitch *g) {
+    uint32_t nothing = padded(g) ? 1u + g->head[ZT_FRAME_HEADER] : 0;
+
     /* A request costs what any connection costs, and is bounded and counted as one. */
-    if (type == HEADERS) return true;
-    if (type != DATA) return false;
-    /* So few bytes, and padding among them, may be padding alone: who hides lengths pads more. */
-    if (flags & FLAG_PADDED) length -= length <= MOST_PADDING ? length : MOST_PADDING;
-    return length > 0 || (flags & FLAG_END_STREAM);
+    if (g->head[3] == HEADERS) return true;
+    if (g->head[3] != DATA) return false;
+    return length_of(g) > nothing || (g->head[4] & FLAG_END_STREAM);
 }
 
 static const char *judge(struct zt_glitch *g, uint64_t now_us) {
-    uint32_t length = (uint32_t)g->head[0] << 16 | (uint32_t)g->head[1] << 8 | g->head[2];
-    uint8_t type = g->head[3] < TYPES ? g->head[3] : TYPES, flags = g->head[4];
+    uint32_t length = length_of(g);
+    uint8_t type = g->head[3] < TYPES ? g->head[3] : TYPES;
 
-    g->skip = length;
+    g->skip = length - padded(g);
     if (type == HEADERS || type == CONTINUATION) {
         /* What is larger encoded is larger decoded; libnghttp2 would decode some blocks that it
          * ignores without telling of their fields. A frame too large is its to refuse. */
         g->block = type == HEADERS ? length : g->block + length;
         if (g->block > ZT_MAX_HEADER_BYTES && length <= ZT_MAX_FRAME) return too_many[HEADERS];
-        if (flags & FLAG_END_HEADERS) g->block = 0;
+        if (g->head[4] & FLAG_END_HEADERS) g->block = 0;
     }
     if (type == WINDOW_UPDATE && g->updates) {
         g->updates--;
         return NULL;
     }
-    return useful(type, flags, length) || zt_glitch_one(g, now_us) ? NULL : too_many[type];
+    return useful(g) || zt_glitch_one(g, now_us) ? NULL : too_many[type];
 }
 
 const char *zt_glitch_seen(struct zt_glitch *g, const uint8_t *data, size_t len, uint64_t now_us) {
@@ -100,11 +113,11 @@ const char *zt_glitch_seen(struct zt_glitch *g, const uint8_t *data, size_t len,
             n = g->skip < len ? g->skip : len;
             g->skip -= (uint32_t)n;
         } else {
-            n = (size_t)(ZT_FRAME_HEADER - g->have);
+            n = wanted(g) - g->have;
             if (n > len) n = len;
             memcpy(g->head + g->have, data, n);
             g->have = (uint8_t)(g->have + n);
-            if (g->have == ZT_FRAME_HEADER) {
+            if (g->have == wanted(g)) {
                 g->have = 0;
                 excess = judge(g, now_us);
                 if (excess) return excess;

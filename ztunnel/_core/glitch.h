@@ -15,8 +15,8 @@
 #define ZT_FRAME_HEADER 9 /* RFC 9113, 4.1 */
 
 struct zt_glitch {
-    uint8_t head[ZT_FRAME_HEADER]; /* of the frame at hand; have <= ZT_FRAME_HEADER */
-    uint8_t have;
+    uint8_t head[ZT_FRAME_HEADER + 1]; /* of the frame at hand, and how much padding DATA has */
+    uint8_t have;                      /* have <= sizeof(head) */
     uint32_t skip;    /* bytes of its payload (or of the preface) that are still to come */
     uint32_t block;   /* bytes of the header block at hand, on the wire */
     int32_t budget;   /* 0 <= budget <= ZT_GLITCH_BURST */

@@ -15,6 +15,7 @@ import pytest
 from support.abuse import PLACES, Attack, attack, say
 from support.e2e import Mesh, authority, read_all, reset
 from support.hbone import ACK, END_HEADERS, END_STREAM, Client, Gone, Kind, encoded, literal
+from support.netns import wait_until
 
 BURST: Final = 1000
 """ZT_GLITCH_BURST."""
@@ -279,6 +280,28 @@ def test_error_on_a_stream_ends_the_stream_or_the_connection(
                 at.side.step()
         except Gone:
             at.refused("h2_protocol", "h2_limit")
+
+
+MALFORMED: dict[str, list[tuple[bytes, bytes]]] = {
+    "no_status": [(b"server", b"x")],
+    "no_number": [(b":status", b"+20")],
+    "two": [(b":status", b"200"), (b":status", b"200")],
+    "switching_protocols": [(b":status", b"101")],
+    "a_field_of_http_1": [(b":status", b"200"), (b"transfer-encoding", b"chunked")],
+}
+
+
+@pytest.mark.parametrize("why", MALFORMED)
+def test_a_malformed_answer_is_told_from_a_reset_of_the_peers(mesh: Mesh, why: str) -> None:
+    """RFC 9113, 8.1.1: it is we who reset the stream, and the log must not say that they did."""
+    with attack(mesh, "upstream", answer=False) as at:
+        port = int(at.to.rpartition(":")[2])
+        known = len(mesh.lines(at.pod, "outbound", port))
+        at.side.send_headers(at.stream, MALFORMED[why])
+        while at.stream not in at.side.resets:
+            at.side.step()
+        (line,) = wait_until(lambda: mesh.lines(at.pod, "outbound", port)[known:], "its line")
+        assert line["reason"] == "h2_protocol"
 
 
 def test_data_on_a_closed_stream_is_given_back_and_harmless(mesh: Mesh) -> None:

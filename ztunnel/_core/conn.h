@@ -62,6 +62,7 @@ struct zt_stream {
     uint8_t retries;                         /* client: attempts after the first */
     bool answered;                           /* 200 went or came: data may flow */
     bool deferred;                           /* nghttp2 waits for zt_h2_resume */
+    bool broken;                             /* the peer broke HTTP/2 on it, and we reset it */
     bool remote_end;                         /* END_STREAM came */
     bool local_end;                          /* END_STREAM was sent */
     struct zt_chunk *pending, *pending_last; /* both NULL, or both not */

@@ -631,10 +631,13 @@ static void complain(struct zt_h2 *h, const nghttp2_goaway *g) {
 static int on_frame_sent(nghttp2_session *session, const nghttp2_frame *frame, void *user_data) {
     struct zt_h2 *h = self(user_data);
     int32_t id = frame->hd.stream_id;
+    struct zt_conn *c = conn_of(session, id);
 
     /* The peer made us reset a stream, by breaking HTTP/2 on it (CVE-2025-8671). */
-    if (frame->hd.type == NGHTTP2_RST_STREAM && broke_the_rules(frame->rst_stream.error_code))
+    if (frame->hd.type == NGHTTP2_RST_STREAM && broke_the_rules(frame->rst_stream.error_code)) {
+        if (c) c->stream.broken = true; /* on_stream_close follows */
         useless(h, "too many streams on which it broke HTTP/2");
+    }
     if (frame->hd.type == NGHTTP2_GOAWAY) complain(h, &frame->goaway);
     if (frame->hd.type == NGHTTP2_GOAWAY && h->noticed && !h->parted)
         zt_session_check(h, nghttp2_submit_ping(session, NGHTTP2_FLAG_NONE, farewell));
@@ -659,7 +662,7 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error_
         return 0;
     if (c->state != ZT_C_OPEN || !c->stream.remote_end ||
         (error_code != NGHTTP2_NO_ERROR && !c->stream.local_end)) {
-        zt_conn_end(c, ZT_R_PEER_RESET);
+        zt_conn_end(c, c->stream.broken ? ZT_R_H2_PROTOCOL : ZT_R_PEER_RESET);
     } else if (!h->receiving) {
         zt_stream_deliver(c);
     } else {

@@ -146,7 +146,10 @@ class Daemon:
         self._listing = Listing(
             self._core, self._tunnel, _core.CONNECTION_STATES, time.monotonic, time.time
         )
-        self._starts = starts
+        self._beginnings: Beginnings | None = None
+        if starts:
+            state = _core.CONNECTION_STATES.index("open")
+            self._beginnings = Beginnings(self._tunnel.events, log, state)
         self._servers: list[Server] = []
         self._bound = False
         self._failure: OSError | None = None
@@ -224,8 +227,8 @@ class Daemon:
                     group.create_task(self._upgrade.reloads()),
                     group.create_task(self._report()),
                 ]
-                if self._starts:
-                    tasks.append(group.create_task(self._tell_beginnings()))
+                if self._beginnings is not None:
+                    tasks.append(group.create_task(self._tell(self._beginnings)))
                 await self._upgrade.over.wait()
                 # Nobody is let in behind the last report.
                 self._tunnel.drain()
@@ -291,10 +294,8 @@ class Daemon:
             await asyncio.sleep(TICK)
             self._tunnel.tick()
 
-    async def _tell_beginnings(self) -> None:
+    async def _tell(self, beginnings: Beginnings) -> None:
         """Have a line in the access log for each connection that has opened."""
-        state = _core.CONNECTION_STATES.index("open")
-        beginnings = Beginnings(self._tunnel.events, self._log, state)
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ztunnel.identities import Identities, Proven
     from ztunnel.judge import Judge
     from ztunnel.observe.arrivals import Arrivals
+    from ztunnel.observe.beginnings import Beginnings
     from ztunnel.observe.traces import Tracer
     from ztunnel.pods import Pods
     from ztunnel.protocol import Workload
@@ -120,6 +121,8 @@ class Events:
         self.probes = 0
         """Probes of the capture that were answered: no connections, in lines as in counts."""
         self.failure_lines = FailureLines(clock)
+        self.beginnings: Beginnings | None = None
+        """Who has their lines, too; None if nobody asked for them."""
 
     def explain(self, upcall: Upcall, detail: str) -> None:
         """Keep what a refused certificate's line will say beyond its reason."""
@@ -173,10 +176,12 @@ class Events:
             if verdict is not None:
                 lines = functools.partial(self._lines, event, record, found)
                 self._audit.ended(verdict, event.source, lambda: lines()[-1])
-        spell = functools.partial(self._lines, event, record, found)
+        spell: Callable[[], list[Line]] = functools.partial(self._lines, event, record, found)
         if event.trace_id:
             traced = self._traces.ended(event, spell())
             spell = functools.partial(list, traced)
+        if self.beginnings is not None:
+            spell = self.beginnings.before(event, spell)
         if _FAILURE[event.reason]:
             kind = (event.pod, event.kind, event.reason)
             return self.failure_lines.admit(kind, spell)
@@ -194,8 +199,8 @@ class Events:
                 source = _host(decided.key.source)
                 said = msgspec.structs.replace(lines[-1], source=source)
                 self._audit.begun(verdict, decided.key.source, said)
-                if self._audit.every_end(verdict):
-                    continue  # each end is reported by itself
+            if self.beginnings or (verdict is not None and self._audit.every_end(verdict)):
+                continue  # each end is reported by itself
             with contextlib.suppress(ValueError):  # too long: likewise
                 core.describe(number, self._sink.form(lines))
 
@@ -214,13 +219,13 @@ class Events:
         way = _Way(key.kind, key.destination, key.port, upstream, port)
         return self._constant(way, Reason.CLOSED, record, record.labels, record.proven)
 
-    def opened(self, listed: Listed) -> list[Line]:
-        """Return the lines that a connection which is open has at its beginning."""
-        record = self._owner.decisions.get(listed.decision)
+    def opened(self, each: Listed | Ended) -> list[Line]:
+        """Return the lines of a connection's beginning, with its bytes and age of now."""
+        record = self._owner.decisions.get(each.decision)
         if record is None:
             return []
-        age_us = int(self._clock() * 1e6) - listed.started_us
-        lines = self._told(listed, record, record.labels, Reason.CLOSED, age_us)
+        age_us = int(self._clock() * 1e6) - each.started_us
+        lines = self._told(each, record, record.labels, Reason.CLOSED, age_us)
         return [msgspec.structs.replace(line, opened=True) for line in lines]
 
     def _lines(self, event: Ended, record: Record | None, found: Labels) -> list[Line]:

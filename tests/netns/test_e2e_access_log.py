@@ -86,9 +86,27 @@ def test_a_connection_of_the_mesh_has_a_line_when_it_is_open_and_one_at_its_end(
 
 def test_a_call_in_plaintext_has_neither_identity_nor_certificate(mesh: Mesh) -> None:
     port = mesh.visit("outsider", "far")
-    found = wait_until(lambda: lines(mesh, port), "a line of the call")[-1]
-    assert (found["origin"], found["destination"], found["cert"]) == ("-", "-", "-")
-    assert (found["flag"], found["security"]) == ("false", "none")
+    wait_until(lambda: len(lines(mesh, port)) == 2, "both lines of the call")
+    for found in lines(mesh, port):
+        assert (found["origin"], found["destination"], found["cert"]) == ("-", "-", "-")
+        assert (found["flag"], found["security"]) == ("false", "none")
+
+
+@pytest.mark.parametrize("client", ["client", "outsider"])
+def test_however_short_a_connection_is_it_has_both_lines(mesh: Mesh, client: str) -> None:
+    """Calls that share a decision, the first of which has asked for it."""
+    listener = mesh.listen("far")
+    port: int = listener.getsockname()[1]
+    for done in range(1, 6):
+        near, far, _ = mesh.call(client, "far", listener=listener)
+        mesh.carries(near, far)
+        near.close()
+        far.close()
+        wait_until(lambda: len(lines(mesh, port)) == 2 * done, "both lines")  # noqa: B023 - at once
+    found = lines(mesh, port)
+    assert [line["reason"] for line in found] == ["-", "closed"] * 5
+    for begun, last in zip(found[::2], found[1::2], strict=True):
+        assert (begun["time"], begun["rest"]) == (last["time"], last["rest"])
 
 
 def test_the_other_node_has_no_line_of_a_beginning(mesh: Mesh) -> None:

@@ -1,9 +1,9 @@
-"""Lines of connections that have opened: each once, and none of what is over or not open yet."""
+"""Lines of connections that have opened: each once, also of what is over before anybody looks."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +11,14 @@ import pytest
 from support.certificates import NOW
 from support.fake_core import carried
 from support.mesh_state import identity, ip
-from support.tunnel_rig import Rig, chain_of
+from support.tunnel_rig import Rig, chain_of, ended
 from ztunnel._core import Listed
 from ztunnel.corelike import Kind
 from ztunnel.observe import beginnings
 from ztunnel.observe.access_log import Line
 from ztunnel.observe.beginnings import Beginnings
 from ztunnel.observe.listing import Listing
+from ztunnel.reasons import Reason
 
 STATES = ("deciding", "waiting", "connecting", "open")
 OPEN = STATES.index("open")
@@ -104,3 +105,97 @@ def test_what_there_was_no_room_for_is_not_told_again(
     monkeypatch.setattr(beginnings, "MAX_TOLD", 1)
     told.look(one)
     assert len(told.look(listed(rig, decision, number=2))) == 1
+
+
+def end_of(rig: Rig, one: Listed, reason: Reason = Reason.CLOSED, received: int = 10) -> list[Line]:
+    """Have the core report the end of what it listed, and return what is told then."""
+    rig.lines.clear()
+    ended(
+        rig,
+        one.decision,
+        Kind(one.kind),
+        reason,
+        source=one.source,
+        source_port=one.source_port,
+        destination=one.destination,
+        destination_port=one.destination_port,
+        started_us=one.started_us,
+        received=received,
+        sent=received,
+    )
+    return list(rig.lines)
+
+
+def test_what_is_over_before_a_look_has_both_lines(rig: Rig, decision: int) -> None:
+    Told(rig)
+    begun, last = end_of(rig, listed(rig, decision))
+    assert (begun.opened, last.opened) == (True, False)
+    assert (begun.received, begun.sent, begun.duration_us) == (0, 0, 0)
+    assert (last.received, last.sent) == (10, 10)
+    assert (begun.start, begun.source, begun.cert) == (last.start, last.source, last.cert)
+
+
+def test_what_has_been_told_has_no_further_beginning_at_its_end(rig: Rig, decision: int) -> None:
+    told = Told(rig)
+    one = listed(rig, decision)
+    told.look(one)
+    (last,) = end_of(rig, one)
+    assert not last.opened
+
+
+def test_streams_that_begin_at_once_are_each_told(rig: Rig, decision: int) -> None:
+    told = Told(rig)
+    pair = [listed(rig, decision, number=number) for number in (1, 2)]
+    assert len(told.look(pair[0])) == 1
+    assert len(told.look(*pair)) == 1
+    assert [len(end_of(rig, one)) for one in pair] == [1, 1]
+    # A third that nobody saw.
+    assert len(end_of(rig, pair[0])) == 2
+
+
+def test_what_ends_while_a_look_still_shows_it_is_told_once(rig: Rig, decision: int) -> None:
+    made = Beginnings(rig.tunnel.events, rig, OPEN)
+    one = listed(rig, decision)
+
+    async def at(take: Callable[[list[Listed]], None]) -> int:
+        assert len(end_of(rig, one)) == 2
+        rig.lines.clear()
+        take([one])
+        return 0
+
+    asyncio.run(made.look(at))
+    assert rig.lines == []
+
+
+@pytest.mark.parametrize("reason", [Reason.STRICT_PLAINTEXT, Reason.CLIENT_RESET])
+def test_what_never_carried_anything_has_no_beginning(
+    rig: Rig, decision: int, reason: Reason
+) -> None:
+    Told(rig)
+    (last,) = end_of(rig, listed(rig, decision), reason, received=0)
+    assert not last.opened
+
+
+def test_what_was_cut_has_a_beginning(rig: Rig, decision: int) -> None:
+    Told(rig)
+    begun, last = end_of(rig, listed(rig, decision), Reason.POLICY_CHANGED)
+    assert begun.opened
+    assert (last.reason, last.opened) == (Reason.POLICY_CHANGED, False)
+
+
+def test_the_core_writes_no_lines_itself_while_beginnings_are_told(rig: Rig) -> None:
+    Told(rig)
+    rig.described.clear()
+    rig.outbound("10.2.0.1")
+    assert rig.described == []
+
+
+def test_ends_that_are_never_reported_are_forgotten(
+    rig: Rig, decision: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beginnings, "MAX_TOLD", 1)
+    told = Told(rig)
+    gone = [listed(rig, decision, number=number, source_port=number) for number in (1, 2)]
+    told.look(*gone)
+    told.look()
+    assert len(end_of(rig, gone[0])) == 2

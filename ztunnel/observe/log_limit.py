@@ -81,7 +81,7 @@ class FailureLines:
 
 
 def _with_count(line: Line, left_out: int) -> Line:
-    if not left_out:
+    if not left_out or line.opened:
         return line
     said = f"{line.error} [{left_out} more lines of this kind were left out]".strip()
     return msgspec.structs.replace(line, error=said)

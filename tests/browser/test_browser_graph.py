@@ -203,13 +203,15 @@ def test_browser_leaves_everything_where_it_is(browser: Browser, site: page.Site
         "window.changes = []; new MutationObserver(list => { window.changes.push(...list.map("
         "each => each.target.nodeName + ' ' + (each.attributeName ?? ''))); })"
         ".observe(document.body, {subtree: true, childList: true, attributes: true,"
-        " characterData: true})"
+        " characterData: true});"
+        "window.styled = 0;"
+        "document.getElementById('drawing').drawing.cy.on('style', () => { window.styled += 1; })"
     )
     before = places(browser)
     done = browser.run(OPERATIONS)
     browser.refresh()
     assert browser.run(OPERATIONS) == done
-    assert browser.run("return window.changes") == []
+    assert browser.run("return [window.changes, window.styled]") == [[], 0]
     site.picture.vertices = [*site.picture.vertices, picture.vertex("sentences/new")]
     site.picture.edges = [
         *site.picture.edges[1:],

@@ -50,6 +50,9 @@ export class Drawing {
     this.places = new Places();
     /** @type {Map<string, Pair>} */
     this.pairs = new Map();
+    /** What each element was last given. Not in its scratch: to write there has the library find
+     * every style anew, and draw everything. @type {Map<string, string>} */
+    this.classes = new Map();
     this.seconds = 1;
     this.theme = theme();
     /** Changes of the drawing so far: a refresh that brings nothing new makes none. */
@@ -127,14 +130,14 @@ export class Drawing {
           this.operations += 1;
           known.data(key, value);
         }
-        if (each.classes !== known.scratch("_classes")) {
+        if (each.classes !== this.classes.get(id)) {
           this.operations += 1;
           known.classes(each.classes);
         }
         if (moved && each.position !== undefined) known.position(each.position);
       }
-      for (const [id, each] of wanted) cy.getElementById(id).scratch("_classes", each.classes);
     });
+    this.classes = new Map([...wanted].map(([id, each]) => [id, each.classes]));
     // Whoever sees all of it goes on seeing all of it; who has moved it is left where he is.
     if ((first || (moved && fitted)) && vertices.length > 0) this.fit();
   }
@@ -154,7 +157,8 @@ export class Drawing {
 
   fit() {
     this.cy.resize();
-    this.cy.fit(undefined, 36);
+    // Straight lines lie between their ends: to measure thousands of them takes a second.
+    this.cy.fit(this.pairs.size > FEW_LINES ? this.cy.nodes() : undefined, 36);
     if (this.cy.zoom() > NEAREST_FIT) {
       this.cy.zoom(NEAREST_FIT);
       this.cy.center();

@@ -192,7 +192,8 @@ class Page {
   choose(choice, from) {
     const closing = choice === null && this.choice !== null;
     this.choice = choice;
-    for (const view of Object.values(this.views)) view.mark(choice);
+    // The others are told when they are opened.
+    this.view.mark(choice);
     this.#describe();
     if (choice?.kind === "vertex") void this.refresh();
     if (from !== null) {

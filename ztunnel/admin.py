@@ -1,7 +1,8 @@
 """The tunnel's HTTP ports: /metrics, /stats, /healthz/ready and /healthz/live.
 
 This module owns two small servers for GET and HEAD. It promises that a client costs a bounded
-amount of memory and time (connections, header bytes, deadlines), that a probe is answered on the
+amount of memory and time (connections, header bytes, deadlines, also if it reads nothing), that who
+is silent keeps nobody out, that a probe is answered on the
 event loop itself, so that an answer shows that the loop turns, and that readiness is true only when
 traffic would pass, and that a page in a browser cannot reach a loopback address by DNS rebinding
 (Host check). It may not change anything.
@@ -10,7 +11,6 @@ traffic would pass, and that a page in a browser cannot reach a loopback address
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Final, NamedTuple
@@ -38,6 +38,9 @@ IDLE_SECONDS: Final = 60.0
 
 ANSWER_SECONDS: Final = 15.0
 """To make an answer and have it read."""
+
+GOODBYE_SECONDS: Final = 5.0
+"""For what is written to be read when a connection ends: a socket's buffer and some 64 KB."""
 
 READ_BYTES: Final = 4096
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "[::1]", "localhost"})
@@ -104,8 +107,10 @@ class Server:
         self._pages = pages
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.Task[None]] = set()
+        self._silent: dict[asyncio.Task[None], None] = {}
+        """Of these, those whose next request has not come yet, the longest silent first."""
         self.refused = 0
-        """Connections closed because too many were open."""
+        """Connections closed because too many were open and all of them at work."""
 
     async def start(self, host: str, port: int) -> tuple[str, int]:
         """Listen; return the address, with the port that was chosen for port 0. Raises OSError."""
@@ -130,32 +135,54 @@ class Server:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
+        if task is None or not self._has_room():
+            self.refused += 1
+            writer.transport.abort()
+            return
+        self._open.add(task)
         try:
-            if len(self._open) >= MAX_CONNECTIONS or task is None:
-                self.refused += 1
-                return
-            self._open.add(task)
-            await self._serve(reader, writer)
+            await self._serve(reader, writer, task)
+            await _goodbye(writer)
         except (OSError, TimeoutError, h11.RemoteProtocolError, asyncio.CancelledError):
-            # A client that went, stalled or spoke nonsense: it gets no further answer.
+            # A client that went, stalled, spoke nonsense or gave way: it gets no further answer.
             pass
+        except Exception:  # noqa: BLE001 - the daemon must not end by a page
+            _log.exception("an admin page broke off")
         finally:
-            if task is not None:
-                self._open.discard(task)
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            # If it has not said goodbye: to wait until it has read would be to wait for ever.
+            writer.transport.abort()
+            self._open.discard(task)
+            self._silent.pop(task, None)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _has_room(self) -> bool:
+        if len(self._open) < MAX_CONNECTIONS:
+            return True
+        longest = next(iter(self._silent), None)
+        if longest is None:
+            return False
+        longest.cancel()
+        del self._silent[longest]
+        self._open.discard(longest)
+        return True
+
+    async def _serve(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        task: asyncio.Task[None],
+    ) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES)
         wait = REQUEST_SECONDS
         while True:
+            self._silent[task] = None
             try:
                 async with asyncio.timeout(wait):
                     request = await _request(connection, reader)
             except h11.RemoteProtocolError as error:
                 await _answer_error(connection, writer, error)
                 return
+            finally:
+                self._silent.pop(task, None)
             if request is None:
                 return
             async with asyncio.timeout(ANSWER_SECONDS):
@@ -230,6 +257,13 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
             return None
 
 
+async def _goodbye(writer: asyncio.StreamWriter) -> None:
+    """Close when what is written has gone. Raises TimeoutError, OSError."""
+    writer.close()
+    async with asyncio.timeout(GOODBYE_SECONDS):
+        await writer.wait_closed()
+
+
 async def _answer_error(
     connection: h11.Connection, writer: asyncio.StreamWriter, error: h11.RemoteProtocolError
 ) -> None:
@@ -253,6 +287,8 @@ async def _send(
         ("cache-control", "no-store"),
         ("x-content-type-options", "nosniff"),
     ]
+    if page.status == http.HTTPStatus.METHOD_NOT_ALLOWED:
+        headers.append(("allow", "GET, HEAD"))
     if page.rest is None:
         headers.append(("content-length", str(len(page.body))))
     reason = http.HTTPStatus(page.status).phrase

@@ -2,8 +2,8 @@
 
 This module owns what a client may take of the daemon before it has asked for anything. It promises
 that every connection ends in time whatever it does, that no more than so many are open at one
-listener, and that no more than so many are in the middle of a TLS handshake: the library would
-accept as many as come. It may not know what is asked.
+listener, where the oldest gives way to the newest, and that no more than so many are in the middle
+of a TLS handshake: the library would accept as many as come. It may not know what is asked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,19 @@ class Limited:
 
     def __init__(self, runner: web.AppRunner) -> None:
         self._runner = runner
-        self.open = 0
+        self._open: dict[asyncio.Transport, None] = {}
+        """The oldest first."""
+
+    def opened(self, transport: asyncio.Transport) -> None:
+        """Have the oldest give way: who opens many and asks nothing shuts nobody out."""
+        if len(self._open) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.abort()
+        self._open[transport] = None
+
+    def closed(self, transport: asyncio.Transport) -> None:
+        self._open.pop(transport, None)
 
     def __call__(self) -> asyncio.Protocol:
         server = self._runner.server
@@ -53,20 +65,20 @@ class _Bounded(asyncio.Protocol):
     def __init__(self, limits: Limited, http: asyncio.Protocol) -> None:
         self._limits = limits
         self._http = http
+        self._transport: asyncio.Transport | None = None
         self._expiry: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
-        self._limits.open += 1
+        self._transport = transport
+        self._limits.opened(transport)
         self._http.connection_made(transport)
-        if self._limits.open > MAX_CONNECTIONS:
-            transport.abort()
-            return
         loop = asyncio.get_running_loop()
         self._expiry = loop.call_later(CONNECTION_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._limits.open -= 1
+        if self._transport is not None:
+            self._limits.closed(self._transport)
         if self._expiry is not None:
             self._expiry.cancel()
         self._http.connection_lost(exc)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import ssl
 import struct
@@ -51,6 +52,8 @@ MAX_AGE_DIGITS: Final = 10
 
 MAX_LINE: Final = 4096
 """Bytes of the request line and of one header."""
+
+_QUALITY: Final = re.compile(r"[01](?:\.[0-9]{0,3})?")
 
 _PRIVATE: Final = frozenset({"/status", "/config_dump", "/configuration", "/flows"})
 """Paths that tell who runs here: on loopback for root (and this daemon's user) alone. So are those
@@ -391,9 +394,15 @@ def _table_form(host: str, port: int) -> str:
 
 
 def _takes_openmetrics(accept: str) -> bool:
-    """Who takes it prefers it: quality values are not looked at."""
-    kinds = (each.partition(";")[0].strip().lower() for each in accept.split(","))
-    return "application/openmetrics-text" in kinds
+    """Who takes it gets it, unless text is preferred (RFC 9110, 12.5.1: quality values)."""
+    quality = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for each in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in each.split(";"))
+        if kind in quality:
+            said = next((each[2:] for each in parameters if each.startswith("q=")), "1")
+            weight = float(said) if _QUALITY.fullmatch(said) else 1.0
+            quality[kind] = max(quality[kind], weight)
+    return 0 < quality["application/openmetrics-text"] >= quality["text/plain"]
 
 
 def _own_host(host: str) -> bool:

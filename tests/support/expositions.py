@@ -37,6 +37,24 @@ from ztunnel.observe.stats import Picture, render
 from ztunnel.observe.stats_families import OWN_HELP
 from ztunnel.reasons import Reason
 
+ACCEPTED = {
+    # Prometheus 2 and 3; told to prefer text; told to take nothing else.
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1": True,
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2": True,
+    "text/plain;version=0.0.4;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5": False,
+    "text/plain;version=0.0.4;q=0.3,*/*;q=0.2": False,
+    "application/openmetrics-text;q=0, text/plain": False,
+    "application/openmetrics-text;q=0.000": False,
+    "application/openmetrics-text, text/plain": True,
+    "APPLICATION/OpenMetrics-Text ; Q=0.1": True,
+    "application/openmetrics-text;q=nonsense": True,
+    "application/openmetrics-text;q=": True,
+    "application/openmetrics-textual": False,
+}
+"""Accept headers, and whether OpenMetrics is the answer (RFC 9110, 12.5.1)."""
+
 RULE = "default/httpbin rules[0]"
 SLEEP = workload("sleep", "10.1.0.1", locality="eu/eu-1/a")
 HTTPBIN = workload("httpbin", "10.2.0.1")

@@ -33,7 +33,7 @@ from nodeagent.admin.model import (
 )
 from nodeagent.api import Document
 from support import conformance
-from support.expositions import nodeagent_text
+from support.expositions import ACCEPTED, nodeagent_text
 from support.prometheus import check_metrics
 from support.resources import identities, read, service
 from ztunnel import protocol
@@ -333,6 +333,9 @@ def test_openmetrics_is_given_to_who_asks_for_it(tmp_path: Path) -> None:
             for sample in family.samples
         }
         assert {"nodeagent_svid_renewals_total", "nodeagent_build_info"} <= names
+        for accept, openmetrics in ACCEPTED.items():
+            _, body = await site.get("/metrics", accept=accept)
+            assert body.endswith("# EOF\n") == openmetrics, accept
 
     run(test, tmp_path)
 

@@ -243,6 +243,20 @@ def test_handshakes_that_come_to_nothing_end_and_are_limited(
         assert found[0] == 200
 
 
+def test_who_opens_many_and_asks_nothing_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "MAX_CONNECTIONS", 2)
+    with page.site() as site, contextlib.ExitStack() as stack:
+        port = int(site.address.rpartition(":")[2])
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            for _ in range(6)
+        ]
+        assert get(f"{site.address}/ui/")[0] == 200
+        for each in silent[:-2]:
+            with contextlib.suppress(ConnectionResetError):
+                assert each.recv(1) == b""
+
+
 def test_a_file_too_large_is_none_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nodeagent.page._files.MAX_FILE_BYTES", 10)
     (tmp_path / "index.html").write_bytes(b"x" * 11)

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
+from support.netns import wait_until
 from ztunnel import admin
 from ztunnel.admin import Asked, Page, Server, health_page, parse_address
 
@@ -57,10 +60,16 @@ def asked(data: bytes) -> bytes:
     return asyncio.run(whole())
 
 
+def request(path: str, method: str = "GET") -> bytes:
+    return f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+
+
 def get(path: str, method: str = "GET") -> bytes:
-    return asked(
-        f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
-    )
+    return asked(request(path, method))
+
+
+def test_a_method_that_is_not_allowed_is_told_which_are() -> None:
+    assert b"\r\nallow: GET, HEAD\r\n" in get("/hello", "POST")
 
 
 def test_a_page_is_served() -> None:
@@ -124,18 +133,101 @@ def test_a_client_that_stalls_is_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked(b"GET /hel") == b""
 
 
-def test_connections_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admin, "MAX_CONNECTIONS", 1)
+def test_who_is_silent_gives_way_and_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "MAX_CONNECTIONS", 2)
 
     async def whole() -> None:
         async with serving() as (server, port):
+            silent, other = await asyncio.open_connection("127.0.0.1", port)
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /hello HTTP/1.1\r\nhost: localhost\r\n\r\n")
             await reader.readuntil(b"hello\n")
-            assert await exchange(port, b"") == b""
-            assert server.refused == 1
-            writer.close()
-            await writer.wait_closed()
+            # Of two that ask for nothing now it is the one that has been silent for longer.
+            assert b"hello" in await exchange(port, request("/hello"))
+            with contextlib.suppress(ConnectionResetError):
+                assert await silent.read() == b""
+            writer.write(b"GET /hello HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await reader.readuntil(b"hello\n")
+            assert server.refused == 0
+            for each in (other, writer):
+                each.close()
+
+    asyncio.run(whole())
+
+
+def test_connections_at_work_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "MAX_CONNECTIONS", 1)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(_asked: Asked) -> Page:
+        begun.set()
+        await go_on.wait()
+        return Page(200, "text/plain", b"slow\n")
+
+    async def whole() -> None:
+        server = Server({"/slow": slow, "/hello": hello})
+        _, port = await server.start("127.0.0.1", 0)
+        first = asyncio.create_task(exchange(port, request("/slow")))
+        await begun.wait()
+        with contextlib.suppress(ConnectionResetError):
+            assert await exchange(port, request("/hello")) == b""
+        assert server.refused == 1
+        go_on.set()
+        assert b"slow" in await first
+        assert b"hello" in await exchange(port, request("/hello"))
+        await server.stop()
+
+    asyncio.run(whole())
+
+
+def test_who_asks_and_never_reads_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than all buffers hold: the connection must not stay, uncounted, until it is read."""
+    monkeypatch.setattr(admin, "ANSWER_SECONDS", 0.2)
+    begun = asyncio.Event()
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            begun.set()
+            yield b"x" * 65536
+
+    async def asked_for(_asked: Asked) -> Page:
+        return Page(200, "text/plain", b"first\n", endless())
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    async def whole() -> None:
+        server = Server({"/endless": asked_for})
+        _, port = await server.start("127.0.0.1", 0)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setblocking(False)
+            without = descriptors()
+            await asyncio.get_running_loop().sock_sendall(client, request("/endless"))
+            await begun.wait()
+            await asyncio.to_thread(
+                wait_until, lambda: descriptors() <= without, "the connection is closed"
+            )
+        await server.stop()
+
+    asyncio.run(whole())
+
+
+def test_what_breaks_off_does_not_look_complete() -> None:
+    def breaking() -> Iterator[bytes]:
+        yield b"some\n"
+        raise ZeroDivisionError
+
+    async def broken_off(_asked: Asked) -> Page:
+        return Page(200, "text/plain", b"first\n", breaking())
+
+    async def whole() -> None:
+        server = Server({"/breaking": broken_off})
+        _, port = await server.start("127.0.0.1", 0)
+        said = await exchange(port, request("/breaking"))
+        assert b"some" in said
+        # RFC 9112, 7.1: the last chunk is missing.
+        assert not said.endswith(b"0\r\n\r\n")
+        await server.stop()
 
     asyncio.run(whole())
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from support.certificates import NOW
-from support.expositions import RULE, by_reason, picture, rows, ztunnel_text
+from support.expositions import ACCEPTED, RULE, by_reason, picture, rows, ztunnel_text
 from support.fake_core import FakeCore
 from support.mesh_state import identity, service, workload
 from support.prometheus import check_metrics
@@ -237,6 +237,12 @@ def test_an_accept_header_that_says_nothing_gets_an_answer(core: FakeCore, accep
     media, portions = render(picture(core), accept)
     assert b"ztunnel_build_info" in b"".join(portions)
     assert media
+
+
+@pytest.mark.parametrize("accept, openmetrics", ACCEPTED.items())
+def test_what_is_preferred_is_given(core: FakeCore, accept: str, openmetrics: bool) -> None:
+    media, _ = render(picture(core), accept)
+    assert media.startswith("application/openmetrics-text") == openmetrics
 
 
 def test_promtool_has_nothing_to_say(core: FakeCore) -> None:

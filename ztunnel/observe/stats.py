@@ -9,7 +9,8 @@ count anything itself, nor name anything (`istio_text`, `stats_families`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -44,6 +45,7 @@ PORTION: Final = 128
 
 MAX_ACCEPT: Final = 1024
 """Characters of an Accept header that are looked at; Prometheus sends some 200."""
+_QUALITY: Final = re.compile(r"[01](?:\.[0-9]{0,3})?")
 
 
 class Picture(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +189,18 @@ def render(picture: Picture, accept: str) -> tuple[str, Iterator[bytes]]:
 
 
 def _takes_openmetrics(accept: str) -> bool:
-    # Who takes it prefers it; the library's own choice fails where a version is no number.
-    kinds = (each.partition(";")[0].strip().lower() for each in accept[:MAX_ACCEPT].split(","))
-    return "application/openmetrics-text" in kinds
+    """Who takes it gets it, unless text is preferred (RFC 9110, 12.5.1: quality values).
+
+    The library's own choice fails where a version is no number.
+    """
+    quality = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for each in accept[:MAX_ACCEPT].split(","):
+        kind, *parameters = (part.strip().lower() for part in each.split(";"))
+        if kind in quality:
+            quality[kind] = max(quality[kind], _quality(parameters))
+    return 0 < quality["application/openmetrics-text"] >= quality["text/plain"]
+
+
+def _quality(parameters: Iterable[str]) -> float:
+    said = next((each[2:] for each in parameters if each.startswith("q=")), "1")
+    return float(said) if _QUALITY.fullmatch(said) else 1.0

@@ -49,8 +49,8 @@ def fields(line: str, log: Log) -> dict[str, Any]:
 def test_an_access_line_is_the_same_in_both_forms(reason: Reason, principal: str) -> None:
     line = audit_lines.line(principal, reason=reason, error=HOSTILE, policy='p "q" (f.yaml:1)')
     text, jsoned = fields(text_line(line), Log.ACCESS), fields(json_line(line), Log.ACCESS)
-    # Of both: text has no level, and bytes are numbers in either.
-    for key in jsoned.keys() - {"level"}:
+    # Of both: text has neither level nor scope, and bytes are numbers in either.
+    for key in jsoned.keys() - {"level", "scope"}:
         assert text[key] == jsoned[key], key
     found = read(json_line(line))
     assert found is not None
@@ -75,7 +75,8 @@ def test_a_line_with_a_certificate_is_the_same_in_both_forms(
     line = audit_lines.line(cert=shown, **more)
     text, jsoned = fields(text_line(line), Log.ACCESS), fields(json_line(line), Log.ACCESS)
     assert jsoned["cert"] == shown
-    assert text == {key: value for key, value in jsoned.items() if key != "level"}
+    of_json = {"level", "scope"}
+    assert text == {key: value for key, value in jsoned.items() if key not in of_json}
 
 
 def test_every_refusal_is_a_reason() -> None:

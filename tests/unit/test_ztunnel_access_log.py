@@ -63,6 +63,7 @@ def test_json_has_the_references_keys() -> None:
     assert json.loads(json_line(line(policy="istio-system/default"))) == {
         "time": "2021-06-14T10:27:59.758Z",
         "level": "info",
+        "scope": "access",
         "message": "connection complete",
         "src.addr": "10.1.0.1:4000",
         "src.workload": "sleep",

@@ -7,7 +7,7 @@ not look anything up. What repeats from line to line is put together once (`_jso
 `_text_frame`): each line delays some connection on a busy node. Of connections that end as they
 should the core fills in the rest (`AccessLog.form`), and the lines come back ready (`put`).
 
-JSON has the reference's keys (`src.addr` … `error`) plus `reason`, `response_flags`,
+JSON has the reference's keys (`scope`, `src.addr` … `error`) plus `reason`, `response_flags`,
 `connection_security_policy`, `same_node`, `cert`, `policy`, `client`, `audit_flag`, `audit_rules`
 and `dry_run`, and `trace_id` of what is traced. Text is Envoy's familiar shape with the same keys
 behind it:
@@ -299,6 +299,7 @@ def _json_frame(
     failed = RESPONSE_FLAGS[reason] != NO_FLAG
     before = [
         ("level", '"error"' if failed else '"info"'),
+        ("scope", '"access"'),
         ("message", _message(reason, handshake=handshake, opened=opened)),
     ]
     middle = _keyed(known, direction, destination, hbone)

@@ -67,6 +67,10 @@ _INBOUND_HBONE: Final = int(Kind.INBOUND_HBONE)
 _CUTS: Final = frozenset({Reason.POLICY_CHANGED, Reason.TRUST_WITHDRAWN})
 """Ends by a judgement on connections that had been let in."""
 
+_NO_CONNECTION: Final = reasons.BROKE_LATER | {Reason.PEER_LOST}
+"""Ends of HBONE connections that are no failure of one that was to be carried. Who connects and
+goes is a probe of the port (`nodeagent doctor` makes some); if not, his own node tells of it."""
+
 Side = str
 CLIENT: Final[Side] = "client"
 SERVER: Final[Side] = "server"
@@ -319,7 +323,7 @@ class Events:
         if inbound:
             workload = self._owner.pods.workload(event.pod)
             self._owner.arrivals.handshake_failed(workload, reason)
-            if reason not in reasons.BROKE_LATER:
+            if reason not in _NO_CONNECTION:
                 found = self._handshake_labels(state, event)
                 self._count_early(found, reasons.flag(reason, hbone=False))
             self._audit.failed(

@@ -29,6 +29,11 @@ def mode(name: str) -> str:
     return f'nodeagent_workload_mtls_mode{{{AGENT},workload="shop/pay",mode="{name}"}}'
 
 
+def handshakes(side: str, reason: str) -> str:
+    name = "ztunnel_tls_handshake_failures_reported_total"
+    return f'{name}{{{TUNNEL},side="{side}",reason="{reason}"}}'
+
+
 # By series, a value in promtool's notation. Time begins at 0.
 HEALTHY: Final = {
     f"up{{{AGENT}}}": "1x60",
@@ -46,7 +51,7 @@ HEALTHY: Final = {
     f"nodeagent_svid_renewal_failing{{{AGENT},{ID}}}": "0x60",
     f"nodeagent_flows_failing{{{AGENT}}}": "0x60",
     f'nodeagent_capture_repairs_total{{{AGENT},workload="shop/a",kind="rules"}}': "3x60",
-    f'ztunnel_tls_handshake_failures_total{{{TUNNEL},reason="tls_failed"}}': "7x60",
+    handshakes("server", "tls_failed"): "7x60",
     f'ztunnel_plaintext_connections_total{{{TUNNEL},{PAIR},verdict="allow"}}': "9x60",
     f'ztunnel_plaintext_connections_total{{{TUNNEL},{PAIR},verdict="deny"}}': "9x60",
     f'ztunnel_connections_failed_total{{{TUNNEL},reason="policy_denied"}}': "0+3x60",
@@ -103,8 +108,9 @@ CASES: Final = (
     Case("SvidRenewalFailing", {f"nodeagent_svid_renewal_failing{{{AGENT},{ID}}}": "2x60"}),
     Case(
         "HandshakeFailures",
-        {f'ztunnel_tls_handshake_failures_total{{{TUNNEL},reason="tls_failed"}}': "0+6x60"},
+        {handshakes("server", "tls_failed"): "0+6x60"},
     ),
+    Case("HandshakeFailures", {handshakes("client", "peer_connection_lost"): "0+6x60"}),
     Case(
         "NetworkBlocksHbone",
         {
@@ -193,6 +199,7 @@ QUIET: Final[dict[str, dict[str, str]]] = {
     "upgraded: counters begin anew": dict.fromkeys(EVENTS, "9x36 0x24"),
     "restarted a while after Prometheus last saw it": dict.fromkeys(EVENTS, "9x5 _x30 0x24"),
     "draining": {f"nodeagent_ztunnel_draining{{{AGENT}}}": "1x60"},
+    "probes of the HBONE port": {handshakes("server", "peer_connection_lost"): "0+6x60"},
     "a peer that went, and its callers waited": {BLOCKED: "0x30 2x30"},
     "now and then a young pod that waits for its state": {
         f'ztunnel_decision_duration_seconds_bucket{{{TUNNEL},le="{bound}"}}': value

@@ -296,9 +296,16 @@ def test_a_client_whose_handshake_failed_is_a_connection_that_failed(rig: Rig) -
 
 
 @pytest.mark.parametrize(
-    "reason", [Reason.H2_LIMIT, Reason.KEEPALIVE_TIMEOUT, Reason.TRUST_WITHDRAWN, Reason.SHUTDOWN]
+    "reason",
+    [
+        Reason.H2_LIMIT,
+        Reason.KEEPALIVE_TIMEOUT,
+        Reason.TRUST_WITHDRAWN,
+        Reason.SHUTDOWN,
+        Reason.PEER_LOST,
+    ],
 )
-def test_an_hbone_connection_that_ends_later_is_no_further_failure(
+def test_an_hbone_connection_that_ends_later_or_was_a_probe_is_no_failure(
     rig: Rig, reason: Reason
 ) -> None:
     rig.start()

@@ -18,6 +18,7 @@ from urllib.parse import quote
 from nodeagent.api import values
 from nodeagent.flows._coverage import Hole, Span, covered
 from nodeagent.flows._errors import DamagedError, StoreError, UnusableError, told
+from nodeagent.flows._integrity import damage
 from nodeagent.flows._model import SCHEMA, Gap, Recorded, Recording
 from nodeagent.flows._store import BUSY_SECONDS, CARRIED_BITS, COLUMNS, HOUR, VERSION
 
@@ -107,6 +108,7 @@ def _content(path: Path, since: float, most: int, *, outbound: bool) -> _Content
                 )
             # One picture of all tables.
             connection.execute("BEGIN")
+            _check(connection)
             asked = (int(since) // HOUR, int(since), outbound, most + 1)
             rows = connection.execute(_READ, asked).fetchall()
             oldest = connection.execute("SELECT min(hour) FROM hourly").fetchone()[0]
@@ -122,6 +124,12 @@ def _content(path: Path, since: float, most: int, *, outbound: bool) -> _Content
         raise DamagedError(f"{path}: {error}") from None
     except (ValueError, OverflowError):
         raise DamagedError(f"{path}: is damaged: it holds what no flow is") from None
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    """Refuse what is not as it was written: a caller that is no longer in it would be missed."""
+    if wrong := damage(connection, COLUMNS, HOUR):
+        raise UnusableError(f"is damaged: {wrong}")
 
 
 def _span(row: tuple[object, ...]) -> Span:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from typing import Final
 
 from nodeagent.flows._coverage import LATE_SECONDS
+from nodeagent.flows._integrity import of_numbers, of_texts
 from ztunnel.protocol import Flows
 
 __all__ = ["MAX_SPANS", "TABLES", "forget", "heard", "retain", "watch"]
@@ -30,14 +31,33 @@ TABLES: Final = """
 CREATE TABLE span (
     id INTEGER PRIMARY KEY,
     process INTEGER NOT NULL, number INTEGER NOT NULL,
-    begin INTEGER NOT NULL, until INTEGER NOT NULL, ended INTEGER NOT NULL
+    begin INTEGER NOT NULL, until INTEGER NOT NULL, ended INTEGER NOT NULL, mark INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE watched (
-    workload TEXT NOT NULL PRIMARY KEY, pod TEXT NOT NULL, begin INTEGER NOT NULL
+    workload TEXT NOT NULL PRIMARY KEY, pod TEXT NOT NULL, begin INTEGER NOT NULL,
+    mark INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
 
-_BEGIN: Final = "INSERT INTO span (process, number, begin, until, ended) VALUES (?, ?, ?, ?, ?)"
+_BEGIN: Final = f"""
+INSERT INTO span (process, number, begin, until, ended, mark)
+VALUES (?1, ?2, ?3, ?4, ?5, {of_numbers("?1", "?2", "?3", "?4", "?5")})
+"""  # noqa: S608 - our own names
+_GOES_ON: Final = f"""
+UPDATE span SET number = ?1, until = ?2, ended = ?3,
+    mark = {of_numbers("process", "?1", "begin", "?2", "?3")}
+WHERE id = ?4
+"""  # noqa: S608 - as above
+_SHORTEN: Final = f"""
+UPDATE span SET until = max(begin, ?1),
+    mark = {of_numbers("process", "number", "begin", "max(begin, ?1)", "ended")}
+WHERE until > ?2
+"""  # noqa: S608 - as above
+_FORGET: Final = f"""
+UPDATE span SET begin = ?1, mark = {of_numbers("process", "number", "?1", "until", "ended")}
+WHERE begin < ?1
+"""  # noqa: S608 - as above
+_WATCH: Final = "INSERT OR REPLACE INTO watched (workload, pod, begin, mark) VALUES (?, ?, ?, ?)"
 
 
 def heard(connection: sqlite3.Connection, process: int, message: Flows) -> None:
@@ -48,10 +68,7 @@ def heard(connection: sqlite3.Connection, process: int, message: Flows) -> None:
     ).fetchone()
     if found is not None and found[1] + 1 == message.number:
         until = found[2] if message.more else max(found[2], message.until)
-        connection.execute(
-            "UPDATE span SET number = ?, until = ?, ended = ? WHERE id = ?",
-            (message.number, until, int(message.last), found[0]),
-        )
+        connection.execute(_GOES_ON, (message.number, until, int(message.last), found[0]))
         return
     # `until` is a whole second that was over: what was told then begins in the next one.
     begin = message.since if message.number == 1 else message.until + 1
@@ -71,8 +88,10 @@ def _not_yet(connection: sqlite3.Connection, now: int) -> None:
     """
     far = now + LATE_SECONDS
     connection.execute("DELETE FROM span WHERE begin > ?", (far,))
-    connection.execute("UPDATE span SET until = max(begin, ?) WHERE until > ?", (now, far))
-    connection.execute("UPDATE watched SET begin = ? WHERE begin > ?", (now, far))
+    connection.execute(_SHORTEN, (now, far))
+    ahead = connection.execute("SELECT workload, pod FROM watched WHERE begin > ?", (far,))
+    for workload, pod in ahead.fetchall():
+        _note(connection, workload, pod, now)
 
 
 def retain(connection: sqlite3.Connection, pods: Collection[str]) -> None:
@@ -92,21 +111,25 @@ def watch(
 
     Those of them that are `going_on` have been all the time; None: those whose pod is the same.
     """
-    known = dict(connection.execute("SELECT workload, pod FROM watched").fetchall())
+    rows = connection.execute("SELECT workload, pod, begin FROM watched").fetchall()
+    known = {workload: (pod, begin) for workload, pod, begin in rows}
     for workload in known.keys() - pods.keys():
         connection.execute("DELETE FROM watched WHERE workload = ?", (workload,))
     for workload, pod in pods.items():
-        same = known.get(workload) == pod if going_on is None else workload in going_on
+        before, begin = known.get(workload, ("", now))
+        same = before == pod if going_on is None else workload in going_on
         if workload not in known or not same:
-            connection.execute(
-                "INSERT OR REPLACE INTO watched (workload, pod, begin) VALUES (?, ?, ?)",
-                (workload, pod, now),
-            )
-        elif known[workload] != pod:
-            connection.execute("UPDATE watched SET pod = ? WHERE workload = ?", (pod, workload))
+            _note(connection, workload, pod, now)
+        elif before != pod:
+            _note(connection, workload, pod, begin)
+
+
+def _note(connection: sqlite3.Connection, workload: str, pod: str, begin: int) -> None:
+    row = (workload, pod, begin)
+    connection.execute(_WATCH, (*row, of_texts(row)))
 
 
 def forget(connection: sqlite3.Connection, moment: int) -> None:
     """Nothing from before `moment` is kept any more."""
-    connection.execute("UPDATE span SET begin = ? WHERE begin < ?", (moment, moment))
+    connection.execute(_FORGET, (moment,))
     connection.execute("DELETE FROM span WHERE until < ?", (moment,))

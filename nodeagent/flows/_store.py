@@ -25,6 +25,7 @@ import structlog
 
 from nodeagent.flows import _spans
 from nodeagent.flows._errors import StoreError, UnusableError, told
+from nodeagent.flows._integrity import damage, of_numbers, of_texts
 from nodeagent.settings.flows import Keep
 from ztunnel.protocol import Flow, FlowKey, Flows
 
@@ -53,7 +54,7 @@ FULL: Final = 0.9
 BUSY_SECONDS: Final = 2.0
 """For another process's lock: only a reader that recovers the file after a crash takes one."""
 
-VERSION: Final = 2
+VERSION: Final = 3
 CARRIED_BITS: Final = 40
 """Of `carried`, which is read in one number with the hour: to have it of the first row alone."""
 _PAGE: Final = 4096
@@ -71,6 +72,7 @@ CREATE TABLE flow (
     destination TEXT NOT NULL, address TEXT NOT NULL, reason TEXT NOT NULL,
     service TEXT NOT NULL, policy TEXT NOT NULL,
     port INTEGER NOT NULL, allowed INTEGER NOT NULL, outbound INTEGER NOT NULL,
+    mark INTEGER NOT NULL,
     UNIQUE ({COLUMNS})
 ) STRICT;
 CREATE TABLE hourly (
@@ -78,6 +80,7 @@ CREATE TABLE hourly (
     first INTEGER NOT NULL, last INTEGER NOT NULL,
     connections INTEGER NOT NULL, most_open INTEGER NOT NULL,
     received INTEGER NOT NULL, sent INTEGER NOT NULL, carried INTEGER NOT NULL,
+    mark INTEGER NOT NULL,
     PRIMARY KEY (hour, flow)
 ) STRICT, WITHOUT ROWID;
 {_spans.TABLES}
@@ -86,16 +89,17 @@ PRAGMA user_version = {VERSION};
 
 _MARKS: Final = ", ".join("?" * len(COLUMNS.split(",")))
 _FIND: Final = f"SELECT id FROM flow WHERE ({COLUMNS}) = ({_MARKS})"  # noqa: S608 - our own names
-_NEW: Final = f"INSERT INTO flow ({COLUMNS}) VALUES ({_MARKS})"  # noqa: S608 - as above
-_ADD: Final = """
-UPDATE hourly SET first = min(first, ?), last = max(last, ?), connections = connections + ?,
-    most_open = max(most_open, ?), received = received + ?, sent = sent + ?
-WHERE hour = ? AND flow = ?
-"""
-_BEGIN: Final = (
-    "INSERT INTO hourly (first, last, connections, most_open, received, sent, carried,"
-    " hour, flow) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
+_NEW: Final = f"INSERT INTO flow (mark, {COLUMNS}) VALUES (?, {_MARKS})"  # noqa: S608 - as above
+_ADD: Final = f"""
+UPDATE hourly SET first = min(first, ?1), last = max(last, ?2), connections = connections + ?3,
+    most_open = max(most_open, ?4), received = received + ?5, sent = sent + ?6,
+    mark = {of_numbers("hour", "flow", "min(first, ?1)", "max(last, ?2)")}
+WHERE hour = ?7 AND flow = ?8
+"""  # noqa: S608 - as above
+_BEGIN: Final = f"""
+INSERT INTO hourly (first, last, connections, most_open, received, sent, carried, hour, flow, mark)
+VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, {of_numbers("?8", "?9", "?1", "?2")})
+"""  # noqa: S608 - as above
 _OWNERS: Final = (
     "SELECT outbound, iif(outbound, workload, destination) AS owner, count(*) FROM hourly"
     " JOIN flow ON flow.id = hourly.flow WHERE hour = ? GROUP BY outbound, owner"
@@ -230,14 +234,13 @@ class FlowStore:
             "temp_store = MEMORY",
         ):
             connection.execute(f"PRAGMA {pragma}")
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise UnusableError(f"is damaged: {found}")
         if version == 0:
             if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                 raise UnusableError("is a database of something else")
             connection.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
             self.files += 1
+        elif found := damage(connection, COLUMNS, HOUR):
+            raise UnusableError(f"is damaged: {found}")
 
     def _put_aside(self, reason: UnusableError) -> None:
         """Move the file away, in the place of the one that was moved before."""
@@ -290,6 +293,8 @@ class FlowStore:
             self._forget()
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                self.close()
             raise
 
     def _add(self, flow: Flow) -> None:
@@ -307,7 +312,8 @@ class FlowStore:
             if number is not None and self._added(numbers, hour, number):
                 return
         if number is None:
-            number = self._open.execute(_NEW, _row(key)).lastrowid
+            row = _row(key)
+            number = self._open.execute(_NEW, (of_texts(row), *row)).lastrowid
             assert number is not None  # noqa: S101 - an INSERT that did not raise
             self._known[key] = number
         self._open.execute(_BEGIN, (*numbers, carried, hour, number))

@@ -56,9 +56,12 @@ class Sample:
 
 
 def _look(pid: int) -> Sample:
-    """Memory is 0 under a sanitizer, which keeps all that was freed for a while."""
+    """Memory is 0 under a sanitizer, which keeps all that was freed for a while.
+
+    ThreadSanitizer has a thread of its own, which does not count.
+    """
     process = Path(f"/proc/{pid}")
-    sanitized = re.search(r"/lib[at]san\.", (process / "maps").read_text())
+    sanitizer = re.search(r"/lib([at])san\.", (process / "maps").read_text())
     rows = dict(
         line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line
     )
@@ -67,8 +70,9 @@ def _look(pid: int) -> Sample:
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             opened.append(str(entry.readlink()))
     pipes = sum(1 for each in opened if each.startswith("pipe:"))
-    memory = 0 if sanitized else int(rows["VmRSS"].split()[0])
-    return Sample(pid, memory, len(opened) - pipes, pipes, int(rows["Threads"]))
+    memory = 0 if sanitizer else int(rows["VmRSS"].split()[0])
+    threads = int(rows["Threads"]) - (sanitizer is not None and sanitizer[1] == "t")
+    return Sample(pid, memory, len(opened) - pipes, pipes, threads)
 
 
 def sample(

@@ -43,9 +43,13 @@ PIPES_A_WORKER: Final = 2 * 64
 MAIN_THREAD: Final = 1
 WATCH_THREADS: Final = 2
 """watchfiles' own (inotify), and the one that waits for it."""
+FLOWS_THREAD: Final = 1
+"""Writes the callers that are recorded."""
 
 BOUNDS: Final = {
-    "nodeagent": Bounds(threads=MAIN_THREAD + WATCH_THREADS + threads.THREADS + SLOW_THREADS),
+    "nodeagent": Bounds(
+        threads=MAIN_THREAD + WATCH_THREADS + FLOWS_THREAD + threads.THREADS + SLOW_THREADS
+    ),
     "ztunnel": Bounds(pipes=PIPES_A_WORKER * len(os.sched_getaffinity(0))),
 }
 

@@ -110,13 +110,14 @@ def _page(shown: Command) -> str:
     ]
     for parameter in shown.command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None:
+        # The usage has the arguments, the description what they are.
+        if record is not None and record[1]:
             lines += [".TP", f".B {_roff(record[0])}", _roff(record[1])]
     below = list(_below(shown))
     if below:
         lines.append(".SH COMMANDS")
     for each in below:
-        lines += [".TP", f".BR {_roff(each.page)} ({SECTION})", f"{_roff(each.summary)}."]
+        lines += [".TP", f".BR {_roff(each.page)} ({SECTION})", _roff(_sentence(each.summary))]
     if shown.path[0] == "nodeagent":
         for title, table in (("ENVIRONMENT", ENVIRONMENT), ("FILES", FILES)):
             lines.append(f".SH {title}")
@@ -140,6 +141,10 @@ def _paragraphs(text: str) -> Iterator[str]:
             yield ".fi"
         else:
             yield _roff(" ".join(paragraph.split()))
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith("?") else f"{text}."
 
 
 def _roff(text: str) -> str:

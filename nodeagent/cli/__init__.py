@@ -19,6 +19,7 @@ import click
 from click.exceptions import NoSuchCommand
 from click.shell_completion import CompletionItem
 
+from nodeagent.cli import bash
 from nodeagent.cli.ending import ended_well
 
 __all__ = ["EXIT_USAGE", "SHORT", "LazyGroup", "RefusedInputError", "cli"]
@@ -118,6 +119,9 @@ def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None: 
             found = "not installed: run from source"
         click.echo(f"nodeagent {found}")
         ctx.exit()
+
+
+bash.register()
 
 
 @click.group(

@@ -37,7 +37,7 @@ _TONES: Final = {
 
 @click.command()
 @click.argument(
-    "names", nargs=-1, metavar="[IDENTITY|WORKLOAD...]", shell_complete=completion.workloads
+    "names", nargs=-1, metavar="[IDENTITY|WORKLOAD...]", shell_complete=completion.either
 )
 @agent_options
 @output_option()

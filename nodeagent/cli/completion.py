@@ -17,7 +17,7 @@ from nodeagent.cli.output import write_text
 from nodeagent.cli.reach import UnreachableError, run_directory
 from nodeagent.cli.status import fetch
 
-__all__ = ["completion", "identities", "workloads"]
+__all__ = ["completion", "either", "identities", "workloads"]
 
 SHELLS: Final = ("bash", "zsh", "fish")
 
@@ -55,6 +55,11 @@ def workloads(ctx: click.Context, _parameter: click.Parameter, incomplete: str) 
 def identities(ctx: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """Return the identities of this node that begin so; none if nobody knows."""
     return _found(ctx, incomplete, "identity")
+
+
+def either(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the workloads and identities of this node that begin so; none if nobody knows."""
+    return [*workloads(ctx, parameter, incomplete), *identities(ctx, parameter, incomplete)]
 
 
 def _found(ctx: click.Context, incomplete: str, field: str) -> list[str]:

@@ -81,7 +81,7 @@ def _look(file: Path) -> Answer:
         warnings=(),
     )
     if not wrong:
-        found = check_documents([str(settings.config_dir)], settings)
+        found = check_documents([str(settings.config_dir)], settings, may_be_empty=True)
         report = msgspec.structs.replace(
             report,
             config_dir=str(settings.config_dir),

@@ -90,7 +90,7 @@ def _look(directory: Path, paths: tuple[str, ...]) -> Answer:
     found = documents_in_force(directory)
     named = paths or (found.source,)
     try:
-        written = offline.read(named, found.node)
+        written = offline.read(named, found.node, may_be_empty=not paths)
     except offline.NoFilesError as error:
         raise RefusedInputError(str(error)) from None
     report = _Report(

@@ -83,10 +83,12 @@ def check(files: tuple[str, ...], settings_file: Path | None, output: str) -> No
     sys.exit(EXIT_FINDING if report.errors else 0)
 
 
-def check_documents(names: Sequence[str], settings: Settings) -> Report:
+def check_documents(
+    names: Sequence[str], settings: Settings, *, may_be_empty: bool = False
+) -> Report:
     """Judge files and directories by `settings`. Raises RefusedInputError."""
     try:
-        found = offline.read(names, settings.node)
+        found = offline.read(names, settings.node, may_be_empty=may_be_empty)
     except offline.NoFilesError as error:
         raise RefusedInputError(str(error)) from None
     # For the workloads of all nodes: a file is written for the mesh.

@@ -51,12 +51,13 @@ class Documents(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
 
 
-def read(names: Sequence[str], node: str) -> Documents:
+def read(names: Sequence[str], node: str, *, may_be_empty: bool = False) -> Documents:
     """Return what the files hold: paths, directories, or STDIN. `node` is the node's name.
 
-    Raises NoFilesError.
+    A directory without files is an answer if it `may_be_empty`, as the one is that an agent watches
+    whose mesh is still to be written; else it is taken for a mistake. Raises NoFilesError.
     """
-    files = _expand(names)
+    files = _expand(names, may_be_empty=may_be_empty)
     documents: list[Document] = []
     errors: dict[ConfigError, None] = {}
     warnings: dict[str, None] = {}
@@ -78,7 +79,7 @@ def read(names: Sequence[str], node: str) -> Documents:
     return Documents(len(files), tuple(documents), tuple(errors), tuple(warnings))
 
 
-def _expand(names: Sequence[str]) -> list[str]:
+def _expand(names: Sequence[str], *, may_be_empty: bool) -> list[str]:
     """Return the files that are meant, each once."""
     found: dict[str, None] = {}
     for name in names:
@@ -98,7 +99,7 @@ def _expand(names: Sequence[str]) -> list[str]:
             for entry in entries
             if entry.suffix in SUFFIXES and not entry.name.startswith(".")
         ]
-        if not inside:
+        if not inside and not may_be_empty:
             raise NoFilesError(
                 f"{name} holds no file that ends in {', '.join(SUFFIXES)}: name one that does"
             )

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import itertools
 import os
+import pty
+import select
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -63,13 +71,57 @@ LINES = [
 
 @pytest.mark.parametrize("line,wanted", LINES)
 def test_bash_completes(place: Path, line: str, wanted: set[str]) -> None:
-    words = shlex.split(line.replace("PLACE", str(place)))
-    asked = " ".join(map(shlex.quote, words))
+    asked = shlex.quote(line.replace("PLACE", str(place)))
     program = (
-        f"source {script(place, 'bash')}; COMP_WORDS=({asked}); COMP_CWORD={len(words) - 1}; "
+        f"source {script(place, 'bash')}; COMP_LINE={asked}; COMP_POINT=${{#COMP_LINE}}; "
         '_nodeagent_completion nodeagent; printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    assert set(shell(place, "bash", "--norc", "-c", program).split()) == wanted
+    # bash puts behind the last colon what it is given.
+    behind = {each.rpartition(":")[2] for each in wanted}
+    assert set(shell(place, "bash", "--norc", "-c", program).split()) == behind
+
+
+@pytest.mark.parametrize(
+    "typed,rest",
+    [
+        ("logs --run-dir . --identity spiffe:", "//cluster.local/ns/"),
+        ("certs --run-dir . spiffe://cluster.local/ns/d", "efault/sa/httpbin "),
+        ("logs --run-dir . --identity=spiffe://cluster.local/ns/d", "efault/sa/httpbin "),
+        ("connections --run-dir . --pod=de", "fault/httpbin "),
+        ("logs --run-dir . --workload de", "fault/httpbin "),
+        ("status --settings ./settings-of-th", "is.yaml "),
+        ("graph --padlock no-", "data "),
+    ],
+)
+def test_what_is_typed_in_bash_is_completed(place: Path, typed: str, rest: str) -> None:
+    (place / "settings-of-this.yaml").touch()
+    (place / "rc").write_text(
+        f"source {script(place, 'bash')}\nbind 'set bell-style none'\nPS1='ready '\n"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(place)
+        environment = {**os.environ, "PATH": f"{place}:{os.environ['PATH']}", "TERM": "xterm"}
+        os.execvpe("bash", ["bash", "--noprofile", "--rcfile", "rc", "-i"], environment)  # noqa: S606 - what is tested
+    try:
+        # Wider than any of the lines: bash would draw them in pieces.
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+        read_until(terminal, "ready ")
+        os.write(terminal, f"nodeagent {typed}\t".encode())
+        read_until(terminal, f"nodeagent {typed}{rest}")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(terminal)
+
+
+def read_until(terminal: int, wanted: str) -> None:
+    said = b""
+    deadline = time.monotonic() + SECONDS
+    while wanted.encode() not in said:
+        ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
+        assert ready, said
+        said += os.read(terminal, 4096)
 
 
 @pytest.mark.parametrize("line,wanted", LINES)
@@ -135,6 +187,17 @@ def test_pages_say_what_help_says(pages: dict[str, str]) -> None:
     assert "\\-h, \\-\\-help" in page
     assert "Exit codes: 0 all of them are enrolled" in page
     assert ".BR nodeagent (8)," in page
+
+
+def test_no_page_has_a_term_without_text_or_two_marks_behind_a_sentence(
+    pages: dict[str, str],
+) -> None:
+    for text in pages.values():
+        lines = text.splitlines()
+        for term, after in itertools.pairwise(lines):
+            assert not (term.startswith((".B ", ".BR ")) and after == ".TP")
+        assert "?." not in text
+        assert "" not in lines
 
 
 def test_formatters_have_no_complaint(pages: dict[str, str], tmp_path: Path) -> None:

@@ -329,6 +329,26 @@ def test_the_exit_code_is_the_same_in_every_form(
         assert result.stderr
 
 
+def test_a_node_whose_mesh_is_still_to_be_written_has_no_fault(place: Path) -> None:
+    empty = place / "empty.d"
+    empty.mkdir()
+    (place / "fresh.yaml").write_text(f"config_dir: {empty}")
+    result = said("config check fresh.yaml")
+    assert result.exit_code == 0, result.output
+    assert f"{empty}: 0 documents would be in force; 0 errors" in result.stdout
+    answers = place / "answers"
+    shutil.copytree(SNAPSHOTS / "answers" / "fine", answers)
+    in_force = json.loads((answers / "configuration.json").read_text())
+    in_force["source"] = str(empty)
+    (answers / "configuration.json").write_text(json.dumps(in_force))
+    with answering(place, answers):
+        result = said(f"config diff {AGENT}")
+        assert "in force, not written" in result.stdout
+        # A directory that somebody names, and that is empty, is the wrong one.
+        assert said(f"config diff {AGENT} {empty}").exit_code == 2
+    assert said(f"policy check {empty}").exit_code == 2
+
+
 # --- the documentation ----------------------------------------------------------------------------
 
 SPOKEN = re.compile(r"`nodeagent ([a-z]+(?: [a-z]+)?)")

@@ -30,7 +30,7 @@ TEST_C_SOURCES := $(wildcard tests/*/*.c tests/fuzz/rig/*.[ch] bench/load/*.[ch]
 # The drawing library of the web page, from npm.
 PAGE_LIBRARY := nodeagent/page/static/vendor/cytoscape.mjs
 
-# Where `make install` puts the daemons; the units in systemd/ name the same place.
+# Where `make install` puts the daemons, and where its units look for them.
 PREFIX ?= /opt/nodeagent
 
 # Where each shell looks for what completes a command, on Debian.
@@ -107,7 +107,10 @@ install: dist man ## Install both daemons and their units on this machine (root;
 	$(PYTHON) -m venv $(PREFIX)
 	$(PREFIX)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
 	$(PREFIX)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
-	install -D -m 0644 -t /etc/systemd/system systemd/nodeagent.service systemd/ztunnel.service
+	for unit in nodeagent ztunnel; do \
+		sed 's#/opt/nodeagent/#$(PREFIX)/#' systemd/$$unit.service \
+			| install -D -m 0644 /dev/stdin /etc/systemd/system/$$unit.service; \
+	done
 	install -D -m 0644 systemd/nodeagent.tmpfiles.conf /usr/lib/tmpfiles.d/nodeagent.conf
 	install -D -m 0644 -t /usr/share/doc/nodeagent docs/*.md
 	install -D -m 0644 -t /usr/local/share/man/man8 build/man/*.8

@@ -97,6 +97,43 @@ def test_browser_has_landmarks_headings_and_names(browser: Browser, site: page.S
     )
 
 
+def test_browser_reads_out_names_and_no_signs(browser: Browser, site: page.Site) -> None:
+    browser.open(site)
+    tree = browser.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    named = [
+        (each["role"]["value"], each["name"]["value"])
+        for each in tree
+        if not each.get("ignored") and each["role"]["value"] in {"button", "columnheader"}
+    ]
+    assert ("columnheader", "Caller") in named
+    assert ("button", "Caller") in named
+    assert not [name for _, name in named if set(name) & set("↑↓↕✕⤢↺")]
+
+
+@pytest.mark.parametrize("view", ["graph", "connections", "workloads", "rollout"])
+def test_browser_fits_a_narrow_screen_whatever_the_names(
+    browser: Browser, site: page.Site, view: str
+) -> None:
+    """At 320 pixels, as on a telephone, or at 400 % (WCAG 1.4.10)."""
+    long = f"{'n' * 63}/{'service-' * 20}"
+    site.picture.vertices.append(picture.vertex(long))
+    site.picture.pods.append(picture.pod(long))
+    site.picture.edges.append(picture.edge(long, "sentences/age", mutual_tls=1))
+    site.picture.connections.append(picture.connection(1, long, "sentences/age"))
+    narrow = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    try:
+        browser.open(site, f"/ui/#{view}")
+        browser.wait(lambda: browser.all("tbody tr"))
+        # Beside a scroll bar, which some have.
+        wide, room = browser.run(
+            "const e = document.documentElement; return [e.scrollWidth, e.clientWidth]"
+        )
+        assert wide == room <= 320
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_browser_shows_hostile_names_as_text(browser: Browser, site: page.Site) -> None:
     shown = site.picture
     shown.vertices.append(picture.vertex(picture.HOSTILE))

@@ -157,7 +157,8 @@ export class GraphView {
     const button = el("button", {
       type: "button", class: "chip", "aria-pressed": "false",
       "data-state": known === undefined ? "none" : token(known),
-      title: known === undefined ? `connections that were ${state}` : MEANING[known],
+      title: known !== undefined ? MEANING[known]
+        : `lines with connections that ${state === "failed" ? "failed" : "were refused"}`,
       onclick: () => this.#filter({ state: this.wanted.state === state ? "" : state }),
     }, known === undefined ? el("span", { class: "cross", "aria-hidden": "true" }, "✕") : icon(known),
     state, number);

@@ -77,15 +77,15 @@ def build(recording: Recording, pods: Sequence[PodReport], off: Offline) -> Asde
     workloads.sort(key=lambda each: each.workload)
     points = sum(each.points for each in workloads)
     connections = sum(each.connections for each in workloads)
-    oldest = recording.oldest
+    complete = recording.complete
     return AsdexReport(
         schema=SCHEMA,
         node=recording.node,
         time=recording.time,
         since=recording.since,
         complete=not (recording.problem or recording.truncated)
-        and oldest is not None
-        and oldest <= recording.since,
+        and complete is not None
+        and complete <= recording.since,
         score=score(points, connections),
         points=points,
         connections=connections,

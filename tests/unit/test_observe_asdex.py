@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nodeagent.admin.model import CertificateReport, PodReport, PodState
 from nodeagent.flows import SCHEMA, Recorded, Recording
@@ -43,10 +45,22 @@ def pod(uid: str, hours: int = 1) -> PodReport:
     )
 
 
-def build(documents: list[str], *flows: Recorded, hours: int = 1) -> AsdexReport:
-    recording = Recording(
-        schema=SCHEMA, node="n1", time=NOW, since=SINCE, oldest=SINCE, flows=flows
-    )
+def build(
+    documents: list[str],
+    *flows: Recorded,
+    hours: int = 1,
+    **changes: Any,  # noqa: ANN401 - fields of a recording
+) -> AsdexReport:
+    values: dict[str, Any] = {
+        "schema": SCHEMA,
+        "node": "n1",
+        "time": NOW,
+        "since": SINCE,
+        "oldest": SINCE,
+        "complete": SINCE,
+        "flows": flows,
+    }
+    recording = Recording(**(values | changes))
     pods = [pod("shop/pay", hours), pod("shop/web")]
     return asdex.build(recording, pods, configuration(*documents))
 
@@ -62,6 +76,59 @@ def test_the_best_has_every_point_and_lost_none() -> None:
     found = build(BEST, flow(connections=1000), flow(allowed=False, identity=web("other")))
     assert (pay(found).score, pay(found).losses, found.score) == (1.0, (), 1.0)
     assert sum(WEIGHTS.values()) == 100
+
+
+@pytest.mark.parametrize(
+    "changes, complete",
+    [
+        ({}, True),
+        # Nothing is kept of a time in which nobody called.
+        ({"oldest": None}, True),
+        ({"complete": SINCE + timedelta(seconds=1)}, False),
+        ({"complete": None}, False),
+        ({"truncated": True}, False),
+        ({"problem": "no room"}, False),
+    ],
+)
+def test_a_score_says_whether_all_of_the_time_is_in_it(
+    changes: dict[str, Any], complete: bool
+) -> None:
+    assert build(BEST, **changes).complete is complete
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["", web(), web("other")]),
+            st.sampled_from(["hbone", "direct"]),
+            st.integers(0, 5000),
+            st.integers(0, 3),
+        ),
+        max_size=6,
+    ),
+    st.sampled_from([mesh(), BEST, [*mesh(), strict()], [*mesh(), policy(ONLY_WEB)]]),
+    st.sampled_from([1, 25]),
+)
+def test_every_point_lost_is_explained_and_nothing_is_rounded_up(
+    calls: list[tuple[str, str, int, int]], documents: list[str], hours: int
+) -> None:
+    flows = [
+        flow(identity=who, arrival=way, connections=count, carried=carried)
+        if who
+        else clear(connections=count, carried=carried)
+        for who, way, count, carried in calls
+    ]
+    found = pay(build(documents, *flows, hours=hours))
+    assert found.connections == sum(count + carried for _, _, count, carried in calls)
+    if not found.connections:
+        assert (found.score, found.losses) == (None, ())
+        return
+    exact = found.points / (100 * found.connections)
+    assert found.score is not None
+    assert found.score <= exact + 1e-12
+    assert exact < found.score + 0.01 + 1e-12
+    assert (found.score == 1.0) == (not found.losses)
+    assert exact + sum(each.cost for each in found.losses) == pytest.approx(1.0)
 
 
 def test_without_connections_there_is_no_score() -> None:

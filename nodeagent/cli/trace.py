@@ -6,10 +6,12 @@ end by itself, to write one line an event as it comes, and to count what it leav
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -115,16 +117,30 @@ def trace(
     if not traced:
         raise click.UsageError("no pod of this node can be looked at")
     lines = _Lines(Directory(traced, state.resources), kinds or KINDS, output, tunnel=tunnel)
-    try:
-        program = Program([each.netns for each in traced], lines.take)
-    except MissingError as error:
-        raise _CannotBeginError(f"{error}\n  do: {error.remedy}") from None
-    say(f"looking at {many(len(traced), 'pod')} for {seconds} s; Ctrl-C ends")
-    try:
-        lines.follow(program, seconds)
-    finally:
-        program.close()
+    with _interruptions() as interrupted:
+        try:
+            program = Program([each.netns for each in traced], lines.take)
+        except MissingError as error:
+            raise _CannotBeginError(f"{error}\n  do: {error.remedy}") from None
+        try:
+            say(f"looking at {many(len(traced), 'pod')} for {seconds} s; Ctrl-C ends")
+            lines.follow(program, seconds, interrupted)
+        finally:
+            program.close()
     sys.exit(ExitCode.FINDING if lines.counts["bypass"] else ExitCode.FINE)
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C was pressed since. As an exception it would be lost in what the compiler
+    and the ring call back, or leave them half done.
+    """
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _chosen(found: Sequence[PodReport], names: Sequence[str]) -> list[PodReport]:
@@ -191,16 +207,13 @@ class _Lines:
             return msgspec.json.encode(event).decode()
         return trace_view.line(event)
 
-    def follow(self, program: Program, seconds: float) -> None:
+    def follow(self, program: Program, seconds: float, interrupted: Callable[[], bool]) -> None:
         """Take events until the time, or the room, is over."""
         began = time.monotonic()
-        try:
-            while (left := began + seconds - time.monotonic()) > 0:
-                program.wait(min(left, POLL_SECONDS))
-                if self.counts.total() >= MOST_EVENTS:
-                    break
-        except KeyboardInterrupt:
-            pass
+        while (left := began + seconds - time.monotonic()) > 0 and not interrupted():
+            program.wait(min(left, POLL_SECONDS))
+            if self.counts.total() >= MOST_EVENTS:
+                break
         said = trace_view.summary(
             self.counts, time.monotonic() - began, self._left_out, program.lost()
         )

@@ -62,6 +62,11 @@ FIELDS: Final[Mapping[str, str]] = {
 }
 """What observe.c reads, by the macro that it names the offset by."""
 
+MOST_AT_ONCE: Final = 1000
+"""Events that are taken before they are said: the kernel may fill the ring for ever."""
+ENOUGH: Final = -1
+"""What has libbpf go back to its caller (ring_buffer_sample_fn); the rest stays in the ring."""
+
 MOST_SAID: Final = 400
 """Characters of the compiler's words in an error: its first complaint."""
 
@@ -94,14 +99,26 @@ class Program:
             table = self._bpf[b"pods"]
             table[table.Key(inode)] = table.Leaf(1)
 
-        def took(_context: object, data: int, size: int) -> None:
-            take(ctypes.string_at(data, size))
+        waiting: list[bytes] = []
 
+        def took(_context: object, data: int, size: int) -> int:
+            # Called by the library, which loses an exception: nothing is done here that has any.
+            waiting.append(ctypes.string_at(data, size))
+            return 0 if len(waiting) < MOST_AT_ONCE else ENOUGH
+
+        self._waiting = waiting
+        self._take = take
         self._bpf[b"events"].open_ring_buffer(took)
 
     def wait(self, seconds: float) -> None:
-        """Take events for at most so long; returns earlier once there were some."""
+        """Take events for at most so long; returns earlier once there were some. Raises what `take`
+        raises.
+        """
         self._bpf.ring_buffer_poll(int(seconds * 1000))
+        taken = self._waiting[:]
+        self._waiting.clear()
+        for each in taken:
+            self._take(each)
 
     def lost(self) -> int:
         """Return how many events found no room."""
@@ -181,9 +198,13 @@ def _offsets() -> dict[str, int]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[Callable[[], str]]:
     """Keep what compiler and library write to both outputs; yields how to read it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = {number: os.dup(number) for number in (1, 2)}
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by whoever called
+            stream.flush()
+    kept: dict[int, int] = {}
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # the same
+            kept[number] = os.dup(number)
     with tempfile.TemporaryFile() as said:
         for number in kept:
             os.dup2(said.fileno(), number)

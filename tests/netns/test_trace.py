@@ -39,31 +39,38 @@ def mesh(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Mesh]:
         yield made
 
 
+ENVIRONMENT: Final = os.environ | {"BCC_KERNEL_SOURCE": str(HEADERS)}
+
+
+def command(lab: Lab, *options: str) -> list[str]:
+    settings = lab.layout.node_directory("node-1") / "settings.yaml"
+    return [*CLI, "--settings", str(settings), "--seconds", "60", "-o", "json", *options]
+
+
 class Tracing:
     """The command, looking at node-1 until `end`."""
 
     def __init__(self, lab: Lab, *options: str) -> None:
-        settings = lab.layout.node_directory("node-1") / "settings.yaml"
-        self._process = subprocess.Popen(
-            [*CLI, "--settings", str(settings), "--seconds", "60", "-o", "json", *options],
+        self.process = subprocess.Popen(
+            command(lab, *options),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"BCC_KERNEL_SOURCE": str(HEADERS)},
+            env=ENVIRONMENT,
         )
         assert HEADERS.exists(), "kernel headers are missing: make peers"
         said = self._said()
-        assert said.startswith("looking at "), said + self._process.communicate()[1]
+        assert said.startswith("looking at "), said + self.process.communicate()[1]
 
     def _said(self) -> str:
-        assert self._process.stderr is not None
-        return self._process.stderr.readline()
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
 
     def end(self) -> tuple[int, list[dict[str, Any]], str]:
         """Interrupt it; return exit code, events and the last line."""
-        self._process.send_signal(signal.SIGINT)
-        out, err = self._process.communicate(timeout=DEADLINE)
-        return self._process.returncode, [json.loads(line) for line in out.splitlines()], err
+        self.process.send_signal(signal.SIGINT)
+        out, err = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
 
 
 def test_a_call_is_told_of_its_pod_with_its_bytes(lab: Lab, mesh: Mesh) -> None:
@@ -113,6 +120,35 @@ def test_what_goes_around_the_tunnel_is_a_finding(lab: Lab, mesh: Mesh) -> None:
     assert (event["event"], event["pod"], event["new"]) == ("bypass", "shop/client", True)
     assert (event["remote"], event["peer"]) == (f"{address}:{port}", "shop/far")
     assert "1 flow around the tunnel" in last
+
+
+def test_who_reads_no_more_ends_it(lab: Lab, mesh: Mesh) -> None:
+    with Tracing(lab, "--tunnel").process as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+
+        def ended() -> bool:
+            mesh.visit("client", "far")
+            return process.poll() is not None
+
+        wait_until(ended, "it has noticed")
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_an_interrupt_while_it_compiles_ends_it_in_order(lab: Lab) -> None:
+    before = programs()
+    with subprocess.Popen(
+        command(lab), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_until(lambda: "libbcc" in maps.read_text(), "the compiler is loaded")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (0, "")
+    assert err.splitlines()[-1].startswith("0 s: 0 connections")
+    assert programs() == before
 
 
 def test_a_program_that_is_gone_leaves_nothing_in_the_kernel(lab: Lab) -> None:

@@ -12,11 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from support.certificates import NOW
-from support.expositions import ACCEPTED, RULE, by_reason, picture, rows, ztunnel_text
+from support.expositions import ACCEPTED, HTTPBIN, RULE, by_reason, picture, rows, ztunnel_text
 from support.fake_core import FakeCore
 from support.mesh_state import identity, service, workload
 from support.prometheus import check_metrics
 from ztunnel.observe import istio_text, labels
+from ztunnel.observe.counted import Plaintext
 from ztunnel.observe.labels import Labels
 from ztunnel.observe.series import Counters
 from ztunnel.observe.stats import render
@@ -275,6 +276,39 @@ def test_plaintext_by_source_and_destination(core: FakeCore) -> None:
         ("legacy", "httpbin", "deny"): 9,
         ("other", "other", "allow"): 10,
     }
+
+
+def test_workloads_called_as_what_stands_for_many_are_no_second_sample(core: FakeCore) -> None:
+    callers = ("", "unknown/unknown", "other", "unknown/other")
+    counted = {Plaintext(caller, HTTPBIN.uid, allow=True): 1 for caller in callers}
+    text = ztunnel_text(msgspec.structs.replace(picture(core), plaintext=counted))
+    lines = [line for line in text.splitlines() if line.startswith("ztunnel_plaintext_conn")]
+    assert sorted(line.rpartition(" ")[2] for line in lines) == ["2.0", "2.0"]
+    check_metrics(text)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ['a"b\nc\\d', "\r\x00\x1b[31m", "x" * 10_240, "\u202e", '{a="b"} 1\n# EOF\n', "a\\"],
+)
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text"])
+def test_any_name_comes_through_as_it_is(core: FakeCore, name: str, accept: str) -> None:
+    """In Istio's text, which is our own, and in the library's."""
+    evil = msgspec.structs.replace(workload("a", "10.1.0.1"), name=name)
+    shown = msgspec.structs.replace(
+        picture(core),
+        rows=rows((labels.make("source", "none", evil, None, None), Counters(1))),
+        plaintext={Plaintext(f"default/{name}", "", allow=True): 1},
+    )
+    text = ztunnel_text(shown, accept)
+    parse = openmetrics_families if accept else text_string_to_metric_families
+    named = {
+        sample.name
+        for family in parse(text)
+        for sample in family.samples
+        if sample.labels.get("source_workload") == name
+    }
+    assert {"istio_tcp_sent_bytes_total", "ztunnel_plaintext_connections_total"} <= named
 
 
 def test_what_found_no_room_and_what_has_expired(core: FakeCore) -> None:

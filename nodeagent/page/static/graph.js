@@ -323,6 +323,8 @@ export class Drawing {
       } })),
       { selector: "edge.many", style: { "line-style": "solid" } },
       { selector: "edge.refused", style: { "target-arrow-shape": "tee", "target-arrow-color": t.none } },
+      // Nobody gets through: that is not to be the palest line of all.
+      { selector: "edge.nodata.refused", style: { "line-color": t.none } },
       { selector: ".faded", style: { opacity: 0.12, "text-opacity": 0 } },
       { selector: "node:selected", style: { "underlay-color": t.accent, "underlay-opacity": 0.45, "underlay-padding": 9 } },
       { selector: "edge:selected", style: { "underlay-color": t.accent, "underlay-opacity": 0.4, "underlay-padding": 6, "z-index": 9 } },

@@ -112,7 +112,7 @@ export class GraphView {
     const shown = filtered(graph.edges, this.wanted, this.vertices);
     const bright = new Set(shown.map((each) => pairId(each.source, each.destination)));
     this.drawing?.show(graph.vertices, every, graph.window_seconds, (pair) => bright.has(pair.id));
-    fill(this.summary, summary(graph, every));
+    fill(this.summary, ...summary(graph, every));
     fill(this.notices,
       !graph.complete && notice("idle", "The recording does not cover the whole window: what was "
         + "before it began is not known."),
@@ -241,6 +241,10 @@ function summary(graph, every) {
     : `${count(states.all)} of ${plural(carrying, "line")} with traffic all mutual TLS`
       + (states.some > 0 ? `, ${count(states.some)} in part` : "")
       + (states.none > 0 ? `, ${count(states.none)} not at all` : "");
-  return `${plural(workloads, "workload")}, ${plural(every.length, "line")} in the last `
-    + `${about(graph.window_seconds)}: ${locked}; ${count(refused)} refused, ${count(failed)} failed.`;
+  /** @param {number} number @param {string} what */
+  const mark = (number, what) => (number === 0 ? `0 ${what}`
+    : el("span", { class: "bad" }, `${count(number)} ${what}`));
+  return [`${plural(workloads, "workload")}, ${plural(every.length, "line")} in the last `
+    + `${about(graph.window_seconds)}: ${locked}; `,
+  mark(refused, "refused"), ", ", mark(failed, "failed"), "."];
 }

@@ -143,6 +143,18 @@ def test_what_has_been_told_has_no_further_beginning_at_its_end(rig: Rig, decisi
     assert not last.opened
 
 
+def test_both_lines_have_one_start_whatever_becomes_of_the_clock(rig: Rig, decision: int) -> None:
+    """Whoever joins them does it by time and source."""
+    told = Told(rig)
+    pair = [listed(rig, decision, number=number) for number in (1, 2)]
+    (begun,) = told.look(pair[0])
+    rig.wall += 0.001
+    (twin,) = told.look(*pair)
+    rig.wall -= 3600
+    (last,), (other,) = (end_of(rig, one) for one in pair)
+    assert begun.start == twin.start == last.start == other.start
+
+
 def test_streams_that_begin_at_once_are_each_told(rig: Rig, decision: int) -> None:
     told = Told(rig)
     pair = [listed(rig, decision, number=number) for number in (1, 2)]

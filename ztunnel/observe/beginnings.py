@@ -2,7 +2,8 @@
 
 This module owns the memory of which connections have been told. It promises one line, two where a
 connection is handed over between two pods of this node, for each that was open: within LOOK_SECONDS
-for one that stays open for as long, else with the line of its end, before it. The core tells of
+for one that stays open for as long, else with the line of its end, before it; and that both lines
+have the same start, whatever becomes of the node's clock between them. The core tells of
 ends and not of beginnings, so that what is open is looked at; and each end is asked about, which
 takes it out of the core's own lines (`Events.decided`). Who does not ask for beginnings pays for
 neither. It may not judge, nor write.
@@ -57,6 +58,8 @@ class Told:
         self._numbers: set[int] = set()
         self._open: Counter[_Key] = Counter()
         """Those that have been told, and whose end has not been reported."""
+        self._starts: dict[_Key, float] = {}
+        """When these began, as it was told."""
         self._looking = False
         self._ended: Counter[_Key] = Counter()
         """Those that ended untold during a look, which may still show them."""
@@ -65,16 +68,18 @@ class Told:
         """Begin a look at what is open."""
         self._looking = True
 
-    def begun(self, listed: Listed) -> bool:
+    def is_new(self, listed: Listed) -> bool:
         """Return whether the beginning of what is open is to be told now."""
         if listed.number in self._numbers:
             return False
         self._numbers.add(listed.number)
+        return not _taken(self._ended, _key(listed))
+
+    def begun(self, listed: Listed, start: float) -> float:
+        """Remember that it is told now, and return the start to tell."""
         key = _key(listed)
-        if _taken(self._ended, key):
-            return False
         self._open[key] += 1
-        return True
+        return self._starts.setdefault(key, start)
 
     def looked(self, seen: dict[int, Listed], *, whole: bool) -> None:
         """End a look, which has shown `seen`, and if it was `whole` all there is."""
@@ -86,15 +91,20 @@ class Told:
         if len(self._open) > MAX_TOLD:
             # Ends that the core could not report.
             self._open = Counter(map(_key, seen.values()))
+            self._starts = {key: self._starts[key] for key in self._open if key in self._starts}
 
-    def ended(self, event: Ended) -> bool:
-        """Take in an end; return whether the beginning has been told."""
+    def ended(self, event: Ended) -> float | None:
+        """Take in an end; return the start that has been told, None if none has."""
         key = _key(event)
         if _taken(self._open, key):
-            return True
+            return self._starts.get(key) if key in self._open else self._starts.pop(key, None)
         if self._looking:
             self._ended[key] += 1
-        return False
+        return None
+
+
+def _with_start(lines: list[Line], start: float) -> list[Line]:
+    return [msgspec.structs.replace(line, start=start) for line in lines]
 
 
 def _carried(event: Ended) -> bool:
@@ -127,13 +137,17 @@ class Beginnings:
 
         That has neither bytes nor duration.
         """
-        if self._told.ended(event) or not _carried(event):
+        start = self._told.ended(event)
+        if start is not None:
+            return lambda: _with_start(end(), start)
+        if not _carried(event):
             return end
 
         def both() -> list[Line]:
-            begun = self._events.opened(event)
+            ends = end()
+            begun = _with_start(self._events.opened(event), ends[0].start)
             replace = msgspec.structs.replace
-            return [replace(line, received=0, sent=0, duration_us=0) for line in begun] + end()
+            return [replace(line, received=0, sent=0, duration_us=0) for line in begun] + ends
 
         return both
 
@@ -144,12 +158,11 @@ class Beginnings:
         def take(listed: list[Listed]) -> None:
             opened = {each.number: each for each in listed if each.state == self._state}
             seen.update(opened)
-            lines = [
-                line
-                for each in opened.values()
-                if self._told.begun(each)
-                for line in self._events.opened(each)
-            ]
+            lines: list[Line] = []
+            for each in filter(self._told.is_new, opened.values()):
+                begun = self._events.opened(each)
+                if begun:
+                    lines += _with_start(begun, self._told.begun(each, begun[0].start))
             if lines:
                 self._sink.write(lines)
 

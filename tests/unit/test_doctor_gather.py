@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from nodeagent.doctor.facts import Drop, Outcome
+from nodeagent.doctor.facts import Drop, Outcome, TunnelCounts
 from nodeagent.doctor.gather import filters, host, iptables, probes, processes, tunnel
 from nodeagent.doctor.gather.processes import Process
 from nodeagent.identity import EmbeddedCa
@@ -237,6 +240,32 @@ def test_the_few_series_are_read_out_of_all() -> None:
     assert (found.descriptors, found.descriptors_most) == (10, 20)
     assert found.handshake_failures == {"certificate_expired": 2}
     assert found.expiries == {"spiffe://a/b": 1.5e9}
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-Inf", "1e300", "-1"])
+def test_values_that_are_none_are_passed_over(value: str) -> None:
+    text = re.sub(r" [0-9.e+]+$", f" {value}", METRICS, flags=re.MULTILINE)
+    assert tunnel.counts_of(text.splitlines()) == TunnelCounts()
+
+
+def test_a_program_that_answers_in_drips_does_not_hold_the_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tunnel, "WHOLE_SECONDS", 0.3)
+
+    def drip(server: socket.socket) -> None:
+        with server.accept()[0] as sock, contextlib.suppress(OSError):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while True:
+                sock.sendall(b"#")
+                time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(tunnel, "PORT", server.getsockname()[1])
+        dripping = pool.submit(drip, server)
+        with pytest.raises(tunnel.SilentError):
+            tunnel.counts()
+        dripping.result(10)
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ network namespace, which must be the node's.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
+import threading
 from collections.abc import Iterable
 from typing import Final
 
@@ -22,8 +25,14 @@ PORT: Final = 15020
 """Where the unit has ztunnel serve its metrics."""
 
 SECONDS: Final = 5.0
+"""Of silence."""
+WHOLE_SECONDS: Final = 20.0
+"""For the answer to its end: whoever has the port may be another program."""
 MOST: Final = 256 * 1024 * 1024
 """Bytes of an answer: 200,000 series."""
+
+_MOST_VALUE: Final = 253_402_300_799
+"""A sample beyond it is none of ztunnel's: as a time it is the end of the year 9999."""
 
 _BLOCKED: Final = 'response_flags="NETWORK_POLICY"'
 _OWN: Final = (
@@ -35,22 +44,38 @@ _OWN: Final = (
 
 
 class SilentError(Exception):
-    """It takes a connection and says nothing."""
+    """It takes a connection and says nothing, or never comes to an end."""
 
 
 def counts() -> TunnelCounts:
     """Ask ztunnel. Raises OSError, http.client.HTTPException and SilentError."""
     connection = http.client.HTTPConnection(HOST, PORT, timeout=SECONDS)
+    late = threading.Event()
+
+    def cut() -> None:
+        late.set()
+        if connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+    watchdog = threading.Timer(WHOLE_SECONDS, cut)
+    watchdog.daemon = True
+    watchdog.start()
     try:
         connection.request("GET", "/metrics")
         answer = connection.getresponse()
         body = answer.read(MOST)
-        if answer.status != http.HTTPStatus.OK:
-            raise http.client.HTTPException(f"it answered {answer.status}")
-    except TimeoutError:
-        raise SilentError from None
+    except (OSError, http.client.HTTPException) as error:
+        if late.is_set() or isinstance(error, TimeoutError):
+            raise SilentError from None
+        raise
     finally:
+        watchdog.cancel()
         connection.close()
+    if late.is_set():  # cut off, an answer looks like a whole one
+        raise SilentError
+    if answer.status != http.HTTPStatus.OK:
+        raise http.client.HTTPException(f"it answered {answer.status}")
     return counts_of(body.decode("utf-8", "replace").splitlines())
 
 
@@ -68,6 +93,8 @@ def counts_of(lines: Iterable[str]) -> TunnelCounts:
     release, blocked, descriptors, most = "", 0, 0, 0
     for family in text_string_to_metric_families("\n".join(wanted) + "\n"):
         for sample in family.samples:
+            if not 0 <= sample.value <= _MOST_VALUE:  # NaN neither
+                continue
             match sample.name:
                 case "ztunnel_build_info":
                     release = sample.labels.get("version", "")

@@ -21,6 +21,7 @@ import click
 import msgspec
 
 from nodeagent.cli import completion
+from nodeagent.cli.as_yaml import yaml_of
 from nodeagent.cli.ending import ExitCode, say
 from nodeagent.cli.log_lines import Entry, Log, read, sentence
 from nodeagent.cli.log_sources import Source, find, merged, of_files
@@ -180,7 +181,7 @@ def _spelled(entry: Entry, line: str, output: str) -> Iterator[str]:
         if output == "json":
             yield msgspec.json.encode(document).decode()
         else:
-            yield "---\n" + msgspec.yaml.encode(document).decode().rstrip("\n")
+            yield "---\n" + yaml_of(document).rstrip("\n")
         return
     printer = Printer(wide=True)
     tone = Tone.BAD if entry.refused else Tone.CAREFUL if entry.failed else Tone.PLAIN

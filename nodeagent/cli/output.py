@@ -23,6 +23,7 @@ import click
 import msgspec
 
 from nodeagent.cli import clock, table
+from nodeagent.cli.as_yaml import yaml_of
 from nodeagent.cli.ending import ExitCode, say
 from nodeagent.cli.reach import UnreachableError
 from nodeagent.cli.table import Cell, Column, Segment, Tone
@@ -195,7 +196,7 @@ def write_document(document: msgspec.Struct | dict[str, Any], form: str) -> None
     if form == "json":
         _write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
     else:
-        _write(msgspec.yaml.encode(document).decode())
+        _write(yaml_of(document))
 
 
 def write_text(text: str) -> None:
@@ -215,7 +216,7 @@ def _watch(look: Callable[[], Answer], output: str, every: float) -> NoReturn:
         if output == "json":
             _write(msgspec.json.encode(found.document).decode() + "\n")
         elif output == "yaml":
-            _write("---\n" + msgspec.yaml.encode(found.document).decode())
+            _write("---\n" + yaml_of(found.document))
         else:
             _frame(found, wide=output == "wide")
         while True:

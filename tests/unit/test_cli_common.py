@@ -23,6 +23,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeagent.cli.as_yaml import yaml_of
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.output import (
     Answer,
@@ -254,6 +255,29 @@ def test_colour_is_used_where_it_is_wanted(
     printer = Printer()
     printer.line("bad", Tone.BAD)
     assert ("\x1b[31m" in printer.done()) == colour
+
+
+# Numbers for readers of YAML 1.2 (10.3.2), or anything but texts for those of YAML 1.1.
+READ_AS_SOMETHING_ELSE = ["1e3", "12E45", "1.5e3", "-1e3", "0o17", "7.", ".5", "5", "0x1f", "no",
+                          "Yes", "on", "~", "null", "", "2026-01-01", "12:30:45", "1_000", ".inf",
+                          "=", "<<"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", READ_AS_SOMETHING_ELSE)
+def test_a_text_stays_a_text_in_yaml(text: str) -> None:
+    assert yaml_of({"name": text}) == f"name: '{text}'\n"
+
+
+def test_numbers_and_moments_are_none_in_yaml() -> None:
+    when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    document = {"a": 5, "b": 0.5, "c": 1e3, "d": 1e17, "e": True, "f": None, "g": when}
+    assert yaml.safe_load(yaml_of(document)) == document
+    assert "'" not in yaml_of(document)
+
+
+@given(st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=4))
+def test_yaml_is_what_was_written(document: dict[str, str]) -> None:
+    assert yaml.safe_load(yaml_of(document)) == document
 
 
 # --- --since ------------------------------------------------------------------------------------

@@ -55,6 +55,10 @@ def test_browser_draws_the_same_as_the_table_says(browser: Browser, site: page.S
     assert lines["ingress/gateway > sentences/frontend"]["label"] == "some, 99.6 %\n50/min"
     assert lines["outside > sentences/age"]["label"] == "no data\n✕ 12 refused"
     assert lines["outside > sentences/age"]["arrow"] == "tee"
+    # Nobody gets through: drawn as what is bad, and said so above.
+    red = lines["sentences/frontend > sentences/name-v1"]["colour"]
+    assert lines["outside > sentences/age"]["colour"] == red
+    assert [each.text for each in browser.all("#summary .bad")] == ["12 refused", "2 failed"]
     spaces = browser.run(
         "return document.getElementById('drawing').drawing.cy.nodes(':parent')"
         ".map(each => each.data('label') + ' ' + each.children().length).sort()"

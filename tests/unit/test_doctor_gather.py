@@ -248,14 +248,15 @@ def test_values_that_are_none_are_passed_over(value: str) -> None:
     assert tunnel.counts_of(text.splitlines()) == TunnelCounts()
 
 
+@pytest.mark.parametrize("field", [b"Content-Length: 100000", b"Connection: close"])
 def test_a_program_that_answers_in_drips_does_not_hold_the_look(
-    monkeypatch: pytest.MonkeyPatch,
+    field: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tunnel, "WHOLE_SECONDS", 0.3)
 
     def drip(server: socket.socket) -> None:
         with server.accept()[0] as sock, contextlib.suppress(OSError):
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            sock.sendall(b"HTTP/1.1 200 OK\r\n" + field + b"\r\n\r\n")
             while True:
                 sock.sendall(b"#")
                 time.sleep(0.02)

@@ -86,6 +86,13 @@ def dripping_body(sock: socket.socket) -> None:
         time.sleep(0.02)
 
 
+def dripping_to_the_end(sock: socket.socket) -> None:
+    sock.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    while True:
+        sock.sendall(b"a")
+        time.sleep(0.02)
+
+
 def always_going_on(sock: socket.socket) -> None:
     while True:
         sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -98,7 +105,9 @@ def silent(sock: socket.socket) -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-@pytest.mark.parametrize("says", [dripping, dripping_body, always_going_on, silent])
+@pytest.mark.parametrize(
+    "says", [dripping, dripping_body, dripping_to_the_end, always_going_on, silent]
+)
 def test_an_attempt_ends_whatever_is_said(
     says: Callable[[socket.socket], None], tls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

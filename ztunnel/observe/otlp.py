@@ -164,14 +164,20 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, endpoint: Receiver, context: ssl.SSLContext | None) -> None:
         super().__init__(endpoint.address, endpoint.port, timeout=ANSWER_SECONDS)
         self._context = context
+        self._cut: socket.socket | None = None
+        """Kept for `cut`: http.client lets go of it where an answer is to be the last, and reads on
+        from it.
+        """
 
     def connect(self) -> None:
         super().connect()
+        self._cut = self.sock
         if self._context is not None:
             # Not shaken hands with yet: `cut` has to reach it while that lasts.
             self.sock = self._context.wrap_socket(
                 self.sock, server_hostname=self.host, do_handshake_on_connect=False
             )
+            self._cut = self.sock
             self.sock.do_handshake()
 
     def renew(self) -> None:
@@ -181,11 +187,10 @@ class _Connection(http.client.HTTPConnection):
 
     def cut(self) -> None:
         """Have everything that waits on the connection end; from another thread."""
-        sock: socket.socket | None = self.sock
-        if sock is not None:
+        if self._cut is not None:
             with contextlib.suppress(OSError):
                 # Not `SSLSocket.shutdown`, which makes a socket without TLS of it.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._cut, socket.SHUT_RDWR)
 
 
 class Collector:
@@ -282,11 +287,11 @@ class Collector:
         try:
             connection.renew()
             connection.request("POST", self._endpoint.path + PATH, body, {"Content-Type": PROTOBUF})
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER)
-            if not response.isclosed():
-                # More than anybody has to say: what follows would be taken for the next answer.
-                connection.close()
+            with connection.getresponse() as response:
+                answer = response.read(MAX_ANSWER)
+                if not response.isclosed():
+                    # More than anybody has to say: what follows would be taken for the next answer.
+                    connection.close()
         except (OSError, http.client.HTTPException) as error:
             # A time-out is not slow, as a socket is that takes no more now: this connection is of
             # no use.

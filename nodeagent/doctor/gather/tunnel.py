@@ -50,21 +50,23 @@ class SilentError(Exception):
 def counts() -> TunnelCounts:
     """Ask ztunnel. Raises OSError, http.client.HTTPException and SilentError."""
     connection = http.client.HTTPConnection(HOST, PORT, timeout=SECONDS)
+    connection.connect()
+    # The connection lets go of it where the answer is to be its last, and reads on.
+    sock: socket.socket = connection.sock
     late = threading.Event()
 
     def cut() -> None:
         late.set()
-        if connection.sock is not None:
-            with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
     watchdog = threading.Timer(WHOLE_SECONDS, cut)
     watchdog.daemon = True
     watchdog.start()
     try:
         connection.request("GET", "/metrics")
-        answer = connection.getresponse()
-        body = answer.read(MOST)
+        with connection.getresponse() as answer:
+            body = answer.read(MOST)
     except (OSError, http.client.HTTPException) as error:
         if late.is_set() or isinstance(error, TimeoutError):
             raise SilentError from None

@@ -322,9 +322,12 @@ def _plaintext(picture: Picture) -> Metric:
             "verdict",
         ],
     )
+    # A workload may be called as what stands for many: two samples of one name would be refused.
+    totals: Counter[tuple[str, ...]] = Counter()
     for (source, destination, allow), count in picture.plaintext.items():
-        labels = [*_named(source), *_named(destination), "allow" if allow else "deny"]
-        metric.add_metric(labels, count)
+        totals[*_named(source), *_named(destination), "allow" if allow else "deny"] += count
+    for labels, count in totals.items():
+        metric.add_metric(list(labels), count)
     return metric
 
 

@@ -2,8 +2,9 @@
 
 This module owns the one datagram socket to the service manager and the `NOTIFY_SOCKET`,
 `WATCHDOG_USEC` and `LISTEN_FDS` variables. It promises that without a service manager every call
-is a cheap no-op, that a message never blocks the daemon, and that descriptors handed over at start
-are close-on-exec and named. It may not decide when the daemon is ready or which descriptors matter.
+is a cheap no-op, that one which does not read delays the daemon by WAIT_SECONDS at most until it
+takes messages again, and that descriptors handed over at start are close-on-exec and named. It may
+not decide when the daemon is ready or which descriptors matter.
 
 Source: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3) of systemd 252.
 """
@@ -14,8 +15,10 @@ import array
 import contextlib
 import os
 import re
+import select
 import socket
 import stat
+import time
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -33,6 +36,10 @@ MAX_STORED: Final = 20_000
 
 MAX_STATUS: Final = 200
 """Characters of a STATUS line: `systemctl status` shows one line."""
+
+WAIT_SECONDS: Final = 1.0
+"""For room in the manager's queue, which a thousand pods' descriptors fill many times over: a
+descriptor that is not stored is lost in a crash. A manager that works has room in milliseconds."""
 
 _NAME = re.compile(r"[ -9;-~]{1,255}")
 """What systemd takes as a descriptor's name: printable ASCII without the colon."""
@@ -83,6 +90,7 @@ class ServiceManager:
         self.watchdog_seconds = _watchdog(environ)
         """Seconds within which WATCHDOG=1 must be sent, or None when no watchdog is asked for."""
         self._status = ""
+        self._stuck = False
         self._socket: socket.socket | None = None
         path = environ.pop("NOTIFY_SOCKET", "")
         if not path.startswith(("/", "@")):
@@ -111,14 +119,14 @@ class ServiceManager:
         self._send("STOPPING=1")
 
     def watchdog(self) -> None:
-        self._send("WATCHDOG=1")
+        self._send("WATCHDOG=1", wait=False)
 
     def status(self, text: str) -> None:
         """Show one line in `systemctl status`; repeated lines are sent once."""
         line = "".join(c if c.isprintable() else " " for c in text)[:MAX_STATUS]
         if line != self._status:
             self._status = line
-            self._send(f"STATUS={line}")
+            self._send(f"STATUS={line}", wait=False)
 
     def store(self, name: str, fd: int) -> None:
         """Keep `fd` over a restart. Storing a duplicate of a stored descriptor changes nothing.
@@ -138,14 +146,28 @@ class ServiceManager:
             self._socket.close()
             self._socket = None
 
-    def _send(self, text: str, fds: Sequence[int] = ()) -> None:
+    def _send(self, text: str, fds: Sequence[int] = (), *, wait: bool = True) -> None:
         if self._socket is None:
             return
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        try:
-            self._socket.sendmsg([text.encode()], ancillary, socket.MSG_NOSIGNAL)
-        except OSError:
-            self.failures += 1
+        until = time.monotonic() + (WAIT_SECONDS if wait and not self._stuck else 0)
+        while True:
+            try:
+                self._socket.sendmsg([text.encode()], ancillary, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                left = until - time.monotonic()
+                if left <= 0:
+                    self._stuck |= wait
+                    break
+                room = select.poll()
+                room.register(self._socket, select.POLLOUT)
+                room.poll(left * 1000)
+            except OSError:
+                break
+            else:
+                self._stuck = False
+                return
+        self.failures += 1
 
 
 def _check_name(name: str) -> None:

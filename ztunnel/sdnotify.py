@@ -1,14 +1,15 @@
 """Telling the service manager how it goes: sd_notify(3), without libsystemd.
 
 This module owns one datagram socket. It promises that a missing, full or broken service manager
-never stops or delays the daemon (a message is sent at once or not at all), and that the variables
-are taken out of the environment, and given again to a successor only. It may not decide when
-something is ready.
+never stops the daemon and delays it by WAIT_SECONDS at most: so long what the manager has to know
+waits for room, once, until the manager takes messages again. The variables are taken out of the
+environment, and given again to a successor only. It may not decide when something is ready.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import time
 from collections.abc import MutableMapping
@@ -18,6 +19,10 @@ __all__ = ["Notifier"]
 
 MAX_STATUS: Final = 200
 """Characters of a status line: `systemctl status` shows one line."""
+
+WAIT_SECONDS: Final = 1.0
+"""For room in the manager's queue, which holds ten messages where nobody has set
+net.unix.max_dgram_qlen: one that works makes room in milliseconds."""
 
 _MICROSECONDS: Final = 1_000_000
 
@@ -40,6 +45,7 @@ class Notifier:
         if self.watchdog_seconds:
             self.environment["WATCHDOG_USEC"] = microseconds
         self._status = ""
+        self._stuck = False
         self._socket: socket.socket | None = None
         # "@" stands for the zero byte of an abstract address.
         if path.startswith(("/", "@")):
@@ -72,26 +78,37 @@ class Notifier:
         self._send("STOPPING=1")
 
     def alive(self) -> None:
-        self._send("WATCHDOG=1")
+        self._send("WATCHDOG=1", wait=False)
 
     def status(self, text: str) -> None:
         """Set the line that `systemctl status` shows; the same line is sent once."""
         line = "".join(c if c.isprintable() else " " for c in text)[:MAX_STATUS]
         if line != self._status:
             self._status = line
-            self._send(f"STATUS={line}")
+            self._send(f"STATUS={line}", wait=False)
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, *, wait: bool = True) -> None:
         if self._socket is None:
             return
-        try:
-            self._socket.send(message.encode("utf-8", "replace"), socket.MSG_NOSIGNAL)
-        except OSError:
-            # The manager restarts or is full: the watchdog repeats itself, and READY=1 missing
-            # ends in its own start timeout.
-            return
+        until = time.monotonic() + (WAIT_SECONDS if wait and not self._stuck else 0)
+        while True:
+            try:
+                self._socket.send(message.encode("utf-8", "replace"), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                left = until - time.monotonic()
+                if left <= 0:
+                    self._stuck |= wait
+                    return
+                room = select.poll()
+                room.register(self._socket, select.POLLOUT)
+                room.poll(left * 1000)
+            except OSError:
+                return  # the manager restarts: READY=1 missing ends in its own start timeout
+            else:
+                self._stuck = False
+                return

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,3 +172,38 @@ def test_enrolled_pods_are_stored_once_and_forgotten(tmp_path: Path, manager: Ma
     for fd in fds:
         os.close(fd)
     sender.close()
+
+
+def test_more_descriptors_than_the_queue_holds_are_all_stored(manager: Manager) -> None:
+    """The queue of a socket holds ten messages by default (net.unix.max_dgram_qlen)."""
+    many = 200
+    told = ServiceManager({"NOTIFY_SOCKET": manager.socket.getsockname()})
+    with Path("/dev/null").open("rb") as kept:
+
+        def store() -> None:
+            for number in range(many):
+                told.store(f"pod-{number}", kept.fileno())
+
+        storing = threading.Thread(target=store)
+        storing.start()
+        for number in range(many):
+            text, fds = manager.receive()
+            assert text == f"FDSTORE=1\nFDNAME=pod-{number}"
+            os.close(*fds)
+        storing.join(30)
+    assert told.failures == 0
+    told.close()
+
+
+def test_a_manager_that_does_not_read_is_waited_for_once(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodeagent.sdnotify.WAIT_SECONDS", 0.01)
+    told = ServiceManager({"NOTIFY_SOCKET": manager.socket.getsockname()})
+    for _ in range(10_000):
+        told.watchdog()
+    failed = told.failures
+    for _ in range(10_000):
+        told.ready()
+    assert told.failures == failed + 10_000
+    told.close()

@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -84,16 +87,47 @@ def directory(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture
-def manager(directory: Path) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
-        listening.bind(str(directory / "notify"))
-        listening.settimeout(DEADLINE)
-        yield listening
+class Manager:
+    """A service manager that reads what it is told, as the real one does, and keeps it."""
+
+    def __init__(self, path: Path) -> None:
+        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._thread = threading.Thread(target=self._read, name="manager")
+        self._thread.start()
+
+    def _read(self) -> None:
+        while message := self._socket.recv(4096).decode():
+            self._heard.put(message)
+
+    def until(self, message: str) -> list[str]:
+        """Return what was heard since the last time, up to and with `message`."""
+        heard: list[str] = []
+        end = time.monotonic() + DEADLINE
+        while message not in heard:
+            try:
+                heard.append(self._heard.get(timeout=max(0, end - time.monotonic())))
+            except queue.Empty:
+                raise AssertionError(f"{message!r} was not told, but {heard}") from None
+        return heard
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+            last.connect(self._socket.getsockname())
+            last.send(b"")
+        self._thread.join(DEADLINE)
+        self._socket.close()
 
 
 @pytest.fixture
-def process(directory: Path, manager: socket.socket) -> Iterator[Process]:
+def manager(directory: Path) -> Iterator[Manager]:
+    with contextlib.closing(Manager(directory / "notify")) as made:
+        yield made
+
+
+@pytest.fixture
+def process(directory: Path, manager: Manager) -> Iterator[Process]:
     made = Process(directory, notify=str(directory / "notify"))
     yield made
     made.close()
@@ -147,20 +181,10 @@ def parent_of(pid: int) -> int:
     return int(status.rpartition(")")[2].split()[1])
 
 
-def until(manager: socket.socket, message: str) -> list[str]:
-    """Return what the service manager heard up to and with `message`."""
-    heard: list[str] = []
-    while message not in heard:
-        heard.append(manager.recv(4096).decode())
-    return heard
-
-
-def test_a_life_from_start_to_end(
-    process: Process, directory: Path, manager: socket.socket
-) -> None:
+def test_a_life_from_start_to_end(process: Process, directory: Path, manager: Manager) -> None:
     listening = process.next_event("listening")
     # Alive, and not ready: nobody has told it anything.
-    assert "READY=1" not in until(manager, "WATCHDOG=1")
+    assert "READY=1" not in manager.until("WATCHDOG=1")
     status, body = get(listening["ready"], "/healthz/ready")
     assert status == 503
     assert "no state from nodeagent" in body
@@ -168,7 +192,7 @@ def test_a_life_from_start_to_end(
 
     with agent_socket(directory) as agent:
         channel = asyncio.run(give_state(agent))
-        until(manager, "READY=1")
+        manager.until("READY=1")
         assert get(listening["ready"], "/healthz/ready")[0] == 200
         status, text = get(listening["stats"], "/metrics")
         assert status == 200
@@ -184,7 +208,7 @@ def test_a_life_from_start_to_end(
     process.popen.send_signal(signal.SIGTERM)
     assert process.popen.wait(DEADLINE) == 0
     assert log.exists()
-    assert "STOPPING=1" in until(manager, "STOPPING=1")
+    assert "STOPPING=1" in manager.until("STOPPING=1")
 
 
 def blocked(pid: int) -> set[int]:
@@ -259,11 +283,11 @@ def test_the_audit_logs_sinks_follow_the_settings_and_its_file_the_signal(
 
 
 def test_a_reload_starts_a_successor_and_hands_the_service_over(
-    process: Process, directory: Path, manager: socket.socket
+    process: Process, directory: Path, manager: Manager
 ) -> None:
     async def hand_over(agent: socket.socket) -> None:
         old = await give_state(agent)
-        await asyncio.to_thread(until, manager, "READY=1")
+        await asyncio.to_thread(manager.until, "READY=1")
         process.popen.send_signal(signal.SIGHUP)
         new, hello = await greeted(agent)
         watch = os.pidfd_open(hello.pid)
@@ -271,7 +295,7 @@ def test_a_reload_starts_a_successor_and_hands_the_service_over(
             assert hello.pid != process.popen.pid
             await in_force(new)
             await old.send(protocol.Query(1, "drain", {"successor": str(hello.pid)}))
-            heard = await asyncio.to_thread(until, manager, f"MAINPID={hello.pid}\nREADY=1")
+            heard = await asyncio.to_thread(manager.until, f"MAINPID={hello.pid}\nREADY=1")
             assert any(each.startswith("RELOADING=1\nMONOTONIC_USEC=") for each in heard)
             assert (await old.receive())[0] == protocol.Answer(1, b"{}")
             last = (await old.receive())[0]
@@ -292,7 +316,7 @@ def test_a_reload_starts_a_successor_and_hands_the_service_over(
 
 
 def test_a_successor_that_fails_leaves_everything_as_it_was(
-    directory: Path, manager: socket.socket
+    directory: Path, manager: Manager
 ) -> None:
     logs = directory / "logs"
     logs.mkdir()
@@ -300,13 +324,13 @@ def test_a_successor_that_fails_leaves_everything_as_it_was(
     with contextlib.closing(process), agent_socket(directory) as agent:
         channel = asyncio.run(give_state(agent))
         listening = process.next_event("listening")
-        until(manager, "READY=1")
+        manager.until("READY=1")
         # The successor cannot open its access log.
         (logs / "a").unlink()
         logs.rmdir()
         process.popen.send_signal(signal.SIGHUP)
         assert "ended" in process.next_event("reload failed; this tunnel goes on")["problem"]
-        assert any(each.startswith("RELOADING=1") for each in until(manager, "READY=1"))
+        assert any(each.startswith("RELOADING=1") for each in manager.until("READY=1"))
         assert get(listening["ready"], "/healthz/ready")[0] == 200
         channel.close()
         process.popen.send_signal(signal.SIGTERM)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,4 +77,48 @@ def test_a_manager_that_does_not_read_does_not_hold_us_up(
     notifier = Notifier({"NOTIFY_SOCKET": path})
     for _ in range(10_000):
         notifier.alive()
+    notifier.close()
+
+
+def test_what_the_manager_has_to_know_waits_for_room(manager: tuple[socket.socket, str]) -> None:
+    listening, path = manager
+    notifier = Notifier({"NOTIFY_SOCKET": path})
+    for _ in range(10_000):
+        notifier.alive()
+    telling = threading.Thread(target=notifier.handed_over, args=(42,))
+    telling.start()
+    while listening.recv(4096) != b"MAINPID=42\nREADY=1":
+        pass
+    telling.join(30)
+    notifier.close()
+
+
+def test_a_stuck_manager_is_waited_for_once(
+    manager: tuple[socket.socket, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listening, path = manager
+    waits: list[float] = []
+
+    class Room:
+        def register(self, *_: object) -> None: ...
+
+        def poll(self, milliseconds: float) -> None:
+            waits.append(milliseconds)
+            time.sleep(milliseconds / 1000)
+
+    monkeypatch.setattr("ztunnel.sdnotify.WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(select, "poll", Room)
+    notifier = Notifier({"NOTIFY_SOCKET": path})
+    for _ in range(10_000):
+        notifier.alive()
+    assert not waits
+    for _ in range(5):
+        notifier.ready()
+    assert len(waits) == 1
+    # It takes messages again, and is waited for again.
+    monkeypatch.setattr("ztunnel.sdnotify.WAIT_SECONDS", 0.01)
+    listening.recv(4096)
+    for _ in range(3):
+        notifier.ready()
+    assert len(waits) == 2
     notifier.close()

@@ -291,6 +291,8 @@ void zt_h2_drain(struct zt_h2 *h) {
         /* RFC 9113, 6.8: "2^31-1" first, and what was the last once the peer must have seen it. */
         h->noticed = h->worker->now;
         zt_session_check(h, nghttp2_submit_shutdown_notice(h->session));
+        /* An interval from now, and not only when a PING of before has gone unanswered. */
+        if (h->timer.deadline == ZT_D_PING) zt_timer_set(h->worker, &h->timer, ZT_D_PING);
     }
     zt_h2_mark_dirty(h);
 }

@@ -1,8 +1,8 @@
 """`nodeagent graph`: who talks to whom at which port, and was it mutual TLS?
 
 This module owns the command, its filters and its exit code. It promises that `--fail-on` fails
-also when not all of the time was recorded: what was not seen is not known to be fine. The words are
-those of `graph_view`.
+also when not all of the time was recorded, or nobody was seen by a name that is asked for: what was
+not seen is not known to be fine. The words are those of `graph_view`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _matches(end: str, patterns: Sequence[str]) -> bool:
     multiple=True,
     metavar="WHAT",
     help=f"Exit with 1 if an edge shown has {', '.join(_FINDINGS[:-1])} or {_FINDINGS[-1]} "
-    "connections, or if not all of the time was recorded. May be repeated.",
+    "connections, if not all of the time was recorded, or if a NAME is nobody's. May be repeated.",
 )
 @agent_options
 @output_option(("table", "wide"), "dot")
@@ -133,14 +133,16 @@ def graph(
     def look() -> Answer:
         seen = get(directory, f"/graph?seconds={age}", Graph, SCHEMA, MAX_ANSWER)
         shown = _filtered(seen, wanted)
+        nobody = _nobody(seen, wanted)
 
         def show(printer: Printer) -> None:
             if output == "dot":
                 view.dot(printer, shown)
             else:
-                view.people(printer, shown, left_out=len(seen.edges) - len(shown.edges))
+                left_out = len(seen.edges) - len(shown.edges)
+                view.people(printer, shown, left_out=left_out, nobody=nobody)
 
-        return Answer(shown, show, _code(shown, fail_on))
+        return Answer(shown, show, _code(shown, fail_on, nobody))
 
     answer(look, output, watch)
 
@@ -154,13 +156,22 @@ def _filtered(seen: Graph, wanted: _Filter) -> Graph:
     return msgspec.structs.replace(seen, edges=edges, vertices=vertices)
 
 
-def _code(shown: Graph, fail_on: Sequence[str]) -> ExitCode:
+def _nobody(seen: Graph, wanted: _Filter) -> tuple[str, ...]:
+    """Return what is asked for by a name that nobody has: mistyped, or of another node."""
+    there = {vertex.id for vertex in seen.vertices} | set(Kind)
+    names = [each for each in wanted.names if not any(_matches(end, (each,)) for end in there)]
+    if wanted.namespace and not any(end.startswith(f"{wanted.namespace}/") for end in there):
+        names.append(wanted.namespace)
+    return tuple(names)
+
+
+def _code(shown: Graph, fail_on: Sequence[str], nobody: Sequence[str]) -> ExitCode:
     if not fail_on:
         return ExitCode.FINE
     outside = {vertex.id for vertex in shown.vertices if vertex.kind in {Kind.OUTSIDE, Kind.NODE}}
     known = shown.complete and not shown.truncated
     found = any(_has(edge, what, outside) for edge in shown.edges for what in fail_on)
-    return ExitCode.FINDING if found or not known else ExitCode.FINE
+    return ExitCode.FINDING if found or nobody or not known else ExitCode.FINE
 
 
 def _has(edge: Edge, what: str, outside: set[str]) -> bool:

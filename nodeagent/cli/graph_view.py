@@ -8,7 +8,7 @@ printer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from nodeagent.cli.output import Printer
@@ -68,9 +68,16 @@ def share(part: int, whole: int) -> str:
     return "<0.1%" if part and not tenths else f"{tenths / 10:g}%"
 
 
-def people(printer: Printer, shown: Graph, *, left_out: int) -> None:
-    """Write the table. `left_out`: edges that the filters have taken away."""
+def people(printer: Printer, shown: Graph, *, left_out: int, nobody: Sequence[str] = ()) -> None:
+    """Write the table. `left_out`: edges that the filters have taken away; `nobody`: names that are
+    asked for, and nobody's.
+    """
     printer.line(_summary(shown, left_out))
+    for name in nobody:
+        printer.text(
+            f"{name} is no workload of this node, and nobody who was seen: nodeagent workloads "
+            "lists those of this node"
+        )
     for note in _notes(shown):
         printer.text(note)
     if not shown.edges:

@@ -202,10 +202,10 @@ def _time(text: str) -> datetime | None:
 
 
 def sentence(entry: Entry, zone: tzinfo | None = None) -> str:
-    """Return the line for people: when, who to whom, how, and what became of it."""
+    """Return the line for people: when, at whose side, who to whom, how, and what became of it."""
     parts = [
         entry.time.astimezone(zone).isoformat(sep="T", timespec="milliseconds"),
-        "audit" if entry.log is Log.AUDIT else "",
+        "audit" if entry.log is Log.AUDIT else entry.text("direction"),
         f"{_who(entry)} -> {_whom(entry)}",
         _how(entry),
         _end(entry),

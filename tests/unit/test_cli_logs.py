@@ -79,6 +79,14 @@ def test_a_line_with_a_certificate_is_the_same_in_both_forms(
     assert text == {key: value for key, value in jsoned.items() if key not in of_json}
 
 
+def test_both_sides_of_a_connection_within_a_node_are_told_apart() -> None:
+    read_back = [
+        read(json_line(audit_lines.line(direction=each))) for each in ("outbound", "inbound")
+    ]
+    said = [sentence(entry, UTC) for entry in read_back if entry is not None]
+    assert said[0] == said[1].replace("  inbound  ", "  outbound  ") != said[1]
+
+
 def test_every_refusal_is_a_reason() -> None:
     known = {reason.value for reason in Reason}
     assert known >= REFUSALS

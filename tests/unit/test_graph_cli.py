@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nodeagent.cli import cli
 from nodeagent.cli import graph as command
 from nodeagent.cli.ending import ExitCode
 from nodeagent.cli.graph_view import _quoted, share
@@ -117,7 +118,7 @@ class Asked:
 def invoke(monkeypatch: pytest.MonkeyPatch, answer: Graph, *arguments: str) -> tuple[Result, Asked]:
     agent = Asked(answer)
     monkeypatch.setattr(command, "get", agent)
-    return CliRunner().invoke(command.graph, arguments), agent
+    return CliRunner().invoke(cli, ["graph", *arguments]), agent
 
 
 TABLE = """\
@@ -215,6 +216,31 @@ def test_what_to_fail_on(
 ) -> None:
     result, _ = invoke(monkeypatch, graph_of(*EDGES), "--fail-on", what, "-o", form, *names)
     assert result.exit_code == code, result.output
+
+
+@pytest.mark.parametrize(
+    "names,nobody",
+    [
+        (["shop/frontent"], "shop/frontent"),
+        (["shop/web", "*/nowhere"], "*/nowhere"),
+        (["-n", "sho"], "sho"),
+        (["node", "shop/web"], ""),
+    ],
+)
+def test_a_name_that_is_nobodys_is_said_and_is_not_fine(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], nobody: str
+) -> None:
+    result, _ = invoke(monkeypatch, graph_of(*EDGES), "--fail-on", "refused", *names)
+    assert result.exit_code == (ExitCode.FINDING if nobody else ExitCode.FINE)
+    assert (f"{nobody} is no workload of this node" in result.stdout) == bool(nobody)
+    result, _ = invoke(monkeypatch, graph_of(*EDGES), *names)
+    assert result.exit_code == ExitCode.FINE
+
+
+def test_nobody_from_outside_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = invoke(monkeypatch, graph_of(), "--fail-on", "plaintext", "outside", "node")
+    assert result.exit_code == ExitCode.FINE
+    assert "is no workload" not in result.stdout
 
 
 @pytest.mark.parametrize(

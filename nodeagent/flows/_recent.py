@@ -79,13 +79,10 @@ class _Slice(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What was seen from `since` on. Nothing is missing of what was told since `began`, and `heard`
-    is when something last was.
-    """
+    """What was seen from `since` on. Nothing is missing of what was told since `began`."""
 
     since: int
     began: int
-    heard: int
     flows: tuple[Recorded, ...]
 
     @property
@@ -105,12 +102,10 @@ class Recent:
         """One object for all slices that speak of a flow."""
         self._entries = 0
         self._since = int(now)
-        self._heard = int(now)
 
     def add(self, flows: Iterable[Flow], now: float) -> None:
         with self._lock:
             self._turn(int(now))
-            self._heard = int(now)
             newest = self._fine[-1].sums
             before = len(newest)
             for flow in flows:
@@ -176,7 +171,7 @@ class Recent:
             if slices:
                 # The last one may yet grow.
                 slices[-1] = slices[-1]._replace(sums=dict(slices[-1].sums))
-            began, heard = self._since, self._heard
+            began = self._since
         asked = int(now) - age
         begins = (each.begin for each in slices if each.begin <= asked < each.end)
         since = next(begins, asked // SLICE_SECONDS * SLICE_SECONDS)
@@ -191,7 +186,7 @@ class Recent:
         if since < began <= asked:
             # In the slice in which it began, nothing is older than that.
             since = began
-        return Window(since, began, heard, recorded)
+        return Window(since, began, recorded)
 
 
 def _summed(slices: Sequence[_Slice]) -> dict[FlowKey, _Sum]:

@@ -18,8 +18,8 @@ from typing import Final, NamedTuple, Protocol
 import msgspec
 import structlog
 
-from nodeagent.flows._coverage import LATE_SECONDS
 from nodeagent.flows._errors import DamagedError, StoreError
+from nodeagent.flows._heard import Heard
 from nodeagent.flows._model import SCHEMA, Recording
 from nodeagent.flows._reading import recording
 from nodeagent.flows._recent import Recent
@@ -111,6 +111,7 @@ class Recorder:
         self._clock = clock
         self._store = store or FlowStore(path, keep)
         self._recent = Recent(wall())
+        self._heard = Heard(wall())
         self._queue: queue.SimpleQueue[_Told | _Watch | _Check | threading.Event | None]
         self._queue = queue.SimpleQueue()
         self._before: frozenset[str] = frozenset()
@@ -148,6 +149,7 @@ class Recorder:
         if not self.enabled:
             return
         self._recent.add(message.flows, self._wall())
+        self._heard.add(process, message)
         size = 1 + len(message.flows)
         if self._given - self._taken + size > MAX_QUEUED:
             self._dropped += len(message.flows)
@@ -210,6 +212,7 @@ class Recorder:
         now = self._wall()
         window = self._recent.read(now, age)
         began = datetime.fromtimestamp(window.began, UTC)
+        since = self._heard.since(now)
         recent = Recording(
             schema=SCHEMA,
             node=node,
@@ -218,7 +221,7 @@ class Recorder:
             oldest=began,
             flows=window.flows,
             problem=self._problem,
-            complete=began if now - window.heard <= LATE_SECONDS else None,
+            complete=None if since is None else max(began, datetime.fromtimestamp(since, UTC)),
         )
         if self.enabled and (window.whole or age < SHORT_SECONDS):
             return recent

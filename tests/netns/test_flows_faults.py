@@ -106,6 +106,9 @@ def test_a_killed_ztunnel_loses_no_more_than_it_says(mesh: Mesh, lab: Lab) -> No
     assert cause == "ztunnel ended without its last report"
     # It ends when the next one had begun.
     assert begin <= until <= again + 1
+    # What is answered from memory says so too.
+    status, body = lab.node(NODE).get(f"/graph?seconds={int(time.time() - before) + 60}", 15000)
+    assert (status, json.loads(body)["complete"]) == (200, False)
 
 
 def test_a_ztunnel_that_is_gone_is_missed_at_once(mesh: Mesh, lab: Lab) -> None:
@@ -131,6 +134,8 @@ def test_a_ztunnel_that_ends_in_good_order_leaves_no_gap(mesh: Mesh, lab: Lab) -
     mesh.visit("client", "far", listener=listener)
     wait_until(lambda: connections(mesh, port) == 2, "both are recorded")
     assert gaps(mesh, begun) == []
+    status, body = lab.node(NODE).get(f"/graph?seconds={int(time.time() - begun)}", 15000)
+    assert (status, json.loads(body)["complete"]) == (200, True)
 
 
 def test_a_killed_nodeagent_costs_what_was_on_its_way_and_it_is_known(mesh: Mesh, lab: Lab) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from structlog.testing import capture_logs
 
 from support import certificates
 from support.netns import wait_until
@@ -249,16 +250,18 @@ def test_a_part_that_is_refused_is_counted_and_never_more_than_was_sent(
     assert (made.taken, made.refused) == (2 - refused, refused)
 
 
-def test_a_receiver_that_refuses_everything_fills_no_log(
-    taking: Receiver, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_receiver_that_refuses_everything_fills_no_log(taking: Receiver) -> None:
     taking.statuses = [401] * 5 + [200, 401]
     made = collector(taking.port)
     made.open()
-    for _ in range(7):
-        assert made.send(SPANS) == 2
+    with capture_logs() as logs:
+        for _ in range(7):
+            assert made.send(SPANS) == 2
     made.close()
-    assert capsys.readouterr().out.count("spans were refused") == 2
+    assert [(each["event"][:18], each["status"]) for each in logs] == [
+        ("spans were refused", 401),
+        ("spans were refused", 401),
+    ]
     assert (made.taken, made.refused) == (2, 12)
 
 

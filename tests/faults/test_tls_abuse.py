@@ -462,14 +462,14 @@ def test_truncation_is_told_from_an_end(mesh: Mesh, place: str, how: str) -> Non
     """RFC 8446, 6.1: only close_notify says that everything has come."""
     with attack(mesh, place) as at:
         tls = at.side.tls
+        port = int(at.to.rpartition(":")[2])
+        direction = "inbound" if place == "downstream" else "outbound"
+        before = len(mesh.lines(at.pod, direction, port))
         if how == "with close_notify":
             tls._tls.shutdown()
             tls._flush()
         elif how == "in a record":
             tls.sock.sendall(b"\x17\x03\x03\x10\x00 half of it")
-        port = int(at.to.rpartition(":")[2])
-        direction = "inbound" if place == "downstream" else "outbound"
-        before = len(mesh.lines(at.pod, direction, port))
         tls.sock.shutdown(socket.SHUT_WR)
         (line,) = wait_until(lambda: mesh.lines(at.pod, direction, port)[before:], "its line")
         truncated = how != "with close_notify"

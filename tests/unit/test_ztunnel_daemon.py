@@ -205,9 +205,9 @@ def test_a_life_from_start_to_end(process: Process, directory: Path, manager: Ma
     log = directory / "access.log"
     log.rename(directory / "moved")
     process.popen.send_signal(signal.SIGUSR1)
+    wait_until(log.exists, "the log is opened anew")
     process.popen.send_signal(signal.SIGTERM)
     assert process.popen.wait(DEADLINE) == 0
-    assert log.exists()
     assert "STOPPING=1" in manager.until("STOPPING=1")
 
 

@@ -27,8 +27,12 @@ bits."""
 
 
 def of_numbers(*columns: str) -> str:
-    """Return the SQL of the mark of these columns or other expressions, five at most."""
-    terms = (f"({column}) % {_MODULUS} * {factor}" for column, factor in zip(columns, _FACTORS))  # noqa: B905 - fewer columns than factors
+    """Return the SQL of the mark of these columns or other expressions.
+
+    Raises ValueError for more than there are factors: the last would go unmarked.
+    """
+    factors = _FACTORS[: len(columns)]
+    terms = (f"({each}) % {_MODULUS} * {by}" for each, by in zip(columns, factors, strict=True))
     return f"(({' + '.join(terms)}) % {_MODULUS})"
 
 
